@@ -1,0 +1,7 @@
+"""`python -m moetool`."""
+
+import sys
+
+from moetool.cli import main
+
+sys.exit(main())

@@ -1,0 +1,124 @@
+"""The `moetool` command. Imports nothing heavy: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Any
+
+import typer
+
+from moetool.cli.sink import Sink
+from moetool.errors import MoetoolError, Stopped, UsageError
+
+app = typer.Typer(
+    name="moetool", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False,
+    help="Turn dense checkpoints into mixtures of experts, and check that they still compute the same. Safetensors in, safetensors out.",
+    epilog="Everywhere: --json (one JSON object on stdout), --quiet. Exit codes: 0 done, 1 input or result wrong, 2 usage, 3 stopped but resumable, 4 verification failed.",
+)  # fmt: skip
+archs_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Model families: which there are, what converts to what exactly, and why not.")
+methods_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Methods and their options.")
+app.add_typer(archs_app, name="archs")
+app.add_typer(methods_app, name="methods")
+
+
+class Session:
+    """What one invocation shares: the sink, and whether somebody asked to stop."""
+
+    def __init__(self) -> None:
+        self.sink = Sink()
+        self.stop = threading.Event()
+        self.working = False
+        self.command = ""
+
+
+session = Session()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code and never raises."""
+    global session
+    args = list(sys.argv[1:] if argv is None else argv)
+    session.__init__()  # type: ignore[misc]
+    session.command = _shell_line(args)
+    args, mode = _modes(args)
+    session.sink = Sink(mode)
+    _catch_signals()
+    try:
+        _commands()
+        code = app(args, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except MoetoolError as problem:
+        session.sink.error(problem)
+        return problem.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        session.sink.error(Stopped("stopped before anything was written", hint="run the same command again"))
+        return Stopped.exit_code
+    except typer.Exit as done:
+        return done.exit_code
+    except Exception as problem:
+        return _unexpected(problem)
+
+
+def _unexpected(problem: Exception) -> int:
+    """Click's own usage errors, a closed pipe, and the bug that we did not foresee: a sentence each, no traceback."""
+    import os
+
+    import click
+
+    shown = getattr(problem, "format_message", None)
+    if shown is not None and (isinstance(problem, click.ClickException) or type(problem).__module__.startswith("typer")):
+        name = (problem.ctx.command_path if getattr(problem, "ctx", None) else "moetool") or "moetool"  # type: ignore[attr-defined]
+        session.sink.error(UsageError(shown(), hint=f"see `{name} --help`"))
+        return 2
+    if isinstance(problem, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(problem, MemoryError):
+        session.sink.error(MoetoolError("out of memory", hint="say --memory, so that the work is fitted or refused beforehand; finished shards are kept"))
+        return 1
+    if isinstance(problem, OSError):
+        session.sink.error(MoetoolError(f"{problem.strerror or problem}", file=problem.filename, hint="check the path, its permissions and the free space"))
+        return 1
+    where = problem.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else "?"
+    session.sink.error(MoetoolError(f"a bug in moetool: {type(problem).__name__}: {problem}", file=place, hint="please report it with the command and `moetool inspect --json` of the source"))
+    if os.environ.get("MOETOOL_DEBUG"):
+        raise problem
+    return 1
+
+
+def _modes(args: list[str]) -> tuple[list[str], str]:
+    """`--json` and `--quiet` may stand anywhere."""
+    cut = args.index("--") if "--" in args else len(args)
+    head = [a for a in args[:cut] if a not in ("--json", "--quiet", "-q")]
+    mode = "json" if "--json" in args[:cut] else "quiet" if {"--quiet", "-q"} & set(args[:cut]) else "human"
+    return head + args[cut:], mode
+
+
+def _shell_line(args: list[str]) -> str:
+    import shlex
+
+    return shlex.join(["moetool", *args])
+
+
+def _catch_signals() -> None:
+    """The first Ctrl-C or SIGTERM lets running copies end; a second one ends at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if session.stop.is_set() or not session.working:
+            raise KeyboardInterrupt
+        session.stop.set()
+        session.sink.say("stopping; finished shards are kept (again to stop at once)")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+
+
+def _commands() -> None:
+    """Register the commands (each module adds its own to `app`)."""
+    from moetool.cli import demo, look, recipe, upcycle, verify  # noqa: F401

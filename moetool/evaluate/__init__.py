@@ -1,0 +1,1 @@
+"""Checks of a finished checkpoint: structure, bytes, blocks, logits."""

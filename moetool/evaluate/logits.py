@@ -1,0 +1,77 @@
+"""Does stock transformers load it, with nothing missing, and does it give the same logits? (float32)"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from typing import Any
+
+from moetool.errors import VerificationFailed
+from moetool.surgery.checkpoint import Checkpoint
+
+TOKENS = 48
+GREEDY = 40
+
+
+def available() -> bool:
+    """Whether transformers is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
+
+
+def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
+    """The model in float32; VerificationFailed when the loading info is not empty (random weights hide there)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = (checkpoint.config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model, info = cls.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+        except Exception as problem:
+            raise VerificationFailed(f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}", file=checkpoint.folder, hint="make the output again; if it stays, report this as a bug of moetool") from None
+    wrong = {k: sorted(map(str, v))[:4] for k, v in info.items() if v}
+    if wrong:
+        raise VerificationFailed("transformers loads it with keys missing, unexpected or mismatched", file=checkpoint.folder, expected="empty loading info", found=wrong, hint="those tensors would be random: make the output again")
+    return model.eval().to(device)
+
+
+def compare_logits(source: Checkpoint, out: Checkpoint, *, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Largest logit difference relative to the largest logit, on random ids, and whether the greedy continuations agree."""
+    import torch
+
+    def run(checkpoint: Checkpoint) -> tuple[Any, Any]:
+        model = load(checkpoint, device)
+        text = checkpoint.config.get("text_config") or checkpoint.config
+        vocab = int(text.get("vocab_size") or model.get_input_embeddings().num_embeddings)
+        ids = torch.randint(min(10, vocab - 1), vocab, (2, TOKENS), generator=torch.Generator().manual_seed(seed)).to(device)
+        special = {v for k, v in checkpoint.config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+        for token in special:
+            ids[ids == token] = (max(special) + 1) % vocab
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits.float()
+            greedy = _greedy(model, ids[:1, :8])
+        del model
+        gc.collect()
+        return logits, greedy
+
+    expected, words = run(source)
+    made, others = run(out)
+    return {"relative": float((made - expected).abs().max() / expected.abs().max()), "max_logit": float(expected.abs().max()), "same_greedy": bool((words == others).all()), "greedy_tokens": GREEDY}
+
+
+def _greedy(model: Any, ids: Any) -> Any:
+    """40 greedy tokens, without a cache: plain and the same for every family."""
+    import torch
+
+    for _ in range(GREEDY):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids

@@ -1,0 +1,64 @@
+"""Is a checkpoint what its own plan and its family's layout say? Headers and small files only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import VerificationFailed
+from moetool.surgery.checkpoint import Checkpoint, read_json
+from moetool.surgery.layout import Layout
+
+
+def recorded(folder: str) -> dict[str, Any]:
+    """The contents of moetool.json; VerificationFailed when it is not there."""
+    path = Path(folder) / "moetool.json"
+    if not path.exists():
+        raise VerificationFailed("this checkpoint was not written by moetool", file=path, expected="moetool.json", found="nothing", hint="`moetool inspect` looks at any checkpoint")
+    return read_json(path, what="record of moetool")
+
+
+def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
+    """Digest in every shard, config unchanged, exactly the layout's names and shapes. Raises VerificationFailed."""
+    digest = record["report"]["plan_digest"]
+    for name in checkpoint.files:
+        found = _digest(Path(checkpoint.folder) / name)
+        if found != digest:
+            raise VerificationFailed("a shard is not of this plan", file=f"{checkpoint.folder}/{name}", expected=digest, found=found, hint="the shard was replaced: make the output again")
+    config = hashlib.sha256((Path(checkpoint.folder) / "config.json").read_bytes()).hexdigest()
+    if config != record["config_sha256"]:
+        raise VerificationFailed("config.json was changed", file=f"{checkpoint.folder}/config.json", expected=record["config_sha256"], found=config, hint="restore it, or make the output again")
+    if len(checkpoint.tensors) != record["report"]["tensors"]:
+        raise VerificationFailed("the number of tensors is not the planned one", file=checkpoint.folder, expected=record["report"]["tensors"], found=len(checkpoint.tensors), hint="make the output again")
+    return {"shards": len(checkpoint.files), "tensors": len(checkpoint.tensors), "names_checked": check_names(checkpoint)}
+
+
+def check_names(checkpoint: Checkpoint) -> int:
+    """Compare names and shapes with the family's layout; returns how many slots were compared."""
+    layout = Layout.load(checkpoint.config["model_type"])
+    config, prefix = checkpoint.config, ""
+    if layout.kind == "dense" and (inner := (config.get("text_config") or {}).get("model_type")):
+        layout, config, prefix = Layout.load(inner), config["text_config"], "language_model."
+    fused = layout.fused()
+    stacked = bool(fused) and any(checkpoint.tensors.get(prefix + t.replace("{layer}", str(i))) for t in fused.values() for i in layout.moe_layers(config))
+    compared = 0
+    for name, shape, slot in layout.slots(config):
+        if stacked and str(slot.role).startswith("expert."):
+            continue
+        stored = checkpoint.tensors.get(prefix + name)
+        if stored is None:
+            raise VerificationFailed("a tensor that the family needs is missing", file=checkpoint.folder, tensor=prefix + name, expected=list(shape or ()), found="nothing", hint="a loader would start it at random: make the output again")
+        if shape is not None and None not in shape and stored.shape != tuple(shape):
+            raise VerificationFailed("a tensor has a wrong shape", file=f"{checkpoint.folder}/{stored.file}", tensor=prefix + name, expected=list(shape), found=list(stored.shape), hint="make the output again")
+        compared += 1
+    return compared
+
+
+def _digest(path: Path) -> str | None:
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header: dict[str, Any] = json.loads(handle.read(length))
+    return (header.get("__metadata__") or {}).get("moetool_plan")

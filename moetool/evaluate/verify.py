@@ -1,0 +1,96 @@
+"""`moetool verify`: is an output what its plan said, and does it still compute what its source did?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moetool.errors import VerificationFailed
+from moetool.evaluate import blocks, logits, ranges, structure
+from moetool.surgery import source
+from moetool.surgery.checkpoint import Checkpoint
+
+EXACT = 1e-4
+ROUNDED = 2e-2  # where the certificate says that weights were rounded to 16 bits
+
+
+def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, memory: int = 8_000_000_000, device: str = "cpu", tell: Callable[[str, int, int], None] = lambda *a: None) -> dict[str, Any]:
+    """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed (exit code 4).
+
+    Without `against`: structure only (plus, with `load`, stock transformers). With the sources: every byte, every FFN on
+    random activations, and logits where both models fit into `memory` in float32.
+    """
+    checkpoint = Checkpoint.open(source.locate(out))
+    record = structure.recorded(checkpoint.folder)
+    result: dict[str, Any] = {"path": checkpoint.folder, "certificate": record["report"]["certificate"], "structure": structure.check_structure(checkpoint, record)}
+    if not against:
+        if load:
+            logits.load(checkpoint, device)
+            result["loads"] = True
+        return result | {"verified": "structure"}
+    sources = [Checkpoint.open(source.locate(name)) for name in _all_sources(record, against)]
+    _same_sources(sources, record)
+    plan, made = _plan_again(sources, record, out)
+    if plan.digest != record["report"]["plan_digest"]:
+        raise VerificationFailed("the same command now makes another plan", file=checkpoint.folder, expected=record["report"]["plan_digest"], found=plan.digest, hint="another version of moetool wrote it: verify with that version, or make it again")
+    result["bytes"] = ranges.compare_bytes(plan, sources, checkpoint, device=device, tell=tell)
+    result["accounted"] = _account(sources, plan, made)
+    level = record["report"]["certificate"]["level"]
+    if record["method"] == "upcycle" and not record["report"]["expert_sources"] == []:
+        result |= _function(sources, checkpoint, record, level, load, memory, device)
+    return result | {"verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"}
+
+
+def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
+    """The sources given, completed by the recorded ones where fewer were given."""
+    recorded = [s["name"] for s in record["sources"]]
+    return [*against, *recorded[len(against) :]]
+
+
+def _same_sources(sources: Sequence[Checkpoint], record: dict[str, Any]) -> None:
+    for number, (checkpoint, known) in enumerate(zip(sources, record["sources"], strict=True)):
+        if checkpoint.fingerprint() != known["files"]:
+            raise VerificationFailed("this is not the source it was made from", file=checkpoint.folder, expected=f"the headers of {known['name']}", found="other headers or sizes", hint="give the original " + ("SRC" if number == 0 else f"--from number {number}"))
+
+
+def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], out: str) -> tuple[Any, Any]:
+    from moetool import methods
+    from moetool.methods.contract import Decisions, Settings
+
+    method = methods.make(record["method"], record["options"])
+    made = method.plan(sources, Decisions(tables=record["tables"]), Settings(seed=record["seed"], max_shard=record["max_shard"]))
+    return made.plan, made
+
+
+def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, int]:
+    """Every tensor of the first source is used or dropped by name."""
+    used = {p.name for t in plan.tasks for p in t.inputs if p.source == 0}
+    lost = sorted(set(sources[0].tensors) - used - set(plan.dropped))
+    if lost and len(sources) == 1:
+        raise VerificationFailed("a source tensor is neither used nor dropped by name", file=sources[0].folder, tensor=lost[0], found=f"{len(lost)} such tensors", hint="report this as a bug of moetool")
+    return {"tensors_used": len(used), "tensors_dropped": len(plan.dropped), "fields_dropped": len(made.dropped_fields)}
+
+
+def _function(sources: Sequence[Checkpoint], out: Checkpoint, record: dict[str, Any], level: str, load: bool | None, memory: int, device: str) -> dict[str, Any]:
+    measured = [asdict(e) for e in blocks.compare(sources[0], out)]
+    result: dict[str, Any] = {"blocks": measured}
+    exact = level in ("exact", "exact_if")
+    limit = ROUNDED if "rounded" in record["report"]["certificate"]["why"] else EXACT
+    worst = max(measured, key=lambda e: e["relative"], default=None)
+    if exact and worst and worst["relative"] > limit:
+        raise VerificationFailed("a MoE block does not compute what its FFN did", file=out.folder, tensor=f"layer {worst['layer']}", expected=f"relative error at most {limit:g}", found=f"{worst['relative']:.3g}", hint="report this as a bug of moetool")
+    fits = 4 * 2 * record["report"]["parameters"] < memory
+    if load is False or not logits.available() or not (fits or load):
+        return result | {"logits": None, "logits_skipped": "transformers is not installed" if not logits.available() else f"the model does not fit into {memory:,} bytes in float32" if load is None else "not asked for"}
+    result["logits"] = logits.compare_logits(sources[0], out, device=device)
+    if exact and result["logits"]["relative"] > limit:
+        raise VerificationFailed("logits are not those of the source", file=out.folder, expected=f"relative difference at most {limit:g}", found=f"{result['logits']['relative']:.3g}", hint="report this as a bug of moetool")
+    return result
+
+
+def recorded_names(out: str) -> list[str]:
+    """The sources an output remembers, those that still exist."""
+    record = structure.recorded(os.fspath(out))
+    return [s["name"] for s in record["sources"] if os.path.exists(s["name"])]

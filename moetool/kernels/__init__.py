@@ -1,0 +1,1 @@
+"""Pure functions: tensors and numbers in, tensors out. No files, no names of methods or families."""

@@ -1,0 +1,67 @@
+"""Clustering with clusters of one size. scikit-learn finds the centres; the balanced assignment is ours (it has none)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def balanced_kmeans(points: Any, clusters: int, seed: int, *, rounds: int = 8) -> np.ndarray:
+    """Labels [n] in 0..clusters-1, each used n/clusters times. points [n, d]; n must be a multiple of clusters.
+
+    k-means centres (scikit-learn), then rounds of balanced assignment and new centres until nothing moves. Used for
+    LLaMA-MoE's clustering split (pjlab-sys4nlp/llama-moe, utils/expert_construction).
+    """
+    from sklearn.cluster import KMeans
+
+    data = np.asarray(points, dtype=np.float32)
+    if len(data) % clusters:
+        raise ValueError(f"{len(data)} points cannot fill {clusters} equal clusters")
+    centres = KMeans(clusters, n_init=1, max_iter=20, random_state=seed, algorithm="lloyd").fit(data).cluster_centers_
+    labels = assign_evenly(_distances(data, centres))
+    for _ in range(rounds):
+        centres = np.stack([data[labels == c].mean(0) for c in range(clusters)])
+        new = assign_evenly(_distances(data, centres))
+        if (new == labels).all():
+            break
+        labels = new
+    return labels
+
+
+def _distances(data: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Squared Euclidean [n, clusters], less each point's own norm (which changes no choice)."""
+    return (centres**2).sum(1)[None, :] - 2.0 * data @ centres.T
+
+
+def assign_evenly(cost: np.ndarray) -> np.ndarray:
+    """Labels [n] with equal counts and low total cost [n, k]: place points by regret, then swap pairs while it pays."""
+    n, k = cost.shape
+    room = np.full(k, n // k)
+    labels = np.full(n, -1)
+    ranked = np.argsort(cost, axis=1, kind="stable")
+    two = np.partition(cost, min(1, k - 1), axis=1)
+    for point in np.argsort(-(two[:, min(1, k - 1)] - two[:, 0]), kind="stable"):
+        home = next(c for c in ranked[point] if room[c])
+        labels[point] = home
+        room[home] -= 1
+    for _ in range(20):
+        if not _swap(cost, labels, k):
+            break
+    return labels
+
+
+def _swap(cost: np.ndarray, labels: np.ndarray, k: int) -> bool:
+    """One pass over all pairs of clusters: exchange the members that gain most from it, one pair for one."""
+    moved = False
+    for a in range(k):
+        for b in range(a + 1, k):
+            left, right = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
+            gain_left, gain_right = cost[left, a] - cost[left, b], cost[right, b] - cost[right, a]
+            order_left, order_right = np.argsort(-gain_left, kind="stable"), np.argsort(-gain_right, kind="stable")
+            pays = gain_left[order_left] + gain_right[order_right] > 1e-6
+            count = int(pays.argmin()) if not pays.all() else len(pays)
+            if count:
+                labels[left[order_left[:count]]], labels[right[order_right[:count]]] = b, a
+                moved = True
+    return moved

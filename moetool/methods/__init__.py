@@ -1,0 +1,59 @@
+"""Methods: what moetool can do to a checkpoint. One file a method; the name is looked up here and imported on use."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from moetool.errors import UsageError, did_you_mean
+
+METHODS = {
+    "upcycle": "moetool.methods.upcycle.method:Upcycle",
+    "convert-layout": "moetool.methods.convert.layout:ConvertLayout",
+}
+
+
+def load(name: str) -> type[Any]:
+    """The method class of a name; UsageError with the nearest names when there is none."""
+    if name not in METHODS:
+        raise UsageError(f"no method {name!r}", hint=did_you_mean(name, METHODS))
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def make(name: str, options: dict[str, Any]) -> Any:
+    """A method with these options; an unknown option is a UsageError."""
+    cls = load(name)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    clean = {}
+    for key, value in options.items():
+        field = known.get(key.replace("-", "_"))
+        if field is None:
+            raise UsageError(f"{name} has no option {key!r}", hint=did_you_mean(key, known))
+        clean[field.name] = _typed(name, field, value)
+    return cls(**clean)
+
+
+def _typed(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value as the field's type says; text is converted, anything else must already fit."""
+    kind = {"int": int, "float": float, "bool": bool, "str": str}[str(field.type)]
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if kind is str and isinstance(value, int | float | list) and not isinstance(value, bool):
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        if kind in (int, float) and not isinstance(value, bool):
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    if isinstance(value, kind):
+        return value
+    raise UsageError(f"{method}: {field.name}={value!r} is not {kind.__name__}", hint=str(field.metadata.get("help", "")))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Purpose and options of a method, from its class: {name, about, options: [{name, type, default, help}]}."""
+    cls = load(name)
+    options = [{"name": f.name.replace("_", "-"), "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in dataclasses.fields(cls)]
+    return {"name": name, "about": (cls.__doc__ or "").strip(), "options": options}

@@ -1,0 +1,1 @@
+"""Methods that change how a checkpoint is written, not what it computes."""

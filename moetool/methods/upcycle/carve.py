@@ -1,0 +1,36 @@
+"""CARVE: which neurons an expert gets. Orders are decided once a layer and kept as tables of neuron numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from moetool.errors import UsageError
+
+FORMS = "contiguous, random, kmeans:gate or kmeans:up"
+
+
+def parse(spec: str, split: int) -> tuple[str, str]:
+    """(kind, matrix): kind is contiguous, random or kmeans; UsageError for anything else."""
+    found = re.fullmatch(r"(contiguous|random)|kmeans(?::(gate|up))?", spec)
+    if not found:
+        raise UsageError(f"--carve {spec!r} is not understood", expected=FORMS, hint="for example --split 8 --carve kmeans:gate")
+    kind = found[1] or "kmeans"
+    if kind != "contiguous" and split == 1:
+        raise UsageError(f"--carve {spec} has nothing to carve", expected="--split 2 or more", hint="leave --carve out, or add --split")
+    return kind, found[2] or "gate"
+
+
+def order(kind: str, width: int, split: int, seed: int, name: str, read: Callable[[], Any]) -> list[int] | None:
+    """Neuron numbers, part after part ([width] integers), or None for the order on disk. `read` gives [width, hidden] rows."""
+    if kind == "contiguous":
+        return None
+    if kind == "random":
+        from moetool.kernels import draw
+
+        return [int(i) for i in draw.permutation(width, seed, f"{name}/carve")]
+    from moetool.kernels import cluster
+
+    labels = cluster.balanced_kmeans(read(), split, seed)
+    return [int(i) for i in labels.argsort(kind="stable")]

@@ -1,0 +1,185 @@
+"""Write one MoE layer: its FFN as experts, with router, side tensors and shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.methods.contract import Builder
+from moetool.methods.upcycle.diversify import Diversify
+from moetool.methods.upcycle.route import Router
+from moetool.methods.upcycle.targets import Conversion
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.spec import Piece, rows, whole
+
+MATRICES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The three matrices of a gated FFN as pieces: gate and up [width, hidden], down [hidden, width]."""
+
+    gate: Piece
+    up: Piece
+    down: Piece
+    width: int
+    hidden: int
+    dtype: str
+
+    @classmethod
+    def read(cls, source: Checkpoint, chosen: Conversion, layer: int, number: int = 0) -> Ffn:
+        """Find them by role; MoetoolError where one is missing or does not fit the others."""
+        layout = chosen.source
+
+        def stored(role: str) -> Any:
+            slot = layout.role(role)
+            return source.tensor(chosen.prefix + slot.name.replace("{layer}", str(layer))) if slot else None
+
+        down, both = stored("ffn.down"), stored("ffn.gate_up")
+        if down is None or (both is None and layout.role("ffn.gate") is None):
+            raise MoetoolError(f"{layout.model_type} has no gated FFN that can become experts", hint=f"see `moetool archs show {layout.model_type}`")
+        hidden, width = down.shape
+        if both is not None:
+            _fit(source, both, (2 * width, hidden))
+            gate, up = rows(both, 0, width, number), rows(both, width, 2 * width, number)
+        else:
+            gate_stored, up_stored = stored("ffn.gate"), stored("ffn.up")
+            for matrix in (gate_stored, up_stored):
+                _fit(source, matrix, (width, hidden))
+            gate, up = whole(gate_stored, number), whole(up_stored, number)
+        size = layout.text(chosen.config).get(layout.fields.get("hidden", ""))
+        if size is not None and size != hidden:
+            raise MoetoolError("an FFN does not fit the config", file=f"{source.folder}/{down.file}", tensor=down.name, expected=f"hidden size {size}", found=list(down.shape), hint="config.json and weights are not of the same model")
+        return cls(gate, up, whole(down, number), width, hidden, down.dtype)
+
+
+def _fit(source: Checkpoint, stored: Any, shape: tuple[int, int]) -> None:
+    if stored.shape != shape:
+        raise MoetoolError("the matrices of an FFN do not fit each other", file=f"{source.folder}/{stored.file}", tensor=stored.name, expected=list(shape), found=list(stored.shape), hint="config.json and weights are not of the same model")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one MoE layer is to be."""
+
+    number: int
+    experts: int
+    split: int
+    origin: tuple[int, ...]
+    order: str | None
+    diversify: Diversify
+    router: Router
+    scale: float
+    shared: bool
+    fused: bool
+    seed: int
+
+
+def write_moe(build: Builder, sources: Sequence[Checkpoint], chosen: Conversion, layer: Layer) -> None:
+    """Plan all tensors of a MoE layer: router, side tensors, experts, shared expert."""
+    ffns = [Ffn.read(s, chosen, layer.number, i) for i, s in enumerate(sources)]
+    for other in ffns[1:]:
+        if (other.width, other.hidden, other.dtype) != (ffns[0].width, ffns[0].hidden, ffns[0].dtype):
+            raise MoetoolError("sources have FFNs of different shape", tensor=other.down.name, expected=list(ffns[0].down.shape), found=list(other.down.shape), hint="all sources must be fine-tunes of one model")
+    width = ffns[0].width // layer.split
+    places = _places(build, chosen, layer, width, ffns[0])
+    for matrix in MATRICES:
+        for number, first, outs in _runs(layer, places[matrix]):
+            _experts(build, matrix, getattr(ffns[number], matrix), outs, first, layer)
+    _router(build, chosen, layer, ffns[0])
+    if chosen.target.overlay.shared:
+        _shared(build, chosen, layer, ffns[0])
+
+
+def _name(chosen: Conversion, template: str, layer: int, expert: int | None = None) -> str:
+    return chosen.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+
+def _places(build: Builder, chosen: Conversion, layer: Layer, width: int, ffn: Ffn) -> dict[str, list[Piece]]:
+    """Announce the expert tensors; returns where each expert's gate, up and down go."""
+    shapes = {"gate": (width, ffn.hidden), "up": (width, ffn.hidden), "down": (ffn.hidden, width)}
+    if not layer.fused:
+        names = chosen.target.per_expert()
+        places: dict[str, list[Piece]] = {m: [] for m in MATRICES}
+        for expert in range(layer.experts):
+            for matrix in MATRICES:
+                places[matrix].append(whole(build.target(_name(chosen, names[matrix], layer.number, expert), ffn.dtype, shapes[matrix])))
+        return places
+    names = chosen.target.fused()
+    both = build.target(_name(chosen, names["gate_up"], layer.number), ffn.dtype, (layer.experts, 2 * width, ffn.hidden))
+    down = build.target(_name(chosen, names["down"], layer.number), ffn.dtype, (layer.experts, ffn.hidden, width))
+    slab = width * ffn.hidden
+    return {
+        "gate": [Piece(both.name, shapes["gate"], 2 * e * slab) for e in range(layer.experts)],
+        "up": [Piece(both.name, shapes["up"], (2 * e + 1) * slab) for e in range(layer.experts)],
+        "down": [Piece(down.name, shapes["down"], e * slab) for e in range(layer.experts)],
+    }
+
+
+def _runs(layer: Layer, places: list[Piece]) -> Iterator[tuple[int, int, list[Piece]]]:
+    """(source, first expert, places) for each run of experts that come from one source."""
+    for source, run in groupby(range(layer.experts), key=lambda e: layer.origin[e]):
+        experts = list(run)
+        yield source, experts[0], places[experts[0] : experts[-1] + 1]
+
+
+def _experts(build: Builder, matrix: str, piece: Piece, outs: list[Piece], first: int, layer: Layer) -> None:
+    """One matrix of a run of experts: byte copies where nothing is computed, one `neurons` task otherwise."""
+    if matrix == "down" and layer.shared:
+        for out in outs:
+            build.task("zeros", [], [out])
+        return
+    axis = 1 if matrix == "down" else 0
+    params = layer.diversify.params(layer.number, matrix, layer.seed)
+    factor = layer.scale if matrix == "down" else 1.0
+    cut_rows = axis == 0 and layer.order is None
+    if not params and factor == 1.0 and (layer.split == 1 or cut_rows):
+        height = piece.shape[0] // layer.split if axis == 0 else piece.shape[0]
+        for number, out in enumerate(outs):
+            part = (first + number) % layer.split
+            build.copy(piece if layer.split == 1 else replace(rows(piece, part * height, (part + 1) * height), source=piece.source), out)
+        return
+    build.task("neurons", [piece], outs, axis=axis, parts=layer.split, order=layer.order, first=first, scale=factor, **params)
+
+
+def _router(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
+    slot = chosen.target.role("router")
+    assert slot is not None
+    target = build.target(_name(chosen, slot.name, layer.number), ffn.dtype, (layer.experts, ffn.hidden))
+    if layer.router.law == "zero":
+        build.zeros(target)
+    else:
+        build.task("draw", [], [whole(target)], **layer.router.params(layer.seed, target.name))
+    bias = chosen.target.role("router.bias")
+    if bias is not None and bias.shape is not None:
+        shape = (1, layer.experts) if len(bias.shape) == 2 else (layer.experts,)
+        build.zeros(build.target(_name(chosen, bias.name, layer.number), "F32", shape))
+
+
+def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
+    """The always-on FFN; a family that always has the tensors gets zeros when it is not wished."""
+    rule = chosen.target.overlay.shared or {}
+    width = ffn.width if layer.shared else idle_width(rule, ffn.width // layer.split)
+    shapes = {"gate": (width, ffn.hidden), "up": (width, ffn.hidden), "down": (ffn.hidden, width)}
+    for matrix in MATRICES:
+        slot = chosen.target.role(f"shared.{matrix}")
+        if slot is None or (not layer.shared and not rule.get("always")):
+            continue
+        target = build.target(_name(chosen, slot.name, layer.number), ffn.dtype, shapes[matrix])
+        if not layer.shared:
+            build.zeros(target)
+        elif matrix == "down" and rule.get("gated"):
+            build.task("affine", [ffn.down], [whole(target)], scale=2.0)  # sigmoid(0) = 1/2
+        else:
+            build.copy(getattr(ffn, matrix), whole(target))
+    switch = chosen.target.role("shared.switch")
+    if switch is not None and (layer.shared or rule.get("always")):
+        build.zeros(build.target(_name(chosen, switch.name, layer.number), ffn.dtype, (1, ffn.hidden)))
+
+
+def idle_width(rule: dict[str, Any], expert_width: int) -> int:
+    """Width of a shared expert that must exist but is not wished: narrow zeros load in more places than empty tensors."""
+    return min(int(rule.get("idle", 0)), expert_width)

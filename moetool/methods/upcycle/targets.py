@@ -1,0 +1,123 @@
+"""Which family the result is written as: the first that loses nothing, or a sentence for each that would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetool.errors import MoetoolError, did_you_mean
+from moetool.methods.upcycle import site
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.layout import Layout
+from moetool.surgery.pair import Pair, pairs
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Source and target family of the text model; `outer` is the multimodal family around it, `prefix` its name prefix."""
+
+    pair: Pair
+    source: Layout
+    target: Layout
+    config: dict[str, Any]
+    outer: Pair | None = None
+    prefix: str = ""
+
+
+    @property
+    def stays_dense(self) -> bool:
+        """No experts anywhere: the result is of the source's own family."""
+        return self.pair.source == self.pair.target and self.pair.inner is None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the target must be able to hold."""
+
+    target: str
+    layout: str
+    layers: str
+    shared: bool
+    split: int
+    top_k: int
+    width: int
+    count: int
+
+
+def dense(source: Checkpoint) -> Conversion:
+    """The source's own family, for recipes that only mix trunks."""
+    model_type = str(source.config.get("model_type"))
+    layout = Layout.load(model_type)
+    return Conversion(Pair(model_type, model_type), layout, layout, source.config)
+
+
+def candidates(source: Checkpoint) -> list[Conversion]:
+    """Every conversion there is data for; MoetoolError when the family is unknown or is not dense."""
+    model_type = source.config.get("model_type")
+    layout = Layout.load(str(model_type))
+    found = []
+    for pair in pairs():
+        if pair.source != model_type:
+            continue
+        if pair.inner is None:
+            found.append(Conversion(pair, layout, Layout.load(pair.target), source.config))
+            continue
+        inner_source, _, inner_target = pair.inner.partition("--")
+        text = source.config.get("text_config") or {}
+        if text.get("model_type", inner_source) == inner_source:
+            inner = next(p for p in pairs() if (p.source, p.target) == (inner_source, inner_target))
+            found.append(Conversion(inner, Layout.load(inner_source), Layout.load(inner_target), text, pair, pair.prefix))
+    if not found:
+        raise MoetoolError(f"no conversion from {model_type} to a mixture of experts", file=source.folder, expected=f"one of {', '.join(sorted({p.source for p in pairs()}))}", hint=why_not(layout))
+    return found
+
+
+def why_not(layout: Layout) -> str:
+    """One sentence on a family without conversions."""
+    if layout.kind == "moe":
+        return f"{layout.model_type} already has experts: prune, merge and convert-layout are for those"
+    return f"no class in transformers has {layout.model_type}'s block around a mixture of experts; see `moetool archs show {layout.model_type}`"
+
+
+def refusals(conversion: Conversion, wish: Wish) -> list[str]:
+    """Why a conversion cannot give what is wished; empty when it can."""
+    target = conversion.target
+    found = list(conversion.pair.refusals(conversion.source, conversion.config))
+    layers = site.parse(wish.layers, wish.count)
+    fields = site.fields(layers, wish.count, target, wish.width)
+    if isinstance(fields, str):
+        found.append(fields)
+    if wish.shared and not target.overlay.shared:
+        found.append(f"{target.model_type} has no shared expert")
+    if wish.layout == "per-expert" and not (target.per_expert() and target.experts["reads_per_expert"]):
+        found.append(f"{target.model_type} reads stacked experts only: per-expert names would load as random experts (use --layout fused)")
+    if wish.layout == "fused" and not target.fused():
+        found.append(f"{target.model_type} has no stacked form")
+    if target.overlay.law["score"] == "sparsemixer" and (wish.split > 1 or (wish.top_k != 2 and not wish.shared)):
+        found.append(f"{target.model_type} always runs two experts with weight 1 each (--top-k 2, no --split)")
+    return found
+
+
+def choose(source: Checkpoint, wish: Wish) -> Conversion:
+    """The wished conversion, or with `auto` the first that fits; MoetoolError with a reason for each that does not."""
+    options = candidates(source)
+    named = [c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)]
+    if not named:
+        known = sorted({c.pair.target for c in options})
+        raise MoetoolError(f"no exact conversion from {source.config.get('model_type')} to {wish.target}", expected=", ".join(known), found=wish.target, hint=did_you_mean(wish.target, [*known, "auto"]))
+    reasons = {c.pair.target: refusals(c, wish) for c in named}
+    for conversion in named:
+        if not reasons[conversion.pair.target]:
+            return conversion
+    lines = {target: "; ".join(why) for target, why in reasons.items()}
+    raise MoetoolError(f"no target can hold {source.config.get('model_type')} without loss", file=source.folder, **{f"not {t}": w for t, w in lines.items()}, hint=_next_step(reasons, str(source.config.get("model_type"))))
+
+
+def _next_step(reasons: dict[str, Sequence[str]], model_type: str) -> str:
+    text = " ".join(r for rs in reasons.values() for r in rs)
+    if "would stay dense" in text or "only before" in text:
+        return "use --layers all or last:N, or another --target"
+    if "bias" in text:
+        return "nothing in transformers keeps these biases in a mixture of experts; moetool does not drop them silently"
+    return f"change the option that the sentence names; `moetool archs show {model_type}` lists what each target can hold"

@@ -1,0 +1,180 @@
+"""The one road of every command that writes: look -> decide -> plan -> check -> make -> finish.
+
+Nothing here prints. `Run.prepare` reads headers (and what the method asks for), `Run.make` writes; a caller passes `tell`
+to see progress and sets `stop` to end early with everything finished kept.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import MoetoolError, Stopped, UsageError
+from moetool.methods.contract import Made, Method, Settings
+from moetool.report import card, provenance
+from moetool.surgery import engine, ops, scan, source
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.plan import Plan
+from moetool.surgery.writer import Writer, existing
+
+Progress = Callable[[str, int, int], None]  # (stage, done bytes, all bytes)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every writing command understands."""
+
+    out: str
+    sources: tuple[str, ...]
+    method: str
+    method_options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    jobs: int = 0  # 0: as many as cores and --memory allow
+    memory: int | None = None
+    max_shard: int = 5_000_000_000
+    overwrite: bool = False
+    strict: bool = False
+    device: str = "cpu"
+    engine: str = "local"
+    ray_address: str | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with everything known of it before the first byte is written."""
+
+    options: Options
+    method: Method
+    sources: tuple[Checkpoint, ...]
+    names: tuple[str, ...]
+    made: Made
+    jobs: int
+    peak: int
+    done: bool = False  # the output is already there, whole, from this very plan
+
+    @property
+    def plan(self) -> Plan:
+        return self.made.plan
+
+    def summary(self) -> dict[str, Any]:
+        """What `--dry-run` and the report say."""
+        return {
+            "sources": list(self.names), "out": os.path.abspath(self.options.out), "method": self.options.method, "options": asdict(self.method),  # type: ignore[call-overload]
+            "seed": self.options.seed, "certificate": asdict(self.made.certificate), "output_bytes": self.plan.disk, "tensors": len(self.plan.targets),
+            "shards": len(self.plan.shards), "read_bytes": _read_bytes(self), "peak_memory": self.peak, "jobs": self.jobs,
+            "free_disk": _free(self.options.out), "plan_digest": self.plan.digest, "dropped_tensors": self.plan.dropped, "dropped_fields": self.made.dropped_fields, **self.made.facts,
+        }  # fmt: skip
+
+
+def prepare(options: Options) -> Prepared:
+    """Look, decide, plan and check; writes nothing. Raises for everything that can be known before the work."""
+    from moetool import methods
+
+    method = methods.make(options.method, options.method_options)
+    names = options.sources
+    sources = tuple(Checkpoint.open(source.locate(name)) for name in names)
+    settings = Settings(options.seed, options.max_shard, options.device)
+    decisions = method.decide(sources, settings)
+    made = method.plan(sources, decisions, settings)
+    dtype_of = lambda piece: sources[piece.source].tensor(piece.name).dtype  # noqa: E731
+    ops.rehearse(made.plan.tasks, dtype_of, made.plan.tables)
+    jobs, peak = fit_memory(made.plan, sources, options)
+    writer = Writer(options.out, made.plan, overwrite=options.overwrite, sources=sources)
+    done = writer.finished()
+    if not done:
+        writer.check()
+    return Prepared(options, method, sources, names, made, jobs, peak, done)
+
+
+def fit_memory(plan: Plan, sources: Sequence[Checkpoint], options: Options) -> tuple[int, int]:
+    """(workers, promised peak bytes): the most workers that keep the promise; MoetoolError when one is too many."""
+    kind = ops.needs(plan.tasks)
+    base = ops.RESERVE + (ops.NUMPY_RESERVE if kind != "nothing" else 0) + (ops.TORCH_RESERVE if kind == "torch" else 0)
+    dtypes = {n: t.dtype for n, t in plan.targets.items()}
+    costs = sorted((ops.task_memory(t, dtypes, lambda p: sources[p.source].range_of(p)[2]) for t in plan.tasks), reverse=True) or [0]
+    base += 600 * sum(len(s.tensors) for s in sources) + 2500 * len(plan.tasks)  # headers and the plan itself, measured
+    wanted = options.jobs or (os.cpu_count() or 1)
+    for jobs in range(wanted, 0, -1):
+        peak = base + sum(costs[:jobs])
+        if options.memory is None or peak <= options.memory:
+            return jobs, peak
+    raise MoetoolError("the work does not fit into --memory", expected=f"at least {peak:,} bytes", found=f"{options.memory:,} bytes", hint=f"the widest task needs {costs[0]:,} bytes; raise --memory")
+
+
+def make(prepared: Prepared, *, progress: Progress | None = None, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Write the output and return its report. Stopped and failed runs keep their finished shards; call again to go on."""
+    options, plan = prepared.options, prepared.plan
+    stop = stop or threading.Event()
+    progress = progress or (lambda stage, done, total: None)
+    begun = time.perf_counter()
+    if prepared.done:
+        return prepared.summary() | {"warnings": ["the output was already there, whole, from this very plan: nothing was written"], "resumed_shards": len(plan.shards), "seconds": 0.0}
+    findings = _scan(prepared, progress, stop)
+    writer = Writer(options.out, plan, overwrite=options.overwrite, sources=prepared.sources)
+    with writer:
+        todo = [s for s in plan.shards if not writer.is_done(s)]
+        total = sum(s.size for s in plan.shards)
+        state = _Counter(progress, total, total - sum(s.size for s in todo))
+        jobs = list(engine.jobs_of(plan, prepared.sources, todo, str(writer.staging), device=options.device, threads=max(1, prepared.jobs // max(1, len(todo)))))
+        nodes = _run(options, prepared.jobs, jobs, lambda job: writer.publish(job.path), state, stop)
+        report = prepared.summary() | {"warnings": [*prepared.made.warnings, *findings], "resumed_shards": len(plan.shards) - len(todo), "seconds": round(time.perf_counter() - begun, 3)}
+        if nodes:
+            report["ray_nodes"] = nodes
+        record = provenance.record(prepared, report)
+        files = {"moetool.json": record, "README.md": card.render(prepared, report)}
+        folder = prepared.sources[0].folder
+        writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling()}, prepared.made.config)
+    return report
+
+
+class _Counter:
+    """Adds up bytes from many threads."""
+
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
+        self._progress, self._total, self._done, self._lock = progress, total, done, threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress("write", min(self._done, self._total), self._total)
+
+
+def _run(options: Options, workers: int, jobs: list[engine.Job], done: Callable[[engine.Job], None], tell: engine.Tell, stop: threading.Event) -> list[str]:
+    try:
+        if options.engine == "ray":
+            from moetool.surgery.engine_ray import run_ray
+
+            return run_ray(jobs, done, address=options.ray_address, tell=tell, stop=stop)
+        if options.engine != "local":
+            raise UsageError(f"no engine {options.engine!r}", expected="local or ray", hint="leave out --engine")
+        engine.run_local(jobs, done, workers=workers, tell=tell, stop=stop)
+    except Stopped:
+        raise Stopped("stopped; finished shards are kept", file=options.out, hint="run the same command again to go on") from None
+    except OSError as problem:
+        raise MoetoolError(f"writing failed: {problem.strerror or problem}", file=options.out, hint="finished shards are kept: mend the cause and run the same command again") from None
+    return []
+
+
+def _scan(prepared: Prepared, progress: Progress, stop: threading.Event) -> list[str]:
+    """NaN and inf in what is read: a warning each, or with --strict a refusal."""
+    bad = scan.not_finite(prepared.sources, prepared.plan.tasks, workers=prepared.jobs, tell=progress, stop=stop)
+    if bad and prepared.options.strict:
+        first = bad[0]
+        raise MoetoolError("weights are not finite", file=first.file, tensor=first.name, found=f"{first.what}, in {len(bad)} tensors", expected="finite values", hint="repair the checkpoint, or leave out --strict")
+    return [f"{b.file}: {b.name} holds {b.what}" for b in bad]
+
+
+def _read_bytes(prepared: Prepared) -> int:
+    return sum(prepared.sources[p.source].range_of(p)[2] for t in prepared.plan.tasks for p in t.inputs)
+
+
+def _free(out: str) -> int:
+    import shutil
+
+    return shutil.disk_usage(existing(Path(os.path.abspath(out)).parent)).free

@@ -1,0 +1,1 @@
+"""The tensor-surgery core: every checkpoint moetool writes goes through here. Knows no method by name."""

@@ -1,0 +1,120 @@
+"""The seam between plans and kernels: operation name -> how its bytes are made, what it needs, what it costs.
+
+`copy` and `zeros` move bytes and import nothing. `draw` uses numpy. All others run torch kernels; at planning each
+kind of task runs once on the meta device, so that a wrong shape fails before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.surgery.spec import Piece, Task, size_of
+
+Tables = Mapping[str, list[int]]
+# Resident memory of the bare process, measured on CPython 3.11 (tests/bench/memory.py), and of numpy and torch on top.
+RESERVE = 40_000_000
+NUMPY_RESERVE = 24_000_000
+TORCH_RESERVE = 360_000_000
+COPY_BUFFER = 4 << 20
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. `factor`: peak bytes per byte of input and widest output, measured; see tests/every/test_memory.py."""
+
+    name: str
+    run: Callable[..., Iterator[Any]] | None  # (inputs, shapes, params, tables) -> output tensors, in order
+    needs: str = "torch"  # "nothing" | "numpy" | "torch"
+    factor: float = 0.0
+    reads: float = 1.0  # how often the input bytes are held
+
+
+def _draw(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import draw
+
+    yield from (draw.matrix(shape, **params) for shape in shapes)
+
+
+def _neurons(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import carve
+
+    order = tables[params["order"]] if params.get("order") else None
+    yield from carve.experts(inputs[0], shapes, order=order, **{k: v for k, v in params.items() if k != "order"})
+
+
+def _combine(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import combine
+
+    yield combine.weighted(inputs, params["weights"])
+
+
+def _affine(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import combine
+
+    yield combine.affine(inputs[0], params.get("scale", 1.0), params.get("shift", 0.0))
+
+
+def _transpose(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    yield inputs[0].transpose(-1, -2).contiguous()
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("copy", None, "nothing"),
+        Op("zeros", None, "nothing"),
+        Op("draw", _draw, "numpy", 12.0),
+        Op("neurons", _neurons, "torch", 4.0, reads=2.0),
+        Op("combine", _combine, "torch", 4.0),
+        Op("affine", _affine, "torch", 4.0),
+        Op("transpose", _transpose, "torch", 2.0),
+    )
+}
+
+
+def needs(tasks: Sequence[Task]) -> str:
+    """What the heaviest task imports: "nothing", "numpy" or "torch"."""
+    wanted = {OPS[t.op].needs for t in tasks}
+    return next((n for n in ("torch", "numpy") if n in wanted), "nothing")
+
+
+def task_memory(task: Task, dtypes: Mapping[str, str], source_bytes: Callable[[Piece], int]) -> int:
+    """Peak bytes that a task holds, beyond the process itself."""
+    op = OPS[task.op]
+    if op.run is None:
+        return COPY_BUFFER
+    read = sum(source_bytes(p) for p in task.inputs)
+    made = max((size_of(dtypes[o.name], o.shape) for o in task.outputs), default=0)
+    return int(op.reads * read + op.factor * made)
+
+
+def run_task(task: Task, inputs: Sequence[Any], dtypes: Mapping[str, str], tables: Tables) -> Iterator[tuple[Piece, Any]]:
+    """Yield (output piece, bytes) for a computed task. `inputs` are torch tensors (or nothing, for draw)."""
+    op = OPS[task.op]
+    assert op.run is not None
+    results = op.run(inputs, [o.shape for o in task.outputs], task.params, tables)
+    for piece, value in zip(task.outputs, results, strict=True):
+        if tuple(value.shape) != piece.shape:
+            raise MoetoolError("an operation made a wrong shape", tensor=piece.name, expected=list(piece.shape), found=list(value.shape), hint="report this as a bug of moetool")
+        yield piece, value
+
+
+def rehearse(tasks: Sequence[Task], dtype_of: Callable[[Piece], str], tables: Tables) -> int:
+    """Run one task of each kind on the meta device; returns how many kinds. Raises MoetoolError on a shape that does not fit."""
+    from moetool.kernels import codec
+
+    seen: set[tuple[Any, ...]] = set()
+    for task in tasks:
+        if OPS[task.op].needs != "torch":
+            continue
+        kind = (task.op, tuple(p.shape for p in task.inputs), tuple(o.shape for o in task.outputs), tuple(sorted((k, type(v).__name__) for k, v in task.params.items())))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        inputs = [codec.meta(p.shape, dtype_of(p)) for p in task.inputs]
+        for _ in run_task(task, inputs, {}, tables):
+            pass
+    return len(seen)

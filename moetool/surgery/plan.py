@@ -1,0 +1,182 @@
+"""A plan is a value: which output tensors come from which input pieces by which operation, and where each will lie.
+
+Dry run prints it, verify compares with it, resume skips shards that carry its digest, workers get parts of it.
+No torch here; JSON in, JSON out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.surgery.spec import DTYPE_BITS, Piece, Target, Task
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its final name, its tensors with their byte offsets (after the header), its tasks."""
+
+    name: str
+    offsets: dict[str, tuple[int, int]]
+    tasks: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of tensor data."""
+        return max((stop for _, stop in self.offsets.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the bytes of an output, and the digest of it."""
+
+    sources: list[list[list[Any]]]  # fingerprint of each source checkpoint
+    config: dict[str, Any]
+    targets: dict[str, Target]
+    tasks: tuple[Task, ...]
+    shards: tuple[Shard, ...]
+    dropped: dict[str, str]
+    tables: dict[str, list[int]] = field(default_factory=dict)
+    digest: str = ""
+
+    @classmethod
+    def build(cls, sources: list[list[list[Any]]], config: dict[str, Any], targets: Iterable[Target], tasks: Iterable[Task], *, max_shard: int, dropped: dict[str, str], tables: dict[str, list[int]] | None = None) -> Plan:
+        """Pack targets into shards of at most `max_shard` bytes (a task's outputs stay together) and seal the digest."""
+        by_name: dict[str, Target] = {}
+        for target in targets:
+            if target.name in by_name:
+                raise MoetoolError("an output is planned twice", tensor=target.name, hint="report this as a bug of moetool")
+            by_name[target.name] = target
+        tasks = tuple(tasks)
+        shards = _pack(by_name, tasks, max_shard)
+        body = {
+            "format": FORMAT, "sources": sources, "config": config, "tables": tables or {},
+            "targets": [[t.name, t.dtype, t.shape] for t in by_name.values()],
+            "tasks": [t.as_json() for t in tasks], "shards": [[s.name, list(s.offsets)] for s in shards],
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        plan = cls(sources, config, by_name, tasks, shards, dropped, tables or {}, digest)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Every element of every output is made exactly once; raises MoetoolError otherwise."""
+        runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for task in self.tasks:
+            for out in task.outputs:
+                if out.name not in self.targets:
+                    raise MoetoolError("a task makes an unplanned tensor", tensor=out.name, hint="report this as a bug of moetool")
+                runs[out.name].append((out.offset, out.offset + out.count))
+        for name, target in self.targets.items():
+            position, total = 0, 1
+            for n in target.shape:
+                total *= n
+            for start, stop in sorted(runs[name]):
+                if start != position:
+                    raise MoetoolError("an output is made twice or not at all", tensor=name, expected=f"element {position}", found=f"element {start}", hint="report this as a bug of moetool")
+                position = stop
+            if position != total:
+                raise MoetoolError("an output is not fully made", tensor=name, expected=f"{total} elements", found=position, hint="report this as a bug of moetool")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.size for t in self.targets.values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(len(self.header(s)) + s.size for s in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(t.size * 8 // DTYPE_BITS[t.dtype] for t in self.targets.values())
+
+    def header(self, shard: Shard) -> bytes:
+        """The safetensors header of a shard, final: it is written before the first tensor."""
+        table: dict[str, Any] = {"__metadata__": {"format": "pt", "moetool_plan": self.digest}}
+        for name, offsets in shard.offsets.items():
+            table[name] = {"dtype": self.targets[name].dtype, "shape": list(self.targets[name].shape), "data_offsets": list(offsets)}
+        body = json.dumps(table, separators=(",", ":")).encode()
+        body += b" " * (-len(body) % 8)
+        return struct.pack("<Q", len(body)) + body
+
+    def index(self) -> dict[str, Any]:
+        """The `model.safetensors.index.json` of this plan."""
+        places = {name: shard.name for shard in self.shards for name in shard.offsets}
+        return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(places.items()))}
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain data (`Plan.from_json` gives it back)."""
+        return {
+            "format": FORMAT, "digest": self.digest, "sources": self.sources, "config": self.config, "dropped": self.dropped,
+            "tables": self.tables, "targets": [[t.name, t.dtype, list(t.shape)] for t in self.targets.values()],
+            "tasks": [t.as_json() for t in self.tasks],
+            "shards": [[s.name, {k: list(v) for k, v in s.offsets.items()}, list(s.tasks)] for s in self.shards],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Read a plan that `as_json` wrote; the digest is taken as it stands."""
+        targets = {n: Target(n, d, tuple(s)) for n, d, s in data["targets"]}
+        shards = tuple(Shard(n, {k: (a, b) for k, (a, b) in o.items()}, tuple(t)) for n, o, t in data["shards"])
+        return cls(data["sources"], data["config"], targets, tuple(map(Task.from_json, data["tasks"])), shards, data["dropped"], data["tables"], data["digest"])
+
+
+def _pack(targets: dict[str, Target], tasks: tuple[Task, ...], max_shard: int) -> tuple[Shard, ...]:
+    """Greedy, in plan order. Tensors that share a task share a shard, so that the task runs once."""
+    groups: list[tuple[list[str], list[int]]] = []
+    place: dict[str, int] = {}
+    for number, task in enumerate(tasks):
+        near = sorted({place[o.name] for o in task.outputs if o.name in place})
+        home = near[0] if near else len(groups)
+        if not near:
+            groups.append(([], []))
+        for other in near[1:]:
+            for name in groups[other][0]:
+                place[name] = home
+            groups[home][0].extend(groups[other][0])
+            groups[home][1].extend(groups[other][1])
+            groups[other] = ([], [])
+        for out in task.outputs:
+            if out.name not in place:
+                place[out.name] = home
+                groups[home][0].append(out.name)
+        groups[home][1].append(number)
+    packed: list[tuple[list[str], list[int]]] = []
+    filled = 0
+    for names, numbers in groups:
+        if not names:
+            continue
+        size = sum(targets[n].size for n in names if n in targets)
+        if not packed or filled + size > max_shard:
+            packed.append(([], []))
+            filled = 0
+        packed[-1][0].extend(names)
+        packed[-1][1].extend(numbers)
+        filled += size
+    return tuple(_lay(i, len(packed), names, numbers, targets) for i, (names, numbers) in enumerate(packed))
+
+
+def _lay(number: int, count: int, names: list[str], tasks: list[int], targets: dict[str, Target]) -> Shard:
+    """Wide dtypes first: every tensor then starts at a multiple of its element size."""
+    name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    offsets, position = {}, 0
+    for tensor in sorted((n for n in names if n in targets), key=lambda n: -DTYPE_BITS[targets[n].dtype]):
+        offsets[tensor] = (position, position + targets[tensor].size)
+        position += targets[tensor].size
+    return Shard(name, offsets, tuple(sorted(tasks)))
+
+
+def elements(piece: Piece, dtype: str) -> tuple[int, int]:
+    """(byte offset, byte count) of an output piece inside its tensor."""
+    return piece.offset * DTYPE_BITS[dtype] // 8, piece.count * DTYPE_BITS[dtype] // 8

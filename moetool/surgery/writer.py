@@ -1,0 +1,171 @@
+"""Where an output comes to life: a staging folder beside the target, shards by rename, `config.json` last, one final rename.
+
+A folder that a loader accepts exists only when everything in it is whole. A second process, another plan, a folder with
+other content: all refused before a byte is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import MoetoolError, UsageError
+from moetool.surgery.checkpoint import INDEX, Checkpoint
+from moetool.surgery.plan import Plan, Shard
+
+STATE = "moetool-staging.json"
+
+
+class Writer:
+    """Owns the staging folder of one output. Use as a context manager: it holds the lock."""
+
+    def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, sources: Sequence[Checkpoint] = ()) -> None:
+        self.out, self.plan, self.overwrite = Path(os.path.abspath(out)), plan, overwrite
+        self.staging = self.out.parent / f".{self.out.name}.moetool"
+        self.sources = sources
+        self._lock: int | None = None
+
+    def finished(self) -> bool:
+        """Whether the target already is the whole result of this very plan (a run that was killed after its last rename)."""
+        if self.overwrite or not (self.out / "config.json").is_file() or not (self.out / "moetool.json").is_file():
+            return False
+        return all(self._whole(self.out / s.name, s) for s in self.plan.shards)
+
+    def check(self) -> None:
+        """Refuse a target that cannot or must not be written; nothing is changed. Raises UsageError or MoetoolError."""
+        check_target(self.out, [s.folder for s in self.sources], overwrite=self.overwrite)
+        left = self.plan.disk - sum((self.staging / s.name).stat().st_size for s in self.plan.shards if (self.staging / s.name).exists())
+        free = shutil.disk_usage(existing(self.out.parent)).free
+        if left > free:
+            raise MoetoolError("not enough space on the disk", file=self.out, expected=f"{left:,} bytes", found=f"{free:,} bytes free", hint="free some space or choose another disk")
+
+    def __enter__(self) -> Writer:
+        try:
+            self.staging.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.staging / STATE, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as problem:
+            raise MoetoolError(f"cannot write here: {problem.strerror}", file=self.staging.parent, hint="choose a folder you may write to") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = None
+            raise MoetoolError("another moetool process is writing this output", file=self.out, hint="wait for it, or choose another output folder") from None
+        self._begin(self._lock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _begin(self, lock: int) -> None:
+        """Take over what an earlier run of the same plan left; refuse what another plan left."""
+        seen = os.pread(lock, 1 << 20, 0)
+        try:
+            old = json.loads(seen) if seen else None
+        except json.JSONDecodeError:
+            old = {}
+        mine = {"digest": self.plan.digest, "sources": self._stamps()}
+        if old is not None and old != mine:
+            if not self.overwrite:
+                why = "its sources have changed since" if old.get("digest") == self.plan.digest else "it belongs to another plan"
+                raise MoetoolError(f"an unfinished output is in the way: {why}", file=self.staging, expected=self.plan.digest[:16], found=str(old.get("digest"))[:16], hint="add --overwrite to discard it, or choose another output folder")
+            for entry in self.staging.iterdir():
+                if entry.name != STATE:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(mine).encode(), 0)
+        for left in self.staging.glob("*.tmp"):
+            left.unlink()
+
+    def _stamps(self) -> list[list[list[Any]]]:
+        return [[[name, os.stat(os.path.join(s.folder, name)).st_mtime_ns] for name in sorted(s.files)] for s in self.sources]
+
+    def is_done(self, shard: Shard) -> bool:
+        """A shard is done if it is there, whole, and its header (which holds the plan's digest) is the planned one."""
+        return self._whole(self.staging / shard.name, shard)
+
+    def _whole(self, path: Path, shard: Shard) -> bool:
+        header = self.plan.header(shard)
+        try:
+            with path.open("rb") as handle:
+                return os.fstat(handle.fileno()).st_size == len(header) + shard.size and handle.read(len(header)) == header
+        except OSError:
+            return False
+
+    def publish(self, temporary: str) -> None:
+        """Give a finished shard its final name."""
+        os.replace(temporary, temporary.removesuffix(".tmp"))
+
+    def finish(self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: dict[str, Any]) -> None:
+        """Write index and small files, then config.json, then move the whole folder to its place."""
+        missing = [s.name for s in self.plan.shards if not self.is_done(s)]
+        if missing:
+            raise MoetoolError("a shard is not whole", file=self.staging / missing[0], hint="run the same command again")
+        for name, source in sorted(travelling.items()):
+            shutil.copyfile(source, self.staging / (name + ".tmp"))
+            os.replace(self.staging / (name + ".tmp"), self.staging / name)
+        everything = dict(files)
+        if len(self.plan.shards) > 1:
+            everything[INDEX] = as_json(self.plan.index())
+        for name, data in sorted(everything.items()):
+            self._put(name, data)
+        self._put("config.json", as_json(config))
+        os.unlink(self.staging / STATE)
+        self._publish_folder()
+
+    def _put(self, name: str, data: bytes) -> None:
+        temporary = self.staging / (name + ".tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, self.staging / name)
+
+    def _publish_folder(self) -> None:
+        old = self.out.with_name(f".{self.out.name}.moetool-old")
+        if self.overwrite and self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+        try:
+            os.replace(self.staging, self.out)
+        except OSError as problem:
+            if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise MoetoolError("the output folder was filled while moetool worked", file=self.out, hint="look at it, remove it, and run the same command again") from None
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_target(out: Path, sources: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse an output that is a source, lies in one, holds one, or is not empty; raises UsageError or MoetoolError."""
+    real = out.resolve()
+    for source in sources:
+        folder = Path(source).resolve()
+        if real == folder or folder in real.parents or real in folder.parents:
+            raise UsageError("the output must not be a source, lie in one, or hold one", file=out, found=f"source {source}", hint="choose another output folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError("the output is a file", file=out, expected="a folder", hint="choose another output folder")
+    if out.is_dir() and not overwrite:
+        with contextlib.suppress(StopIteration):
+            found = next(os.scandir(out)).name
+            raise UsageError("the output folder is not empty", file=out, found=found, hint="choose another folder, or add --overwrite to replace it")
+    parent = existing(out.parent)
+    if not os.access(parent, os.W_OK):
+        raise MoetoolError("cannot write here: permission denied", file=parent, hint="choose a folder you may write to")
+
+
+def as_json(data: Any) -> bytes:
+    """JSON as people and diffs like it."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,69 @@
+"""Fixtures every test may use. Nothing here, and no test, reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """models("llama") -> folder of a tiny random model, made once a session; keyword arguments change its config."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def get(family: str, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+        key = f"{family}-{seed}-{dtype}-{hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]}"
+        if key not in made:
+            made[key] = tiny.save(family, root / key, seed=seed, dtype=dtype, **overrides)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def llama(models: Callable[..., Path]) -> Path:
+    """A tiny random Llama, float32."""
+    return models("llama")
+
+
+class Done(subprocess.CompletedProcess[str]):
+    """A finished command."""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def command(*args: object, timeout: float = 240, env: dict[str, str] | None = None, **kwargs: Any) -> Done:
+    """Run `moetool ARGS` as a user would, in a process of its own."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-m", "moetool", *map(str, args)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False, **kwargs)
+    done = Done(run.args, run.returncode, run.stdout, run.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture
+def moetool() -> Callable[..., Done]:
+    return command
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """name -> sha256 of every file below a folder."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}

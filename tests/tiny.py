@@ -1,0 +1,74 @@
+"""Tiny random models of every dense family moetool converts, made by stock transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COMMON = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 256}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+# family -> (transformers class, config)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**COMMON, "head_dim": 24, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}}),
+    "mistral": ("MistralForCausalLM", {**COMMON, "sliding_window": 8}),
+    "phi3": ("Phi3ForCausalLM", {**COMMON, "pad_token_id": 0}),
+    "qwen2": ("Qwen2ForCausalLM", COMMON),
+    "qwen3": ("Qwen3ForCausalLM", {**COMMON, "head_dim": 24}),
+    "granite": ("GraniteForCausalLM", {**COMMON, "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "olmo2": ("Olmo2ForCausalLM", COMMON),
+    "gemma": ("GemmaForCausalLM", {**COMMON, "head_dim": 24}),
+    "cohere2": ("Cohere2ForCausalLM", {**COMMON, "head_dim": 16, "sliding_window": 8}),
+    "ernie4_5": ("Ernie4_5ForCausalLM", {**COMMON, "head_dim": 24}),
+    "lfm2": ("Lfm2ForCausalLM", {**COMMON, "layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": True, "block_multiple_of": 32}),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", {**COMMON, "head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {
+        "text_config": {**COMMON, "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 4, 4]}},
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6, "tie_word_embeddings": False,
+    }),
+    "stablelm": ("StableLmForCausalLM", {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
+    "llava": ("LlavaForConditionalGeneration", {"text_config": {"model_type": "llama", **COMMON}, "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **VISION}, "image_token_index": 3, "image_seq_length": 4}),
+}  # fmt: skip
+
+
+def save(family: str, folder: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+    """Write a random model of a family as safetensors and return its folder."""
+    import torch
+    import transformers
+
+    cls_name, config = FAMILIES[family]
+    config = json.loads(json.dumps({**config, **overrides}))
+    torch.manual_seed(seed)
+    made = transformers.CONFIG_MAPPING[family](**config)
+    model = getattr(transformers, cls_name)._from_config(made)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embed" not in name:
+                parameter.mul_(3.0)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """A model in float32 with empty loading info (asserted)."""
+    import torch
+    import transformers
+
+    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {k: v for k, v in info.items() if v and k != "error_msgs"}
+    assert not wrong, wrong
+    return model.eval()
+
+
+def logits(folder: Path) -> Any:
+    """Logits of two fixed sequences, float32."""
+    import torch
+
+    ids = torch.randint(10, 150, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return load(folder)(input_ids=ids).logits
