@@ -19,7 +19,7 @@ from moetool.methods.contract import Made, Method, Settings
 from moetool.report import card, provenance
 from moetool.surgery import engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan
+from moetool.surgery.plan import Plan, Shard
 from moetool.surgery.writer import Writer, existing
 
 Progress = Callable[[str, int, int], None]  # (stage, done bytes, all bytes)
@@ -115,14 +115,21 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
     begun = time.perf_counter()
     if prepared.done:
         return prepared.summary() | {"warnings": ["the output was already there, whole, from this very plan: nothing was written"], "resumed_shards": len(plan.shards), "seconds": 0.0}
-    findings = _scan(prepared, progress, stop)
+    suspects = _strictly_finite(prepared, progress, stop) if options.strict else []
     writer = Writer(options.out, plan, overwrite=options.overwrite, sources=prepared.sources)
     with writer:
         todo = [s for s in plan.shards if not writer.is_done(s)]
+        suspects += _look(prepared, todo, progress, stop)
         total = sum(s.size for s in plan.shards)
         state = _Counter(progress, total, total - sum(s.size for s in todo))
-        jobs = list(engine.jobs_of(plan, prepared.sources, todo, str(writer.staging), device=options.device, threads=max(1, prepared.jobs // max(1, len(todo)))))
-        nodes = _run(options, prepared.jobs, jobs, lambda job: writer.publish(job.path), state, stop)
+        jobs = list(engine.jobs_of(plan, prepared.sources, todo, str(writer.staging), device=options.device, threads=prepared.jobs, watch=not options.strict))
+
+        def done(job: engine.Job, found: list[scan.Suspect]) -> None:
+            writer.publish(job.path)
+            suspects.extend(found)
+
+        nodes = _run(options, prepared.jobs, jobs, done, state, stop)
+        findings = [f"{b.file}: {b.name} holds {b.what}" for b in scan.named(prepared.sources, plan.tasks, suspects)] if suspects else []
         report = prepared.summary() | {"warnings": [*prepared.made.warnings, *findings], "resumed_shards": len(plan.shards) - len(todo), "seconds": round(time.perf_counter() - begun, 3)}
         if nodes:
             report["ray_nodes"] = nodes
@@ -145,7 +152,7 @@ class _Counter:
             self._progress("write", min(self._done, self._total), self._total)
 
 
-def _run(options: Options, workers: int, jobs: list[engine.Job], done: Callable[[engine.Job], None], tell: engine.Tell, stop: threading.Event) -> list[str]:
+def _run(options: Options, workers: int, jobs: list[engine.Job], done: Callable[[engine.Job, list[scan.Suspect]], None], tell: engine.Tell, stop: threading.Event) -> list[str]:
     try:
         if options.engine == "ray":
             from moetool.surgery.engine_ray import run_ray
@@ -161,13 +168,22 @@ def _run(options: Options, workers: int, jobs: list[engine.Job], done: Callable[
     return []
 
 
-def _scan(prepared: Prepared, progress: Progress, stop: threading.Event) -> list[str]:
-    """NaN and inf in what is read: a warning each, or with --strict a refusal."""
-    bad = scan.not_finite(prepared.sources, prepared.plan.tasks, workers=prepared.jobs, tell=progress, stop=stop)
-    if bad and prepared.options.strict:
-        first = bad[0]
-        raise MoetoolError("weights are not finite", file=first.file, tensor=first.name, found=f"{first.what}, in {len(bad)} tensors", expected="finite values", hint="repair the checkpoint, or leave out --strict")
-    return [f"{b.file}: {b.name} holds {b.what}" for b in bad]
+def _strictly_finite(prepared: Prepared, progress: Progress, stop: threading.Event) -> list[scan.Suspect]:
+    """With --strict everything that is read is looked at before a byte is written."""
+    found = scan.suspects(prepared.sources, prepared.plan.tasks, workers=prepared.jobs, tell=progress, stop=stop)
+    bad = scan.named(prepared.sources, prepared.plan.tasks, found) if found else []
+    if bad:
+        raise MoetoolError("weights are not finite", file=bad[0].file, tensor=bad[0].name, found=f"{bad[0].what}, in {len(bad)} tensors", expected="finite values", hint="repair the checkpoint, or leave out --strict")
+    return []
+
+
+def _look(prepared: Prepared, todo: Sequence[Shard], progress: Progress, stop: threading.Event) -> list[scan.Suspect]:
+    """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and shards that were there already."""
+    if prepared.options.strict:
+        return []
+    tasks, fresh = prepared.plan.tasks, {i for s in todo for i in s.tasks}
+    rest = [t for i, t in enumerate(tasks) if t.inputs and (t.op != "copy" or i not in fresh)]
+    return sorted(scan.suspects(prepared.sources, rest, workers=prepared.jobs, tell=progress, stop=stop))
 
 
 def _read_bytes(prepared: Prepared) -> int:

@@ -34,6 +34,7 @@ class Session:
 
 
 session = Session()
+_CLICK_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _commands()
         code = app(args, standalone_mode=False)
+        if code == _CLICK_INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MoetoolError as problem:
         session.sink.error(problem)
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return Stopped.exit_code
     except typer.Exit as done:
         return done.exit_code
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001 - the last place: a sentence instead of a traceback
         return _unexpected(problem)
 
 

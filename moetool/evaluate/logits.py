@@ -36,7 +36,7 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
         warnings.simplefilter("ignore")
         try:
             model, info = cls.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever transformers raises, the checkpoint does not load
             raise VerificationFailed(f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}", file=checkpoint.folder, hint="make the output again; if it stays, report this as a bug of moetool") from None
     wrong = {k: sorted(map(str, v))[:4] for k, v in info.items() if v}
     if wrong:

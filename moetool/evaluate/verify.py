@@ -38,7 +38,7 @@ def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, m
     result["bytes"] = ranges.compare_bytes(plan, sources, checkpoint, device=device, tell=tell)
     result["accounted"] = _account(sources, plan, made)
     level = record["report"]["certificate"]["level"]
-    if record["method"] == "upcycle" and not record["report"]["expert_sources"] == []:
+    if record["method"] == "upcycle" and record["report"]["expert_sources"]:
         result |= _function(sources, checkpoint, record, level, load, memory, device)
     return result | {"verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"}
 

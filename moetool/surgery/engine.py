@@ -1,7 +1,6 @@
 """Make a plan's shards, on threads here or on a Ray cluster: one worker function of plain values serves both.
 
-Bytes that are only moved go through `copy_file_range` (pread/pwrite where the file system refuses); computed tensors
-come one task at a time. Nothing is left under a shard's final name until the shard is whole.
+Bytes that are only moved go through `copy_file_range` or a small buffer (see Mover); computed tensors come one task at a time. Nothing is left under a shard's final name until the shard is whole.
 """
 
 from __future__ import annotations
@@ -9,20 +8,34 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moetool.errors import MoetoolError, Stopped
-from moetool.surgery import ops
+from moetool.surgery import ops, scan
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan, Shard, elements
+from moetool.surgery.scan import Suspect
 from moetool.surgery.spec import Piece, Task
 
 Tell = Callable[[int], None]
 _STEP = 64 << 20  # between two looks at the stop flag
 _NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A byte move, absolute positions. `first`: no other move of the job reads these bytes (so they are looked at once)."""
+
+    path: str
+    start: int
+    to: int
+    count: int
+    dtype: str
+    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Job:
     path: str  # the shard's temporary name, on a file system that the worker sees
     header: bytes
     size: int  # of the whole file
-    copies: tuple[tuple[str, int, int, int], ...]  # (source file, from, to, count), absolute byte positions
+    copies: tuple[Copy, ...]
     tasks: tuple[Task, ...]
     dtypes: dict[str, str]
     starts: dict[str, int]  # where each tensor begins in the file
@@ -40,10 +53,12 @@ class Job:
     tables: dict[str, list[int]]
     device: str
     threads: int
+    watch: bool = False  # look for NaN and inf in what is copied
 
 
-def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], folder: str, *, device: str = "cpu", threads: int = 1) -> Iterator[Job]:
-    """The work of the given shards."""
+def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], folder: str, *, device: str = "cpu", threads: int = 1, watch: bool = False) -> Iterator[Job]:
+    """The work of the given shards; `threads` are dealt out by size, at least one each."""
+    everything = sum(s.size for s in shards) or 1
     for shard in shards:
         header = plan.header(shard)
         starts = {name: len(header) + start for name, (start, _) in shard.offsets.items()}
@@ -55,59 +70,63 @@ def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], 
         yield Job(
             os.path.join(folder, shard.name + ".tmp"), header, len(header) + shard.size,
             tuple(_copies(tasks, sources, starts, dtypes)), computed, dtypes, starts, ranges,
-            {k: plan.tables[k] for k in used}, device, threads,
+            {k: plan.tables[k] for k in used}, device, max(1, round(threads * shard.size / everything)), watch,
         )  # fmt: skip
 
 
-def _copies(tasks: Sequence[Task], sources: Sequence[Checkpoint], starts: dict[str, int], dtypes: dict[str, str]) -> Iterator[tuple[str, int, int, int]]:
-    """Byte moves, neighbours joined."""
-    last: tuple[str, int, int, int] | None = None
+def _copies(tasks: Sequence[Task], sources: Sequence[Checkpoint], starts: dict[str, int], dtypes: dict[str, str]) -> Iterator[Copy]:
+    """Byte moves, neighbours of one dtype joined."""
+    last: Copy | None = None
+    seen: set[tuple[str, int]] = set()
     for task in tasks:
         if task.op != "copy":
             continue
         for source, out in zip(task.inputs, task.outputs, strict=True):
             path, start, count = sources[source.source].range_of(source)
-            offset, size = elements(out, dtypes[out.name])
+            dtype = dtypes[out.name]
+            offset, size = elements(out, dtype)
             if size != count:
                 raise MoetoolError("a copy changes size", tensor=out.name, expected=f"{size} bytes", found=f"{count} bytes", hint="report this as a bug of moetool")
-            to = starts[out.name] + offset
-            if last and last[0] == path and last[1] + last[3] == start and last[2] + last[3] == to:
-                last = (path, last[1], last[2], last[3] + count)
+            move = Copy(path, start, starts[out.name] + offset, count, dtype, (path, start) not in seen)
+            seen.add((path, start))
+            if last and (last.path, last.start + last.count, last.to + last.count, last.dtype, last.first) == (path, start, move.to, dtype, move.first):
+                last = replace(last, count=last.count + count)
                 continue
             if last:
                 yield last
-            last = (path, start, to, count)
+            last = move
     if last:
         yield last
 
 
-def make_shard(job: Job, tell: Tell | None = None, stop: Callable[[], bool] = lambda: False) -> int:
-    """Write one shard under its temporary name; returns the bytes written. Runs in a thread or in a Ray worker."""
+def make_shard(job: Job, tell: Tell | None = None, stop: Callable[[], bool] = lambda: False) -> list[Suspect]:
+    """Write one shard under its temporary name; returns ranges with NaN or inf. Runs in a thread or in a Ray worker."""
     tell = tell or (lambda count: None)
     handle = os.open(job.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _pwrite(handle, job.header, 0)
         os.ftruncate(handle, job.size)  # `zeros` need no work: a hole reads as zeros
-        _copy_all(job, handle, tell, stop)
+        found = _copy_all(job, handle, tell, stop)
         for number, task in enumerate(job.tasks):
             if stop():
                 raise Stopped("stopped")
             _compute(job, number, task, handle, tell)
     finally:
         os.close(handle)
-    return job.size
+    return found
 
 
-def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> None:
-    moves = [(path, a + i, b + i, min(_STEP, count - i)) for path, a, b, count in job.copies for i in range(0, count, _STEP)]
-    opened = {path: os.open(path, os.O_RDONLY) for path in sorted({m[0] for m in moves})}
+def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> list[Suspect]:
+    moves = [replace(c, start=c.start + i, to=c.to + i, count=min(_STEP, c.count - i)) for c in job.copies for i in range(0, c.count, _STEP)]
+    opened = {path: os.open(path, os.O_RDONLY) for path in sorted({m.path for m in moves})}
+    mover = Mover(handle, watch=job.watch)
     try:
 
-        def one(move: tuple[str, int, int, int]) -> None:
+        def one(move: Copy) -> None:
             if stop():
                 raise Stopped("stopped")
-            _move(opened[move[0]], handle, *move)
-            tell(move[3])
+            mover.move(opened[move.path], move)
+            tell(move.count)
 
         if job.threads > 1 and len(moves) > 1:
             with ThreadPoolExecutor(job.threads) as pool:
@@ -118,27 +137,76 @@ def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> No
     finally:
         for source in opened.values():
             os.close(source)
+    return mover.suspects
 
 
-def _move(source: int, target: int, path: str, start: int, to: int, count: int) -> None:
-    done = 0
-    in_kernel = hasattr(os, "copy_file_range")
-    while done < count:
+class Mover:
+    """Moves byte ranges into one file, in the kernel (`copy_file_range`) or through a buffer, whichever proves faster.
+
+    Where blocks can be shared or a server copies (XFS, btrfs, NFS) the kernel wins by far; on ext4 its page-wise splice
+    takes a third longer than a small buffer (6.18, measured), and two threads on one file get in each other's way. So the
+    first large ranges are timed, one each way, and the faster way does the rest. The bytes are the same.
+    """
+
+    _TIMED = 8 << 20
+
+    def __init__(self, target: int, *, watch: bool = False) -> None:
+        self._target, self._watch = target, watch
+        self._rates: dict[bool, float] = {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
+        self._local = threading.local()
+        self.suspects: list[Suspect] = []
+
+    def move(self, source: int, copy: Copy) -> None:
+        """All bytes of a move. With `watch`, ranges with NaN or inf end up in `suspects`."""
+        in_kernel = self._choose()
+        begun = time.perf_counter()
         if in_kernel:
             try:
-                got = os.copy_file_range(source, target, count - done, start + done, to + done)
+                self._in_kernel(source, copy)
             except OSError as problem:
                 if problem.errno not in _NO_RANGE_COPY:
                     raise
+                self._rates = {True: 0.0, False: 1.0}
                 in_kernel = False
-                continue
-        else:
-            block = os.pread(source, min(ops.COPY_BUFFER, count - done), start + done)
-            got = len(block)
-            _pwrite(target, block, to + done)
-        if got == 0:
-            raise MoetoolError("the file became shorter while it was read", file=path, expected=f"{start + count} bytes", found=f"{start + done} bytes", hint="do not change a source while moetool works on it")
-        done += got
+        if not in_kernel:
+            self._through_buffer(source, copy)
+        if copy.count >= self._TIMED:
+            self._rates.setdefault(in_kernel, copy.count / (time.perf_counter() - begun))
+        if in_kernel and self._watch and copy.first:
+            self.suspects += scan.bad_ranges(copy.path, copy.start, copy.start + copy.count, copy.dtype)
+
+    def _choose(self) -> bool:
+        if len(self._rates) < 2:
+            return True not in self._rates
+        return self._rates[True] > self._rates[False]
+
+    def _in_kernel(self, source: int, copy: Copy) -> None:
+        done = 0
+        while done < copy.count:
+            got = os.copy_file_range(source, self._target, copy.count - done, copy.start + done, copy.to + done)
+            _some(got, copy, done)
+            done += got
+
+    def _through_buffer(self, source: int, copy: Copy) -> None:
+        if not hasattr(self._local, "view"):
+            self._local.view = memoryview(bytearray(ops.COPY_BUFFER))
+        view, done, watch = self._local.view, 0, self._watch and copy.first
+        while done < copy.count:
+            want = min(len(view), copy.count - done)
+            got = 0
+            while got < want:  # whole blocks, so that values are not cut
+                more = os.preadv(source, [view[got:want]], copy.start + done + got)
+                _some(more, copy, done + got)
+                got += more
+            _pwrite(self._target, view[:got], copy.to + done)
+            if watch and scan.bad_block(view[:got], copy.dtype):
+                self.suspects.append((copy.path, copy.start + done, copy.start + done + got, copy.dtype))
+            done += got
+
+
+def _some(got: int, copy: Copy, done: int) -> None:
+    if got == 0:
+        raise MoetoolError("the file became shorter while it was read", file=copy.path, expected=f"{copy.start + copy.count} bytes", found=f"{copy.start + done} bytes", hint="do not change a source while moetool works on it")
 
 
 def _pwrite(handle: int, data: Any, position: int) -> None:
@@ -164,27 +232,25 @@ def _compute(job: Job, number: int, task: Task, handle: int, tell: Tell) -> None
         tell(size)
 
 
-def run_local(jobs: Sequence[Job], done: Callable[[Job], None], *, workers: int, tell: Tell, stop: threading.Event) -> None:
-    """Make every job on threads; `done` runs in this thread after each. The first failure stops the others."""
-    if not jobs:
-        return
-    with ThreadPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
-        failed = threading.Event()
-        futures = {pool.submit(make_shard, job, tell, lambda: stop.is_set() or failed.is_set()): job for job in jobs}
+def run_local(jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], *, workers: int, tell: Tell, stop: threading.Event) -> None:
+    """Make every job on threads; `done` gives a finished shard its name at once. The first failure stops the others."""
+    failed = threading.Event()
+
+    def stopping() -> bool:
+        return stop.is_set() or failed.is_set()
+
+    def one(job: Job) -> None:
+        if stopping():
+            raise Stopped("stopped")
+        done(job, make_shard(job, tell, stopping))
+
+    with ThreadPoolExecutor(max(1, min(workers, len(jobs) or 1))) as pool:
+        futures = [pool.submit(one, job) for job in jobs]
         try:
-            for future, job in futures.items():
-                while not future.done() and not stop.is_set():
-                    _wait(future)
+            for future in futures:
                 future.result()
-                done(job)
         except BaseException:
             failed.set()
             for future in futures:
                 future.cancel()
             raise
-
-
-def _wait(future: Any) -> None:
-    from concurrent.futures import wait
-
-    wait([future], timeout=0.2)

@@ -9,9 +9,10 @@ from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, UsageError
 from moetool.surgery.engine import Job, Tell, make_shard
+from moetool.surgery.scan import Suspect
 
 
-def run_ray(jobs: Sequence[Job], done: Callable[[Job], None], *, address: str | None, tell: Tell, stop: threading.Event) -> list[str]:
+def run_ray(jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], *, address: str | None, tell: Tell, stop: threading.Event) -> list[str]:
     """Hand one shard at a time to the cluster's nodes; returns the node ids that worked.
 
     Raises UsageError when Ray is not installed or the cluster cannot be reached; a failing shard's own error otherwise.
@@ -33,8 +34,8 @@ def run_ray(jobs: Sequence[Job], done: Callable[[Job], None], *, address: str | 
             ray.shutdown()
 
 
-def _drain(ray: Any, jobs: Sequence[Job], done: Callable[[Job], None], tell: Tell, stop: threading.Event) -> list[str]:
-    def work(job: Job) -> tuple[int, str]:
+def _drain(ray: Any, jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], tell: Tell, stop: threading.Event) -> list[str]:
+    def work(job: Job) -> tuple[list[Suspect], str]:
         return make_shard(job), ray.get_runtime_context().get_node_id()
 
     remote = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(work)
@@ -49,10 +50,10 @@ def _drain(ray: Any, jobs: Sequence[Job], done: Callable[[Job], None], tell: Tel
         for reference in ready:
             job = waiting.pop(reference)
             try:
-                size, node = ray.get(reference)
+                found, node = ray.get(reference)
             except ray.exceptions.RayTaskError as problem:
                 raise problem.cause if isinstance(problem.cause, MoetoolError | OSError) else MoetoolError(f"a Ray worker failed: {problem.cause}", file=job.path, hint="see the Ray logs; finished shards are kept") from None
             nodes.add(node)
-            tell(size)
-            done(job)
+            tell(job.size)
+            done(job, found)
     return sorted(nodes)

@@ -7,7 +7,7 @@ integers find them without decoding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Task
 
-_BLOCK = 2 << 20
+Suspect = tuple[str, int, int, str]  # (path, start, stop, dtype)
+_BLOCK = 1 << 19
 # dtype -> (unsigned type, signed type, bits of +inf)
 _PATTERN = {"BF16": ("<u2", "<i2", 0x7F80), "F16": ("<u2", "<i2", 0x7C00), "F32": ("<u4", "<i4", 0x7F800000), "F64": ("<u8", "<i8", 0x7FF0000000000000)}
 
@@ -29,31 +30,29 @@ class Bad:
     what: str
 
 
-def not_finite(sources: Sequence[Checkpoint], tasks: Sequence[Task], *, workers: int = 1, tell: Callable[[str, int, int], None] = lambda *a: None, stop: threading.Event | None = None) -> list[Bad]:
-    """Every source tensor used by the tasks that holds NaN or inf, in name order."""
+def suspects(sources: Sequence[Checkpoint], tasks: Sequence[Task], *, workers: int = 1, tell: Callable[[str, int, int], None] = lambda *a: None, stop: threading.Event | None = None) -> set[Suspect]:
+    """The byte ranges read by the tasks that hold NaN or inf."""
     used = sorted({(p.source, p.name) for t in tasks for p in t.inputs})
     runs = _runs(sources, used)
     total, done, lock = sum(stop_ - start for _, start, stop_, _ in runs), [0], threading.Lock()
-    suspects: set[tuple[str, int, int, str]] = set()
+    found: set[Suspect] = set()
 
-    def one(run: tuple[str, int, int, str]) -> None:
+    def one(run: Suspect) -> None:
         if stop is not None and stop.is_set():
             return
         if _has_bad(*run):
             with lock:
-                suspects.add(run)
+                found.add(run)
         with lock:
             done[0] += run[2] - run[1]
             tell("check", done[0], total)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         list(pool.map(one, runs))
-    if not suspects:
-        return []
-    return [Bad(f"{sources[s].folder}/{sources[s].tensors[n].file}", n, "NaN or inf") for s, n in used if _tensor_is_bad(sources[s], n)]
+    return found
 
 
-def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> list[tuple[str, int, int, str]]:
+def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> list[Suspect]:
     """Used tensors as (path, start, stop, dtype); neighbours of one dtype joined, long runs cut."""
     places = sorted({(f"{sources[s].folder}/{t.file}", t.start, t.stop, t.dtype) for s, n in used if (t := sources[s].tensor(n)).dtype in _PATTERN})
     joined: list[list[Any]] = []
@@ -66,28 +65,42 @@ def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> lis
 
 
 def _has_bad(path: str, start: int, stop: int, dtype: str) -> bool:
-    import numpy as np
-
-    unsigned, signed, infinity = _PATTERN[dtype]
-    sign = 1 << (8 * int(unsigned[2]) - 1)
-    buffer = bytearray(_BLOCK)
+    buffer = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as handle:
-        handle.seek(start)
-        left = stop - start
-        while left > 0:
-            view = memoryview(buffer)[: min(_BLOCK, left)]
+        for position in range(start, stop, _BLOCK):
+            view = buffer[: min(_BLOCK, stop - position)]
+            handle.seek(position)
             got = handle.readinto(view)
-            if not got:
-                return False
-            size = got - got % int(unsigned[2])
-            values = np.frombuffer(view[:size], unsigned)
-            if size and (int(values.max()) >= sign | infinity or int(values.view(signed).max()) >= infinity):
+            if bad_block(view[: got or 0], dtype):
                 return True
-            handle.seek(start + (stop - start - left) + size)
-            left -= size
     return False
 
 
-def _tensor_is_bad(source: Checkpoint, name: str) -> bool:
-    tensor = source.tensor(name)
-    return tensor.dtype in _PATTERN and _has_bad(f"{source.folder}/{tensor.file}", tensor.start, tensor.stop, tensor.dtype)
+def bad_ranges(path: str, start: int, stop: int, dtype: str) -> list[Suspect]:
+    """The range itself, as a list of one, if it holds NaN or inf."""
+    return [(path, start, stop, dtype)] if dtype in _PATTERN and _has_bad(path, start, stop, dtype) else []
+
+
+def bad_block(data: memoryview, dtype: str) -> bool:
+    """Whether any whole value in these bytes is NaN or inf; False for dtypes that have neither."""
+    import numpy as np
+
+    if dtype not in _PATTERN:
+        return False
+    unsigned, signed, infinity = _PATTERN[dtype]
+    width = int(unsigned[2])
+    values = np.frombuffer(data, unsigned, count=len(data) // width)
+    return bool(len(values)) and (int(values.max()) >= 1 << (8 * width - 1) | infinity or int(values.view(signed).max()) >= infinity)
+
+
+def named(sources: Sequence[Checkpoint], tasks: Sequence[Task], suspects: Iterable[Suspect]) -> list[Bad]:
+    """The tensors that make byte ranges suspect, each looked at once more, in name order."""
+    ranges = sorted(set(suspects))
+    found = []
+    for source, name in sorted({(p.source, p.name) for t in tasks for p in t.inputs}):
+        tensor = sources[source].tensor(name)
+        path = f"{sources[source].folder}/{tensor.file}"
+        touched = any(r[0] == path and r[1] < tensor.stop and tensor.start < r[2] for r in ranges)
+        if touched and _has_bad(path, tensor.start, tensor.stop, tensor.dtype):
+            found.append(Bad(path, name, "NaN or inf"))
+    return found

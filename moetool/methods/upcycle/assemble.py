@@ -15,7 +15,7 @@ _FREE = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "architectures",
     "attention_dropout", "initializer_range", "pretraining_tp", "hidden_dropout", "output_router_logits", "unsloth_version",
 }  # fmt: skip
-SAMPLE = 16_384  # values a tensor, for the trunk report
+SAMPLE = 8_192  # values a tensor, for the trunk report
 
 
 def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, ...]:
@@ -112,5 +112,5 @@ def trunk_report(sources: Sequence[Checkpoint], names: Sequence[str]) -> list[di
 def _samples(name: str, count: int) -> list[Piece]:
     if count <= SAMPLE:
         return [Piece(name, (count,))]
-    run, pieces = 1024, SAMPLE // 1024
+    run, pieces = 2048, SAMPLE // 2048
     return [Piece(name, (run,), i * (count - run) // (pieces - 1)) for i in range(pieces)]
