@@ -134,7 +134,7 @@ def render(layout: dict[str, Any]) -> str:
     """JSON with one tensor per line: a change in a family reads as a short diff."""
     rows = ",\n".join("  " + json.dumps(t) for t in layout["tensors"])
     head = {k: v for k, v in layout.items() if k != "tensors"}
-    body = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items())
+    body = ",\n".join(f" {json.dumps(k)}: {json.dumps(v, sort_keys=k == 'defaults')}" for k, v in head.items())
     return "{\n" + body + ',\n "tensors": [\n' + rows + "\n ]\n}\n"
 
 
@@ -338,7 +338,6 @@ def _terms(text: dict) -> dict[str, int]:
         terms[f"{kv[0]}*head_dim"] = kv[1] * head
         terms["head_dim"] = head
         terms[f"{heads[0]}*head_dim+2*{kv[0]}*head_dim"] = (heads[1] + 2 * kv[1]) * head
-        terms[f"2*{heads[0]}*head_dim"] = 2 * heads[1] * head
     for key in ("width", "expert_width", "shared_width"):
         if key in fields:
             terms[f"2*{fields[key][0]}"] = 2 * fields[key][1]

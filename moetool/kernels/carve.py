@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from moetool.kernels import draw
@@ -37,12 +38,12 @@ def experts(
         if permute is not None:
             piece = piece.index_select(axis, _index(draw.permutation(width, seed, f"{permute}/{expert}/permute"), piece))
         if not plain or scale != 1.0:
-            work = piece.to(torch.float64 if piece.dtype == torch.float64 else torch.float32)
+            work = piece.to(torch.float64 if piece.dtype == torch.float64 else torch.float32, copy=True)  # changed in place below
             if redraw is not None:
                 work = redrawn(work, axis, **redraw, seed=seed, name=name, expert=expert)
             if noise is not None:
                 work = noisy(work, noise["sigma"], seed=seed, name=f"{name}/{expert}/noise")
-            piece = (work * scale).to(matrix.dtype)
+            piece = work.mul_(scale).to(matrix.dtype)
         if plain and parts > 1:
             held[part] = piece
         yield piece
@@ -59,7 +60,7 @@ def _index(values: Any, like: Tensor) -> Tensor:
 
 
 def redrawn(work: Tensor, axis: int, *, ratio: float, same: str | None, seed: int, name: str, expert: int) -> Tensor:
-    """Re-draw floor(ratio * neurons) neurons from N(mean, std) of the entries they replace (Drop-Upcycling, arXiv 2502.19261).
+    """Re-draw (in place) floor(ratio * neurons) neurons from N(mean, std) of the entries they replace (Drop-Upcycling, arXiv 2502.19261).
 
     `same` names an index stream shared by gate, up and down (whole neurons are re-drawn); None draws an index set for each
     matrix, as the reference code does.
@@ -71,11 +72,18 @@ def redrawn(work: Tensor, axis: int, *, ratio: float, same: str | None, seed: in
     chosen = _index(draw.permutation(neurons, seed, f"{same or name}/{expert}/redraw")[:count].copy(), work)
     old = work.index_select(axis, chosen)
     std = old.std(correction=0) if old.numel() else old.sum()
-    fresh = _index(draw.normal(old.numel(), seed, f"{name}/{expert}/values"), work).to(work.dtype).reshape(old.shape)
-    return work.index_copy(axis, chosen, fresh * std + old.mean())
+    mean = old.mean()
+    fresh = _normal(old, seed, f"{name}/{expert}/values")
+    return work.index_copy_(axis, chosen, fresh.mul_(std).add_(mean))
 
 
 def noisy(work: Tensor, sigma: float, *, seed: int, name: str) -> Tensor:
-    """Add N(0, (sigma * std of the matrix)^2) to every entry."""
-    fresh = _index(draw.normal(work.numel(), seed, name), work).to(work.dtype).reshape(work.shape)
-    return work + fresh * (sigma * work.std(correction=0))
+    """Add (in place) N(0, (sigma * std of the matrix)^2) to every entry."""
+    return work.add_(_normal(work, seed, name).mul_(sigma * work.std(correction=0)))
+
+
+def _normal(like: Tensor, seed: int, name: str) -> Tensor:
+    """Standard normal values of the same shape and dtype; on the meta device nothing is drawn."""
+    if like.is_meta:
+        return torch.empty_like(like)
+    return torch.from_numpy(draw.normal(like.numel(), seed, name, np.float64 if like.dtype == torch.float64 else np.float32)).to(like.device).reshape(like.shape)

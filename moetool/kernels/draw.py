@@ -12,27 +12,36 @@ from math import pi, prod, sqrt
 import numpy as np
 
 
-def _raw(count: int, seed: int, name: str) -> np.ndarray:
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-    return np.random.Philox(key=key).random_raw(count)
+_BLOCK = 1 << 16
+
+
+def _stream(seed: int, name: str) -> np.random.Philox:
+    return np.random.Philox(key=int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little"))
+
+
+def _open_unit(raw: np.ndarray) -> np.ndarray:
+    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def uniform(count: int, seed: int, name: str) -> np.ndarray:
     """float64 [count] in the open interval (0, 1)."""
-    return ((_raw(count, seed, name) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return _open_unit(_stream(seed, name).random_raw(count))
 
 
-def normal(count: int, seed: int, name: str) -> np.ndarray:
-    """float64 [count], mean 0, variance 1 (Box-Muller)."""
-    half = (count + 1) // 2
-    u = uniform(2 * half, seed, name)
-    radius, angle = np.sqrt(-2.0 * np.log(u[:half])), 2.0 * pi * u[half:]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+def normal(count: int, seed: int, name: str, dtype: type = np.float64) -> np.ndarray:
+    """dtype [count], mean 0, variance 1: Box-Muller on blocks of 65,536 raw numbers, so that little more than the result is held."""
+    stream, out = _stream(seed, name), np.empty(count, dtype)
+    for start in range(0, count, _BLOCK):
+        u = _open_unit(stream.random_raw(_BLOCK))
+        radius, angle = np.sqrt(-2.0 * np.log(u[: _BLOCK // 2])), 2.0 * pi * u[_BLOCK // 2 :]
+        block = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        out[start : start + _BLOCK] = block[: count - start]
+    return out
 
 
 def permutation(count: int, seed: int, name: str) -> np.ndarray:
     """int64 [count]: 0..count-1 in random order."""
-    return np.argsort(_raw(count, seed, name), kind="stable")
+    return np.argsort(_stream(seed, name).random_raw(count), kind="stable")
 
 
 def matrix(shape: tuple[int, ...], *, law: str, seed: int, name: str, sigma: float = 0.0, repeat: int = 1) -> np.ndarray:

@@ -172,6 +172,9 @@ class Layout:
             return {i for i in every if i not in (text.get(sites["dense_list"]) or ()) and (i + 1) % step == 0}
         if "dense_prefix" in sites:
             return {i for i in every if i >= (text.get(sites["dense_prefix"]) or 0)}
+        if "period" in sites:
+            period, offset = (text.get(f) for f in sites["period"])
+            return {i for i in every if i % (period or 1) == (offset or 0)}
         if "types" in sites and isinstance(text.get(sites["types"]), list):
             return {i for i, kind in enumerate(text[sites["types"]]) if kind == "sparse"}
         if "range" in sites:

@@ -67,7 +67,7 @@ OPS = {
         Op("copy", None, "nothing"),
         Op("zeros", None, "nothing"),
         Op("draw", _draw, "numpy", 12.0),
-        Op("neurons", _neurons, "torch", 4.0, reads=2.0),
+        Op("neurons", _neurons, "torch", 6.0, reads=2.0),
         Op("combine", _combine, "torch", 4.0),
         Op("affine", _affine, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),

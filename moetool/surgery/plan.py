@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.spec import DTYPE_BITS, Piece, Target, Task
 
 FORMAT = 1
+_NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,19 @@ class Plan:
         """The `model.safetensors.index.json` of this plan."""
         places = {name: shard.name for shard in self.shards for name in shard.offsets}
         return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(places.items()))}
+
+    def render(self) -> str:
+        """The plan for reading and diffing: tasks that differ only in layer and expert numbers on one line, with their count."""
+        lines: dict[str, int] = {}
+        for task in self.tasks:
+            params = {k: v for k, v in task.params.items() if k != "first"}
+            sources = ", ".join(dict.fromkeys(f"{i.source}:{i.name} {list(i.shape)}" for i in task.inputs)) or "-"
+            outs = ", ".join(dict.fromkeys(_NUMBER.sub("#", o.name) + f" {list(o.shape)}" for o in task.outputs))
+            line = _NUMBER.sub("#", f"{task.op} {sources} -> {outs} {json.dumps(params) if params else ''}".rstrip())
+            lines[line] = lines.get(line, 0) + 1
+        dropped = [f"drop {name}: {why}" for name, why in self.dropped.items()]
+        shards = [f"shard {s.name}: {len(s.offsets)} tensors, {s.size} bytes" for s in self.shards]
+        return "\n".join([f"digest {self.digest}", *shards, *dropped, *(f"{count} x {line}" for line, count in lines.items()), f"config {json.dumps(self.config, sort_keys=True)}"]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data (`Plan.from_json` gives it back)."""

@@ -20,13 +20,14 @@ import moetool
 
 # A sitecustomize that dies at the n-th os.replace, before or after it.
 KILLER = """
-import os, signal, sys
-real, left = os.replace, [int(os.environ["KILL_AT"])]
+import os, signal, sys, threading
+real, left, lock = os.replace, [int(os.environ["KILL_AT"])], threading.Lock()
 def replace(*args, **kwargs):
-    left[0] -= 1
-    if left[0] == 0 and os.environ["KILL_WHEN"] == "before": os.kill(os.getpid(), signal.SIGKILL)
-    real(*args, **kwargs)
-    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
+    with lock:
+        left[0] -= 1
+        if left[0] == 0 and os.environ["KILL_WHEN"] == "before": os.kill(os.getpid(), signal.SIGKILL)
+        real(*args, **kwargs)
+        if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
 from moetool.cli import main
 sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,8 @@ _FREE = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "architectures",
     "attention_dropout", "initializer_range", "pretraining_tp", "hidden_dropout", "output_router_logits", "unsloth_version",
 }  # fmt: skip
+# Said first when several differ.
+_FIRST = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 SAMPLE = 8_192  # values a tensor, for the trunk report
 
 
@@ -73,7 +75,7 @@ def check_alike(sources: Sequence[Checkpoint]) -> None:
 
 
 def _compare_configs(base: Checkpoint, other: Checkpoint, a: dict[str, Any], b: dict[str, Any], path: str) -> None:
-    for key in sorted((set(a) & set(b)) - _FREE):
+    for key in sorted((set(a) & set(b)) - _FREE, key=lambda k: (k not in _FIRST, k)):
         if isinstance(a[key], dict) and isinstance(b[key], dict):
             _compare_configs(base, other, a[key], b[key], f"{path}{key}.")
         elif a[key] != b[key] and isinstance(a[key], int | float | str | bool | list):

@@ -55,7 +55,9 @@ def dense(source: Checkpoint) -> Conversion:
 def candidates(source: Checkpoint) -> list[Conversion]:
     """Every conversion there is data for; MoetoolError when the family is unknown or is not dense."""
     model_type = source.config.get("model_type")
-    layout = Layout.load(str(model_type))
+    if not isinstance(model_type, str):
+        raise MoetoolError("the config names no model_type", file=f"{source.folder}/config.json", found=model_type, hint="restore config.json from the original model")
+    layout = Layout.load(model_type)
     found = []
     for pair in pairs():
         if pair.source != model_type:

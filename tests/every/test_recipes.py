@@ -1,0 +1,101 @@
+"""Every recipe opens with the command that runs it, runs, and plans what its golden file says.
+
+A change that alters a plan rewrites the file: `python tests/every/test_recipes.py`, and the commit says why.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import moetool
+from moetool import road
+from moetool.demo import MODEL
+from moetool.recipe import read
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+GOLDEN = ROOT / "tests" / "golden"
+NAMES = {
+    "sparse-upcycling", "moe-llava", "llava-mod", "nvidia-virtual-groups", "dynamic-dino", "drop-upcycling", "btx", "uni-moe", "clip-moe-assembly",
+    "factorllm-split", "deepseekmoe-segmentation", "qwen-fine-grained", "unival-interpolation", "shared-expert",
+}  # fmt: skip
+
+
+def changes(recipe: Path, out: Path) -> list[str]:
+    """The --set arguments of the recipe's own command, with the embedded model for every model."""
+    words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
+    found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
+    models = next((f.partition("=")[2].split(",") for f in found if f.startswith("from=")), [])
+    return [f"source={MODEL}", f"out={out}", *([f"from={','.join([str(MODEL)] * len(models))}"] if models else [])]
+
+
+def plan(recipe: Path, out: Path) -> Any:
+    found = read(recipe, changes(recipe, out))
+    return road.prepare(road.Options(out=found["out"], sources=(found["source"], *found["from"]), method=found["method"], method_options=found["options"], seed=found["seed"])).plan
+
+
+def test_all_recipes_are_here() -> None:
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 14
+    assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_golden_plan(recipe: Path, tmp_path: Path) -> None:
+    assert plan(recipe, tmp_path / "out").render() == (GOLDEN / f"{recipe.stem}.txt").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_its_command_runs_and_verifies(recipe: Path, tmp_path: Path, moetool: Callable[..., Any]) -> None:
+    first, *rest = recipe.read_text().splitlines()
+    assert first.startswith(f"# moetool run {recipe.relative_to(ROOT)} --set source=SRC --set out=OUT")
+    data = yaml.safe_load("\n".join(rest))
+    assert data["paper"] and len(data["about"]) > 50
+    sets = [x for c in changes(recipe, tmp_path / "out") for x in ("--set", c)]
+    done = moetool("run", recipe, *sets, "--json")
+    assert done.returncode == 0, done.stderr
+    sources = [x for name in done.json["sources"] for x in ("--against", name)]
+    checked = moetool("verify", tmp_path / "out", *sources, "--json", "--no-load")
+    assert checked.returncode == 0, checked.stderr
+    assert checked.json["verified"].startswith("bytes")
+
+
+def test_a_value_can_be_changed(tmp_path: Path) -> None:
+    report = moetool.run(str(RECIPES[0].parent / "sparse-upcycling.yaml"), source=str(MODEL), out=str(tmp_path / "out"), experts=4, layers="all")
+    assert report["experts"] == 4 and report["layers"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("method: upcycle\nsource: a\nout: b\nexperts: 3\n", ["unknown key 'experts'"]),
+    ("method: upcycle\noptions: {expert: 3}\n", ["source is not set", "out is not set", "no option 'expert'", "did you mean experts"]),
+    ("method: upcicle\nsource: a\nout: b\n", ["did you mean upcycle"]),
+    ("method: upcycle\nsource: a\nout: b\nfrom: []\n", ["from needs"]),
+    ("method: upcycle\nsource: a\nout: b\nseed: x\n", ["seed='x'"]),
+    ("- a\n", ["not a mapping"]),
+    ("a: [", ["not YAML"]),
+])  # fmt: skip
+def test_mistakes_are_all_said_at_once(text: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(moetool.UsageError) as refused:
+        read(tmp_path / "r.yaml", [])
+    assert all(w in str(refused.value) for w in words) and refused.value.hint
+
+
+def test_missing_recipe_and_bad_set(tmp_path: Path) -> None:
+    with pytest.raises(moetool.UsageError, match="no such recipe"):
+        read(tmp_path / "none.yaml", [])
+    with pytest.raises(moetool.UsageError, match="no value"):
+        read(RECIPES[0], ["source"])
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    GOLDEN.mkdir(exist_ok=True)
+    for path in RECIPES:
+        (GOLDEN / f"{path.stem}.txt").write_text(plan(path, Path(tempfile.mkdtemp()) / "out").render())
