@@ -35,10 +35,10 @@ class Side:
     def of(cls, checkpoint: Checkpoint) -> Side:
         layout = Layout.load(checkpoint.config["model_type"])
         text = checkpoint.config.get("text_config") or {}
-        if text.get("model_type") and not layout.text_config.startswith("text") | (layout.role("ffn.down") is not None and layout.kind == "moe"):
+        if layout.kind == "dense" and text.get("model_type") and not layout.text_config:
             return cls(checkpoint, Layout.load(text["model_type"]), text, "language_model.")
-        if text.get("model_type") and checkpoint.config["model_type"] == "llava":
-            return cls(checkpoint, Layout.load(text["model_type"]), text, "language_model.")
+        if layout.kind == "dense" and layout.model_type == "llava":
+            return cls(checkpoint, Layout.load(text.get("model_type", "llama")), text, "language_model.")
         return cls(checkpoint, layout, checkpoint.config, "")
 
     def stored(self, role: str, layer: int, expert: int | None = None) -> Stored | None:
@@ -92,8 +92,15 @@ def compare(source: Checkpoint, out: Checkpoint, *, seed: int = 0) -> Iterator[E
         made = _shared(sparse, layer, x, act)
         for expert in range(weights.shape[1]):
             if weights[:, expert].any():
-                made = made + weights[:, expert : expert + 1] * moe.ffn(x, *sparse.expert(layer, expert), act)
+                made = made + weights[:, expert : expert + 1] * _run(x, sparse.expert(layer, expert), act)
         yield Error(layer, float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30)), float(weights.sum(-1).mean()))
+
+
+def _run(x: Any, matrices: Iterator[Any], act: Any) -> Any:
+    from moetool.kernels import moe
+
+    gate, up, down = matrices
+    return moe.ffn(x, gate, up, down, act)
 
 
 def _act(side: Side) -> str:
@@ -109,6 +116,7 @@ def _dense(side: Side, layer: int) -> tuple[Any, Any, Any]:
         gate, up = side.whole(both).chunk(2)
         return gate, up, side.whole(down)
     gate, up = side.stored("ffn.gate", layer), side.stored("ffn.up", layer)
+    assert gate is not None and up is not None
     return side.whole(gate), side.whole(up), side.whole(down)
 
 

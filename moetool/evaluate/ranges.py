@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.errors import VerificationFailed
 from moetool.surgery import engine, ops
-from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece
 
@@ -49,8 +49,8 @@ def _compare_copy(source: Checkpoint, piece: Piece, out: Checkpoint, made: Piece
         raise _different(out, made, piece.name)
     for i in range(0, count, _BLOCK):
         step = min(_BLOCK, count - i)
-        mine = engine.read_range(other, begin + i, step)
-        if mine != engine.read_range(path, start + i, step):
+        mine = read_range(other, begin + i, step)
+        if mine != read_range(path, start + i, step):
             raise _different(out, made, f"{piece.name} of {source.folder}")
         seal.update(mine)
     return count

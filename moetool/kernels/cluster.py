@@ -31,7 +31,7 @@ def balanced_kmeans(points: Any, clusters: int, seed: int, *, rounds: int = 8) -
 
 def _distances(data: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Squared Euclidean [n, clusters], less each point's own norm (which changes no choice)."""
-    return (centres**2).sum(1)[None, :] - 2.0 * data @ centres.T
+    return np.asarray((centres**2).sum(1)[None, :] - 2.0 * data @ centres.T)
 
 
 def assign_evenly(cost: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ def meta(shape: tuple[int, ...], dtype: str) -> Any:
 def encode(value: Any, dtype: str) -> memoryview:
     """torch tensor or float32 numpy array -> bytes in a safetensors dtype."""
     if isinstance(value, np.ndarray):
-        return memoryview(np.ascontiguousarray(_numpy_bytes(value, dtype))).cast("B")
+        return np.ascontiguousarray(_numpy_bytes(value, dtype)).data.cast("B")
     import torch
 
     flat = value.to(torch_dtype(dtype)).contiguous().cpu()

@@ -11,7 +11,6 @@ from math import pi, prod, sqrt
 
 import numpy as np
 
-
 _BLOCK = 1 << 16
 
 
@@ -30,7 +29,8 @@ def uniform(count: int, seed: int, name: str) -> np.ndarray:
 
 def normal(count: int, seed: int, name: str, dtype: type = np.float64) -> np.ndarray:
     """dtype [count], mean 0, variance 1: Box-Muller on blocks of 65,536 raw numbers, so that little more than the result is held."""
-    stream, out = _stream(seed, name), np.empty(count, dtype)
+    stream = _stream(seed, name)
+    out: np.ndarray = np.empty(count, dtype)
     for start in range(0, count, _BLOCK):
         u = _open_unit(stream.random_raw(_BLOCK))
         radius, angle = np.sqrt(-2.0 * np.log(u[: _BLOCK // 2])), 2.0 * pi * u[_BLOCK // 2 :]

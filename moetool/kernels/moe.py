@@ -21,7 +21,8 @@ def activation(name: str) -> Any:
 
 def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Any) -> Tensor:
     """x [tokens, hidden] -> [tokens, hidden]; gate, up [width, hidden], down [hidden, width]."""
-    return (act(x @ gate.T) * (x @ up.T)) @ down.T
+    hidden: Tensor = act(x @ gate.T) * (x @ up.T)
+    return hidden @ down.T
 
 
 def route(x: Tensor, router: Tensor, *, score: str, renorm: bool, top_k: int, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:

@@ -182,7 +182,8 @@ def map_tensor(pair: Pair, source: Layout, target: Layout, name: str, text: dict
         new = piece.to.replace("{layer}", str(found.layer))
         span = None
         if piece.rows:
-            span = tuple(0 if f == "0" else source.evaluate(f, text) or 0 for f in piece.rows)
+            first, last = (0 if f == "0" else source.evaluate(f, text) or 0 for f in piece.rows)
+            span = (first, last)
         yield new, span, piece.op, {k: _number(v, text) for k, v in piece.params.items()}
 
 

@@ -1,0 +1,66 @@
+"""The tools that hold the house together find nothing to say; and the README's commands do what it shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize("tool", [["ruff", "check", "."], ["mypy"], ["importlinter.cli", "lint"]], ids=["ruff", "mypy", "import-linter"])
+def test_tools(tool: list[str]) -> None:
+    command = [sys.executable, "-m", *tool] if tool[0] != "importlinter.cli" else [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def blocks() -> list[list[str]]:
+    """The commands of every ```sh block of the tour (lines that begin with `moetool`)."""
+    found = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    return [[line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("moetool ")] for block in found]
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """In order, in one folder, as a stranger would type them."""
+    commands = [c for block in blocks() for c in block]
+    assert len(commands) >= 10
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for command in commands:
+        words = shlex.split(command)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "moetool", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_readme_names_every_command_and_option_group() -> None:
+    text = README.read_text()
+    for name in ("demo", "inspect", "upcycle", "verify", "run", "archs", "methods", "convert-layout"):
+        assert f"moetool {name}" in text
+    from moetool import methods
+
+    for name in methods.METHODS:
+        assert f"moetool {name}" in text
+    for option in methods.describe("upcycle")["options"]:
+        assert f"--{option['name']}" in text, option["name"]
+    from moetool.surgery.pair import pairs
+
+    for pair in pairs():
+        assert re.search(rf"\b{pair.source}\b", text) and re.search(rf"\b{pair.target}\b", text)
+    for recipe in (ROOT / "recipes" / "upcycle").glob("*.yaml"):
+        assert recipe.stem in text
+    for code in ("| 0 |", "| 1 |", "| 2 |", "| 3 |", "| 4 |"):
+        assert code in text
+
+
+def test_changelog_speaks_of_this_version() -> None:
+    import moetool
+
+    assert f"## [{moetool.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'version = "{moetool.__version__}"' in (ROOT / "pyproject.toml").read_text()
