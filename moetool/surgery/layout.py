@@ -78,16 +78,21 @@ class Layout:
         return _load(model_type)
 
     @cached_property
-    def _by_form(self) -> dict[str, Slot]:
-        return {re.sub(r"\{\w+\}", "#", slot.name): slot for slot in self.tensors}
+    def _by_form(self) -> dict[str, tuple[Slot, list[str]]]:
+        return {re.sub(r"\{\w+\}", "#", slot.name): (slot, re.findall(r"\{(\w+)\}", slot.name)) for slot in self.tensors}
 
     def match(self, name: str) -> Found | None:
         """Which slot a tensor name fills, in which layer, for which expert; None for a name the family does not know."""
-        slot = self._by_form.get(_NUMBER.sub("#", name))
+        numbers: list[int] = []
+
+        def note(found: re.Match[str]) -> str:
+            numbers.append(int(found[0]))
+            return "#"
+
+        slot, keys = self._by_form.get(_NUMBER.sub(note, name), (None, []))
         if slot is None:
             return None
-        numbers = [int(a or b) for a, b in _NUMBER.findall(name)]
-        index = dict(zip(re.findall(r"\{(\w+)\}", slot.name), numbers, strict=False))
+        index = dict(zip(keys, numbers, strict=False))
         return Found(slot, index.get("layer"), index.get("expert"))
 
     def fused(self) -> dict[str, str]:

@@ -73,6 +73,8 @@ class Writer:
             old = json.loads(seen) if seen else None
         except json.JSONDecodeError:
             old = {}
+        if old is None and self._strangers():
+            old = {}  # killed between its last two steps, and not ours
         mine = {"digest": self.plan.digest, "sources": self._stamps()}
         if old is not None and old != mine:
             if not self.overwrite:
@@ -85,6 +87,11 @@ class Writer:
         os.pwrite(lock, json.dumps(mine).encode(), 0)
         for left in self.staging.glob("*.tmp"):
             left.unlink()
+
+    def _strangers(self) -> list[str]:
+        """Weight files in the staging folder that are not whole shards of this plan."""
+        mine = {s.name for s in self.plan.shards if self.is_done(s)}
+        return [p.name for p in self.staging.glob("*.safetensors") if p.name not in mine]
 
     def _stamps(self) -> list[list[list[Any]]]:
         return [[[name, os.stat(os.path.join(s.folder, name)).st_mtime_ns] for name in sorted(s.files)] for s in self.sources]

@@ -139,6 +139,17 @@ def test_another_plans_staging_is_refused(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / ".out.moetool").exists()
 
 
+def test_leftovers_without_a_state_file_do_not_slip_in(llama: Path, tmp_path: Path) -> None:
+    """Killed just before the last rename (the state file is gone by then), then another plan for the same folder."""
+    last = "import os, signal, sys\nreal = os.replace\ndef replace(a, b):\n    if str(b).endswith('/out'): os.kill(os.getpid(), signal.SIGKILL)\n    real(a, b)\nos.replace = replace\nfrom moetool.cli import main\nsys.exit(main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", last, *upcycle(llama, tmp_path / "out", "--experts", "4")], capture_output=True, check=False)
+    assert (tmp_path / ".out.moetool" / "config.json").exists() and not (tmp_path / ".out.moetool" / "moetool-staging.json").exists()
+    other = command(*upcycle(llama, tmp_path / "out", "--experts", "2"))
+    assert other.returncode == 1 and "another plan" in other.stderr
+    assert command(*upcycle(llama, tmp_path / "out", "--experts", "4")).returncode == 0
+    assert moetool.verify(str(tmp_path / "out"))["verified"] == "structure"
+
+
 def test_changed_source_is_not_resumed(llama: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     subprocess.run([sys.executable, "-c", KILLER, *upcycle(source, tmp_path / "out")], env={**os.environ, "KILL_AT": "2", "KILL_WHEN": "after"}, capture_output=True, check=False)

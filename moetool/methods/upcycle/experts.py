@@ -13,7 +13,7 @@ from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.spec import Piece, rows, whole
+from moetool.surgery.spec import FLOATS, Piece, rows, whole
 
 MATRICES = ("gate", "up", "down")
 
@@ -41,6 +41,8 @@ class Ffn:
         down, both = stored("ffn.down"), stored("ffn.gate_up")
         if down is None or (both is None and layout.role("ffn.gate") is None):
             raise MoetoolError(f"{layout.model_type} has no gated FFN that can become experts", hint=f"see `moetool archs show {layout.model_type}`")
+        if down.dtype not in FLOATS:
+            raise MoetoolError("the weights are not plain floats", file=f"{source.folder}/{down.file}", tensor=down.name, expected=", ".join(FLOATS), found=down.dtype, hint="dequantize the model first")
         hidden, width = down.shape
         if both is not None:
             _fit(source, both, (2 * width, hidden))
