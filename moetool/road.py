@@ -79,12 +79,13 @@ def prepare(options: Options) -> Prepared:
     method = methods.make(options.method, options.method_options)
     names = options.sources
     sources = tuple(Checkpoint.open(source.locate(name)) for name in names)
-    settings = Settings(options.seed, options.max_shard, options.device)
+    settings = Settings(options.seed, options.max_shard, options.device, options.memory)
     decisions = method.decide(sources, settings)
     made = method.plan(sources, decisions, settings)
     dtype_of = lambda piece: sources[piece.source].tensor(piece.name).dtype  # noqa: E731
     ops.rehearse(made.plan.tasks, dtype_of, made.plan.tables)
     jobs, peak = fit_memory(made.plan, sources, options)
+    peak = max(peak, decisions.memory)
     writer = Writer(options.out, made.plan, overwrite=options.overwrite, sources=sources)
     done = writer.finished()
     if not done:
@@ -95,7 +96,7 @@ def prepare(options: Options) -> Prepared:
 def fit_memory(plan: Plan, sources: Sequence[Checkpoint], options: Options) -> tuple[int, int]:
     """(workers, promised peak bytes): the most workers that keep the promise; MoetoolError when one is too many."""
     kind = ops.needs(plan.tasks)
-    base = ops.RESERVE + (ops.NUMPY_RESERVE if kind != "nothing" else 0) + (ops.TORCH_RESERVE if kind == "torch" else 0)
+    base = ops.RESERVE + ops.NUMPY_RESERVE + (ops.TORCH_RESERVE if kind == "torch" else 0)  # numpy looks for NaN in every run
     dtypes = {n: t.dtype for n, t in plan.targets.items()}
     costs = sorted((ops.task_memory(t, dtypes, lambda p: sources[p.source].range_of(p)[2]) for t in plan.tasks), reverse=True) or [0]
     base += 600 * sum(len(s.tensors) for s in sources) + 2500 * len(plan.tasks)  # headers and the plan itself, measured

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moetool.errors import VerificationFailed
-from moetool.surgery import engine, ops
+from moetool.surgery import engine
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece
@@ -64,8 +64,3 @@ def _compare_zeros(out: Checkpoint, made: Piece) -> None:
 def _different(out: Checkpoint, piece: Piece, expected: str) -> VerificationFailed:
     file = out.tensors[piece.name].file if piece.name in out.tensors else ""
     return VerificationFailed("bytes are not what the plan makes", file=f"{out.folder}/{file}", tensor=piece.name, expected=f"the bytes of {expected}", found="other bytes", hint="the output was changed or damaged: make it again")
-
-
-def operations(plan: Plan) -> dict[str, int]:
-    """How many tasks of each operation a plan has."""
-    return {name: sum(t.op == name for t in plan.tasks) for name in ops.OPS}

@@ -44,7 +44,7 @@ def check_names(checkpoint: Checkpoint) -> int:
         layout, config, prefix = Layout.load(inner), config["text_config"], "language_model."
     fused = layout.fused()
     stacked = bool(fused) and any(checkpoint.tensors.get(prefix + t.replace("{layer}", str(i))) for t in fused.values() for i in layout.moe_layers(config))
-    compared = 0
+    compared = _check_stacked(checkpoint, layout, config, prefix) if stacked else 0
     for name, shape, slot in layout.slots(config):
         if stacked and str(slot.role).startswith("expert."):
             continue
@@ -55,6 +55,18 @@ def check_names(checkpoint: Checkpoint) -> int:
             raise VerificationFailed("a tensor has a wrong shape", file=f"{checkpoint.folder}/{stored.file}", tensor=prefix + name, expected=list(shape), found=list(stored.shape), hint="make the output again")
         compared += 1
     return compared
+
+
+def _check_stacked(checkpoint: Checkpoint, layout: Layout, config: dict[str, Any], prefix: str) -> int:
+    """Stacked experts: present in every MoE layer, with as many slabs as the config has experts, gate and up twice as high as down is wide."""
+    experts, layers = layout.field("experts", config), sorted(layout.moe_layers(config))
+    for layer in layers:
+        both, down = (checkpoint.tensors.get(prefix + layout.fused()[r].replace("{layer}", str(layer))) for r in ("gate_up", "down"))
+        if both is None or down is None:
+            raise VerificationFailed("a tensor that the family needs is missing", file=checkpoint.folder, tensor=f"stacked experts of layer {layer}", found="nothing", hint="make the output again")
+        if both.shape != (experts, 2 * down.shape[2], down.shape[1]) or down.shape[0] != experts:
+            raise VerificationFailed("a tensor has a wrong shape", file=f"{checkpoint.folder}/{both.file}", tensor=both.name, expected=[experts, 2 * down.shape[-1], down.shape[1]], found=list(both.shape), hint="make the output again")
+    return 2 * len(layers)
 
 
 def _digest(path: Path) -> str | None:

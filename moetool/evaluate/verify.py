@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -88,9 +87,3 @@ def _function(sources: Sequence[Checkpoint], out: Checkpoint, record: dict[str, 
     if exact and result["logits"]["relative"] > limit:
         raise VerificationFailed("logits are not those of the source", file=out.folder, expected=f"relative difference at most {limit:g}", found=f"{result['logits']['relative']:.3g}", hint="report this as a bug of moetool")
     return result
-
-
-def recorded_names(out: str) -> list[str]:
-    """The sources an output remembers, those that still exist."""
-    record = structure.recorded(os.fspath(out))
-    return [s["name"] for s in record["sources"] if os.path.exists(s["name"])]

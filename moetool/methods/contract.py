@@ -32,6 +32,7 @@ class Settings:
     seed: int = 0
     max_shard: int = 5_000_000_000
     device: str = "cpu"
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Decisions:
 
     tables: dict[str, list[int]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    memory: int = 0  # peak bytes that deciding needed, process included
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ def record(prepared: Prepared, report: dict[str, Any]) -> bytes:
         "schema": SCHEMA, "moetool": _version("moetool"), "python": platform.python_version(), "command": prepared.options.command,
         "method": prepared.options.method, "options": report["options"], "seed": prepared.options.seed, "max_shard": prepared.options.max_shard,
         "sources": [{"name": n, "files": s.fingerprint()} for n, s in zip(prepared.names, prepared.sources, strict=True)],
-        "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "tables": prepared.plan.tables,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "report": {k: v for k, v in report.items() if k not in (*_OF_THE_RUN, "options", "seed", "method")},
     }  # fmt: skip
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
+    tables = json.dumps(prepared.plan.tables, separators=(",", ":"))  # long lists of neuron numbers: one line
+    return f'{head},\n "tables": {tables}\n}}\n'.encode()
 
 
 def _version(package: str) -> str:

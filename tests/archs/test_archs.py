@@ -62,6 +62,17 @@ def test_unknown_family(name: str) -> None:
         Layout.load(name)
 
 
+def test_near_misses_speak_of_families_that_exist() -> None:
+    from moetool.methods.upcycle.targets import why_not
+
+    near = json.loads((DATA / "near_misses.json").read_text())
+    known = {n for names in families().values() for n in names}
+    assert len(near) >= 20 and all({name, *targets} <= known for name, targets in near.items())
+    assert not {p.source for p in pairs()} & set(near)
+    assert why_not(Layout.load("exaone4")).startswith("not exaone_moe: norm placement")
+    assert "already has experts" in why_not(Layout.load("mixtral")) and "no class in transformers" in why_not(Layout.load("codegen"))
+
+
 @pytest.mark.parametrize(("name", "template", "layer", "expert"), [
     ("model.layers.12.block_sparse_moe.experts.7.w2.weight", "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", 12, 7),
     ("model.norm.weight", "model.norm.weight", None, None),

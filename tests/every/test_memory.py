@@ -69,10 +69,11 @@ def test_many_times_larger_than_memory(tmp_path: Path) -> None:
     {"experts": 4, "diversify": "permute+drop:0.5+noise:0.1"},
     {"experts": 8, "split": 4, "top_k": 4, "carve": "random"},
     {"experts": 8, "split": 4, "top_k": 4, "target": "glm4_moe", "shared": True},
-], ids=["split", "fused", "diversify", "random", "shared"])  # fmt: skip
+    {"experts": 8, "split": 4, "top_k": 4, "carve": "kmeans:gate"},
+], ids=["split", "fused", "diversify", "random", "shared", "kmeans"])  # fmt: skip
 def test_measured_within_promise(options: dict[str, object], tmp_path: Path) -> None:
     """Computed methods, one layer's matrices at a time: peak RSS at most 1.1 of the promise, whatever the depth."""
-    source = big_llama(tmp_path / "source", layers=6, hidden=2048, width=8192)
+    source = big_llama(tmp_path / "source", layers=3 if "diversify" in options or "kmeans" in str(options) else 6, hidden=2048, width=8192)
     measured = run(0, source, tmp_path / "out", **options)
     assert measured["used"] <= 1.1 * measured["promised"], measured
     assert measured["promised"] < measured["bytes"]
@@ -83,6 +84,12 @@ def test_too_little_is_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(moetool.MoetoolError, match="does not fit into --memory") as refused:
         moetool.upcycle(str(source), str(tmp_path / "out"), memory=20_000_000)
     assert "at least" in str(refused.value) and not list(tmp_path.glob(".out*"))
+
+
+def test_clustering_is_refused_before_it_reads(tmp_path: Path) -> None:
+    source = big_llama(tmp_path / "source", layers=2)
+    with pytest.raises(moetool.MoetoolError, match="clustering does not fit"):
+        moetool.upcycle(str(source), str(tmp_path / "out"), experts=4, split=4, top_k=4, carve="kmeans", memory=100_000_000)
 
 
 def test_memory_chooses_the_workers(tmp_path: Path) -> None:

@@ -122,6 +122,13 @@ def test_layouts_convert_both_ways(family: str, models: Callable[..., Path], tmp
     assert moetool.verify(str(tmp_path / "b"), against=[str(tmp_path / "a")])["verified"] == "bytes and function"
 
 
+@pytest.mark.parametrize(("family", "target", "word"), [("llama", "qwen3_moe", "self_attn.k_norm.weight"), ("qwen3", "mixtral", "no place for self_attn.k_norm.weight"), ("llama", "olmoe", "k_norm"), ("mistral", "minimax_m2", "same names|needs")])
+def test_a_target_without_a_conversion_says_what_keeps_them_apart(family: str, target: str, word: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(moetool.MoetoolError, match=word) as refused:
+        moetool.upcycle(str(models(family)), str(tmp_path / "out"), target=target)
+    assert "--target auto" in refused.value.hint
+
+
 def test_bfloat16_is_what_float32_says_within_its_floor(models: Callable[..., Path], tmp_path: Path) -> None:
     """A factor of 3 rounds in bfloat16, and the certificate says so; a factor of 4 does not."""
     source = models("llama", dtype="bfloat16", intermediate_size=192)

@@ -54,9 +54,12 @@ class ConvertLayout:
                 done.add(found)
                 self._layer(build, source, layout, prefix, found, experts, stacked)
         plan = Plan.build([source.fingerprint()], source.config, build.targets, build.tasks, max_shard=settings.max_shard, dropped={})
+        expert = sum(p.count for p in _pieces(source, layout, prefix, min(layout.moe_layers(config)), 0, stacked).values())
+        top_k = layout.field("top_k", config)
+        idle = len(layout.moe_layers(config)) * expert * (experts - min(top_k or experts, experts))
         facts = {
             "source_type": layout.model_type, "target_type": layout.model_type, "layers": sorted(layout.moe_layers(config)), "experts": experts,
-            "top_k": layout.field("top_k", config), "expert_width": None, "layout": self.to, "parameters": plan.parameters, "active_parameters": plan.parameters, "expert_sources": [],
+            "top_k": top_k, "expert_width": _pieces(source, layout, prefix, min(layout.moe_layers(config)), 0, stacked)["down"].shape[1], "layout": self.to, "parameters": plan.parameters, "active_parameters": plan.parameters - idle, "expert_sources": [],
         }  # fmt: skip
         return Made(plan, Certificate("exact", "only names and places change"), source.config, {}, facts)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moetool.errors import UsageError
+from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
 from moetool.methods.upcycle import assemble, carve, scale, site
 from moetool.methods.upcycle.diversify import Diversify
@@ -17,6 +17,8 @@ from moetool.methods.upcycle.trunk import Trunk, is_ffn
 from moetool.surgery import pair as pairing
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
+
+CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 
 
 def option(default: Any, text: str) -> Any:
@@ -65,6 +67,7 @@ class Upcycle:
         chosen = self._conversion(sources[0])
         kind, matrix = carve.parse(self.carve, self.split)
         tables = {}
+        needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
         for layer in site.parse(self.layers, chosen.source.field("layers", chosen.config)) if kind != "contiguous" else ():
             ffn = Ffn.read(sources[0], chosen, layer)
             order = carve.order(kind, ffn.width, self.split, settings.seed, f"layer{layer}", lambda ffn=ffn: _matrix(sources[0], ffn, matrix))
@@ -73,7 +76,7 @@ class Upcycle:
         if len(sources) > 1:
             names = [n for n in sources[0].tensors if not is_ffn(chosen, n)]
             report["trunks"] = assemble.trunk_report(sources, names)
-        return Decisions(tables, report)
+        return Decisions(tables, report, needed)
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """The plan and its certificate; every refusal that needs only headers happens here."""
@@ -187,16 +190,12 @@ def _near_divisor(width: int, near: int) -> int:
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - near), d))
 
 
-def _is_ffn(chosen: Conversion, name: str) -> bool:
-    found = chosen.source.match(name.removeprefix(chosen.prefix)) if name.startswith(chosen.prefix) else None
-    return bool(found and str(found.slot.role).startswith("ffn."))
-
-
-def _matrix(source: Checkpoint, ffn: Ffn, which: str) -> Any:
-    from moetool.kernels import codec
-
-    piece = getattr(ffn, which)
-    return codec.as_float64(source.read(piece), ffn.dtype).reshape(piece.shape)
+def _check_memory(ffn: Ffn, settings: Settings) -> int:
+    """Peak bytes of clustering one matrix: scikit-learn itself, the rows in float64 and twice in float32 (measured); refused when --memory is less."""
+    needed = CLUSTER_RESERVE + 20 * ffn.width * ffn.hidden
+    if settings.memory is not None and needed > settings.memory:
+        raise MoetoolError("clustering does not fit into --memory", expected=f"at least {needed:,} bytes", found=f"{settings.memory:,} bytes", hint="raise --memory, or use --carve random")
+    return needed
 
 
 def _matrix(source: Checkpoint, ffn: Ffn, which: str) -> Any:

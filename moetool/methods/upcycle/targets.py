@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout
+from moetool.surgery.layout import DATA, Layout, families
 from moetool.surgery.pair import Pair, pairs
 
 
@@ -76,10 +77,25 @@ def candidates(source: Checkpoint) -> list[Conversion]:
 
 
 def why_not(layout: Layout) -> str:
-    """One sentence on a family without conversions."""
+    """Why a family has no conversion: for each near candidate what would be lost (archs/near_misses.json), or one plain sentence."""
+    near = json.loads((DATA / "near_misses.json").read_text()).get(layout.model_type)
+    if near:
+        return "; ".join(f"not {target}: {why}" for target, why in near.items())
     if layout.kind == "moe":
         return f"{layout.model_type} already has experts: prune, merge and convert-layout are for those"
     return f"no class in transformers has {layout.model_type}'s block around a mixture of experts; see `moetool archs show {layout.model_type}`"
+
+
+def gap(source: Layout, target: Layout) -> str:
+    """What keeps two families apart, read off their layouts: trunk tensors that one has and the other lacks."""
+
+    def trunk(layout: Layout) -> set[str]:
+        return {s.name for s in layout.tensors if s.role is None and s.when is None and "vision" not in s.name and "visual" not in s.name}
+
+    needs, lacks = (sorted(n.rpartition("{layer}.")[2] for n in names) for names in (trunk(target) - trunk(source), trunk(source) - trunk(target)))
+    parts = [f"{target.model_type} needs {', '.join(needs[:4])}, which {source.model_type} has not"] if needs else []
+    parts += [f"{target.model_type} has no place for {', '.join(lacks[:4])}"] if lacks else []
+    return "; ".join(parts) or f"their tensors have the same names, but nobody has shown that {target.model_type} computes the same"
 
 
 def refusals(conversion: Conversion, wish: Wish) -> list[str]:
@@ -107,7 +123,10 @@ def choose(source: Checkpoint, wish: Wish) -> Conversion:
     named = [c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)]
     if not named:
         known = sorted({c.pair.target for c in options})
-        raise MoetoolError(f"no exact conversion from {source.config.get('model_type')} to {wish.target}", expected=", ".join(known), found=wish.target, hint=did_you_mean(wish.target, [*known, "auto"]))
+        hint = did_you_mean(wish.target, [*known, "auto"])
+        if wish.target in families()["moe"]:
+            hint = f"{gap(options[0].source, Layout.load(wish.target))}; use --target auto"
+        raise MoetoolError(f"no exact conversion from {source.config.get('model_type')} to {wish.target}", expected=", ".join(known), found=wish.target, hint=hint)
     reasons = {c.pair.target: refusals(c, wish) for c in named}
     for conversion in named:
         if not reasons[conversion.pair.target]:
