@@ -22,6 +22,7 @@ class Sink:
 
     def result(self, data: Any, human: str | None = None) -> None:
         """The answer of a command: one JSON object, or text (nothing in quiet mode)."""
+        self._end_line()
         if self.mode == "json":
             print(json.dumps(data, ensure_ascii=False))
         elif self.mode == "human" and human:

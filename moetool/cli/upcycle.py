@@ -110,7 +110,7 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"  scale        {certificate['scale']:g} on {certificate['place']}")
     for row in summary.get("trunks", ()):
         lines.append(f"  trunk        {row['source']} is {row['distance']:.3%} from the base (furthest: {row['furthest']} {row['furthest_distance']:.3%})")
-    dropped = {**summary["dropped_tensors"], **{f"config.{k}": v for k, v in summary["dropped_fields"].items()}}
+    dropped = {**summary["dropped_tensors"], **{f"config.{k}": v for k, v in summary["dropped_fields"].items() if k.rpartition(".")[2] not in ("architectures", "model_type")}}
     lines += [f"  left out     {name}: {why}" for name, why in list(dropped.items())[:12]]
     if "seconds" in summary:
         rate = summary["output_bytes"] / max(summary["seconds"], 1e-9)

@@ -17,7 +17,7 @@ from typing import Any
 from moetool.errors import MoetoolError, did_you_mean
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
-_NUMBER = re.compile(r"(?<=[._])(\d+)(?=\.|$)|^(\d+)(?=\.)")
+_NUMBER = re.compile(r"(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)")  # a part that is a number, or expert_7 (Switch, NLLB)
 # Names that stand in old files and hold nothing a model reads.
 _DEAD = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
 
@@ -207,13 +207,14 @@ class Layout:
             shape = self.shape(slot, text)
             if shape and 0 in shape and str(slot.role).startswith("shared.") and not (self.overlay.shared or {}).get("always"):
                 continue
+            template = re.sub(r"\{i\d+\}", "0", slot.name)  # of an inner list the first stands for all
             if slot.layers is None:
-                yield slot.name, shape, slot
+                yield template, shape, slot
                 continue
             for layer in layers:
                 if (slot.layers == "moe") > (layer in moe) or (slot.layers == "dense" and layer in moe):
                     continue
-                name = slot.name.replace("{layer}", str(layer))
+                name = template.replace("{layer}", str(layer))
                 if "{expert}" in name:
                     yield from ((name.replace("{expert}", str(e)), shape, slot) for e in experts)
                 else:

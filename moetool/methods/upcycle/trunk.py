@@ -58,6 +58,8 @@ class Trunk:
             inner = name.removeprefix(chosen.prefix)
             _check_shape(base, chosen, name, inner)
             for new, span, op, params in pairing.map_tensor(chosen.pair, chosen.source, chosen.target, inner, text):
+                if new != inner and chosen.prefix + new in base.tensors and chosen.prefix + new not in self.dropped:
+                    continue  # an untied head of its own stands in the file, and is mapped when its turn comes
                 piece = rows(stored, *span) if span else whole(stored)
                 target = build.target(chosen.prefix + new, stored.dtype, piece.shape)
                 self._one(build, piece, whole(target), op, params)
