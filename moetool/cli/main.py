@@ -30,6 +30,7 @@ class Session:
         self.sink = Sink()
         self.stop = threading.Event()
         self.working = False
+        self.finished = False  # the output is in its place
         self.command = ""
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     session.command = _shell_line(args)
     args, mode = _modes(args)
     session.sink = Sink(mode)
-    _catch_signals()
+    before = _catch_signals()
     try:
         _commands()
         code = app(args, standalone_mode=False)
@@ -62,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         return done.exit_code
     except Exception as problem:  # noqa: BLE001 - the last place: a sentence instead of a traceback
         return _unexpected(problem)
+    finally:
+        for number, handler in before.items():  # nothing is left to stop: a late signal must not disturb the interpreter's exit
+            signal.signal(number, signal.SIG_IGN if argv is None else handler)
 
 
 def _unexpected(problem: Exception) -> int:
@@ -108,18 +112,20 @@ def _shell_line(args: list[str]) -> str:
     return shlex.join(["moetool", *args])
 
 
-def _catch_signals() -> None:
-    """The first Ctrl-C or SIGTERM lets running copies end; a second one ends at once."""
+def _catch_signals() -> dict[int, Any]:
+    """The first Ctrl-C or SIGTERM lets running copies end; a second one ends at once. Returns the handlers of before."""
 
     def handle(number: int, frame: Any) -> None:
+        if session.finished:
+            return
         if session.stop.is_set() or not session.working:
             raise KeyboardInterrupt
         session.stop.set()
         session.sink.say("stopping; finished shards are kept (again to stop at once)")
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _commands() -> None:

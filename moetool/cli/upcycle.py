@@ -85,7 +85,7 @@ def write(method: str, sources: tuple[str, ...], out: str, chosen: dict[str, Any
         return 0
     session.working = True
     report = road.make(prepared, progress=sink.progress, stop=session.stop)
-    session.working = False
+    session.working, session.finished = False, True
     for line in report["warnings"]:
         sink.say(f"warning: {line}")
     sink.result(report, describe(report))
