@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -40,6 +41,16 @@ _CLICK_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises."""
+    code = _run(argv)
+    if argv is None and code == Stopped.exit_code:
+        # CPython kills itself with SIGINT at exit if a KeyboardInterrupt once passed through C code (an import of torch), although it was caught.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     global session
     args = list(sys.argv[1:] if argv is None else argv)
     session.__init__()  # type: ignore[misc]
@@ -70,8 +81,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _unexpected(problem: Exception) -> int:
     """Click's own usage errors, a closed pipe, and the bug that we did not foresee: a sentence each, no traceback."""
-    import os
-
     import click
 
     shown = getattr(problem, "format_message", None)
