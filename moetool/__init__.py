@@ -1,4 +1,4 @@
-"""moetool: turn dense checkpoints into mixtures of experts, and check that they still compute the same.
+"""moetool: turn dense checkpoints into mixtures of experts, make those smaller, and measure what it did to them.
 
 The command line's verbs as functions; nothing heavy is imported until one is called. Errors are `moetool.MoetoolError`.
 """
@@ -10,7 +10,9 @@ from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 
-__all__ = ["MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "inspect", "plan", "run", "upcycle", "verify"]
+__all__ = [
+    "MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "evaluate", "inspect", "merge", "plan", "profile", "prune", "run", "upcycle", "verify",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _COMMON = ("seed", "jobs", "memory", "max_shard", "overwrite", "strict", "device", "engine", "ray_address")
@@ -26,6 +28,32 @@ def upcycle(source: str, out: str, *, experts_from: Sequence[str] = (), dry_run:
 def convert_layout(source: str, out: str, *, dry_run: bool = False, **options: Any) -> dict[str, Any]:
     """Per-expert <-> stacked expert tensors (`to="per-expert"` or `"fused"`). Returns the report. Raises MoetoolError."""
     return _write("convert-layout", (source,), out, dry_run, options)
+
+
+def prune(source: str, out: str, *, dry_run: bool = False, **options: Any) -> dict[str, Any]:
+    """A mixture of experts with fewer experts; `options` are those of `moetool methods show prune` (calibrate and text as a list or joined by
+    commas) and the common ones. Returns the report. Raises MoetoolError; VerificationFailed when a gate is missed.
+    """
+    return _write("prune", (source,), out, dry_run, options)
+
+
+def merge(source: str, out: str, *, dry_run: bool = False, **options: Any) -> dict[str, Any]:
+    """A mixture of experts with clusters of experts merged; `options` are those of `moetool methods show merge`, as for `prune`."""
+    return _write("merge", (source,), out, dry_run, options)
+
+
+def profile(moe: str, stats: str, **options: Any) -> dict[str, Any]:
+    """Statistics of every expert on text, into the folder `stats` (options: see moetool.measure.profile). Raises MoetoolError."""
+    from moetool import measure
+
+    return measure.profile(moe, stats, **options)
+
+
+def evaluate(model: str, **options: Any) -> dict[str, Any]:
+    """Perplexity on text, and distance from a reference (options: see moetool.measure.evaluate). Raises MoetoolError."""
+    from moetool import measure
+
+    return measure.evaluate(model, **options)
 
 
 def plan(source: str, out: str, *, experts_from: Sequence[str] = (), **options: Any) -> Any:
@@ -59,16 +87,16 @@ def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, *
     return check(out, against=against, load=load, **options)
 
 
-def _prepare(method: str, sources: tuple[str, ...], out: str, options: dict[str, Any]) -> Any:
+def _prepare(method: str, sources: tuple[str, ...], out: str, options: dict[str, Any], dry_run: bool = True) -> Any:
     from moetool import road
 
     common = {k: v for k, v in options.items() if k in _COMMON}
     chosen = {k: v for k, v in options.items() if k not in _COMMON}
-    return road.prepare(road.Options(out=out, sources=sources, method=method, method_options=chosen, **common))
+    return road.prepare(road.Options(out=out, sources=sources, method=method, method_options=chosen, dry_run=dry_run, **common))
 
 
 def _write(method: str, sources: tuple[str, ...], out: str, dry_run: bool, options: dict[str, Any]) -> dict[str, Any]:
     from moetool import road
 
-    prepared = _prepare(method, sources, out, options)
+    prepared = _prepare(method, sources, out, options, dry_run)
     return prepared.summary() if dry_run else road.make(prepared)

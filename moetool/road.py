@@ -7,6 +7,7 @@ to see progress and sets `stop` to end early with everything finished kept.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moetool.errors import MoetoolError, Stopped, UsageError
+from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 from moetool.methods.contract import Made, Method, Settings
-from moetool.report import card, provenance
+from moetool.report import card, compression, provenance
 from moetool.surgery import engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan, Shard
-from moetool.surgery.writer import Writer, existing
+from moetool.surgery.writer import Writer, check_target, existing
 
 Progress = Callable[[str, int, int], None]  # (stage, done bytes, all bytes)
 
@@ -43,6 +44,7 @@ class Options:
     engine: str = "local"
     ray_address: str | None = None
     command: str = ""
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Prepared:
     jobs: int
     peak: int
     done: bool = False  # the output is already there, whole, from this very plan
+    work: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -72,16 +75,21 @@ class Prepared:
         }  # fmt: skip
 
 
-def prepare(options: Options) -> Prepared:
-    """Look, decide, plan and check; writes nothing. Raises for everything that can be known before the work."""
+def prepare(options: Options, *, progress: Progress | None = None, stop: threading.Event | None = None) -> Prepared:
+    """Look, decide, plan and check. Raises for everything that can be known before the work. Nothing is written, but for methods that
+    send text through the model: they leave what they have done in a work folder beside OUT, so that the same command goes on from there.
+    """
     from moetool import methods
 
     method = methods.make(options.method, options.method_options)
     names = options.sources
     sources = tuple(Checkpoint.open(source.locate(name)) for name in names)
-    settings = Settings(options.seed, options.max_shard, options.device, options.memory)
+    check_target(Path(os.path.abspath(options.out)), [s.folder for s in sources], overwrite=options.overwrite or _ours(options.out))
+    work = _work(options)
+    settings = Settings(options.seed, options.max_shard, options.device, options.memory, work, options.dry_run, progress or (lambda *a: None), stop)
     decisions = method.decide(sources, settings)
     made = method.plan(sources, decisions, settings)
+    sources += decisions.extra
     dtype_of = lambda piece: sources[piece.source].tensor(piece.name).dtype  # noqa: E731
     ops.rehearse(made.plan.tasks, dtype_of, made.plan.tables)
     jobs, peak = fit_memory(made.plan, sources, options)
@@ -90,7 +98,25 @@ def prepare(options: Options) -> Prepared:
     done = writer.finished()
     if not done:
         writer.check()
-    return Prepared(options, method, sources, names, made, jobs, peak, done)
+    return Prepared(options, method, sources, names, made, jobs, peak, done, work)
+
+
+def _ours(out: str) -> bool:
+    """A finished output of ours may be this very plan's: that is for the writer to say, once there is a plan."""
+    return os.path.isfile(os.path.join(out, "moetool.json"))
+
+
+def _work(options: Options) -> str:
+    """The work folder: beside OUT; for a dry run one that goes with the process."""
+    if options.dry_run:
+        import atexit
+        import tempfile
+
+        folder = tempfile.mkdtemp(prefix="moetool-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+    out = Path(os.path.abspath(options.out))
+    return str(out.with_name(f".{out.name}.moetool-work"))
 
 
 def fit_memory(plan: Plan, sources: Sequence[Checkpoint], options: Options) -> tuple[int, int]:
@@ -134,11 +160,37 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
         report = prepared.summary() | {"warnings": [*prepared.made.warnings, *findings], "resumed_shards": len(plan.shards) - len(todo), "seconds": round(time.perf_counter() - begun, 3)}
         if nodes:
             report["ray_nodes"] = nodes
-        record = provenance.record(prepared, report)
-        files = {"moetool.json": record, "README.md": card.render(prepared, report)}
+        report |= _gate(prepared, writer, progress, stop)
+        written = _staged(prepared, writer) if len(prepared.sources) > len(prepared.names) else None
+        record = provenance.record(prepared, report, written)
+        files = {"moetool.json": record, "README.md": card.render(prepared, report), **prepared.made.files}
+        if "reduction" in report:
+            report |= {"seconds": round(time.perf_counter() - begun, 3), "peak_rss": compression.peak_rss()}
+            files["report.json"] = compression.render(report)
         folder = prepared.sources[0].folder
-        writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling()}, prepared.made.config)
+        writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling() if n not in files}, prepared.made.config)
+    if prepared.work:
+        shutil.rmtree(prepared.work, ignore_errors=True)
     return report
+
+
+def _gate(prepared: Prepared, writer: Writer, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+    """Measure what was written before anything can load it; a missed gate removes it and raises VerificationFailed."""
+    method = prepared.method
+    if not (getattr(method, "gated", False) or getattr(method, "text", "")):
+        return {}
+    from moetool.evaluate import gate
+
+    try:
+        return gate.measure(prepared.sources[0], _staged(prepared, writer), method, prepared.options, tell=progress, stop=stop)
+    except VerificationFailed:
+        shutil.rmtree(writer.staging, ignore_errors=True)
+        raise
+
+
+def _staged(prepared: Prepared, writer: Writer) -> Checkpoint:
+    """The finished shards, before there is a folder that loads."""
+    return Checkpoint.staged(str(writer.staging), [s.name for s in prepared.plan.shards], prepared.made.config)
 
 
 class _Counter:
@@ -192,6 +244,4 @@ def _read_bytes(prepared: Prepared) -> int:
 
 
 def _free(out: str) -> int:
-    import shutil
-
     return shutil.disk_usage(existing(Path(os.path.abspath(out)).parent)).free

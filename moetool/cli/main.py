@@ -139,4 +139,4 @@ def _catch_signals() -> dict[int, Any]:
 
 def _commands() -> None:
     """Register the commands (each module adds its own to `app`)."""
-    from moetool.cli import demo, look, recipe, upcycle, verify  # noqa: F401
+    from moetool.cli import compress, demo, look, measure, recipe, upcycle, verify  # noqa: F401

@@ -79,6 +79,26 @@ class Sink:
         line = f"{stage} {show_bytes(done)} of {show_bytes(total)} ({100 * done // total} %), {show_bytes(rate)}/s, {left} left"
         print(f"\r\033[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
 
+    def either(self, stage: str, done: int, total: int) -> None:
+        """Bytes while writing, steps while text goes through a model."""
+        (self.steps if stage.startswith(("eval", "profile", "propagate")) and "head" not in stage else self.progress)(stage, done, total)
+
+    def steps(self, stage: str, done: int, total: int) -> None:
+        """Layers of a walk: a live line with rate and time left on a terminal, a line every few seconds elsewhere."""
+        if self.mode == "quiet":
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            self._end_line()
+            self._stage, self._begun, self._last = stage, now, now
+        if not self._tty and now - self._last < 10.0:
+            return
+        self._last = now
+        each = (now - self._begun) / done if done else 0.0
+        left = f", {each:.1f}s a layer, {show_seconds(each * (total - done))} left" if done else ""
+        line = f"{stage} layer {done} of {total}{left}"
+        print(f"\r\033[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+
     def _end_line(self) -> None:
         if self._tty and self._stage:
             print(file=sys.stderr)

@@ -77,19 +77,32 @@ def write(method: str, sources: tuple[str, ...], out: str, chosen: dict[str, Any
     """Prepare, show or make, report."""
     from moetool import road
 
-    sink = session.sink
-    prepared = road.prepare(road.Options(out=out, sources=sources, method=method, method_options=chosen, command=session.command, **rest))
+    sink, walks = session.sink, method in ("prune", "merge")
+    session.working = walks  # a walk ends after its layer; all other looking is short
+    options = road.Options(out=out, sources=sources, method=method, method_options=chosen, command=session.command, dry_run=dry_run, **rest)
+    prepared = road.prepare(options, progress=sink.steps, stop=session.stop)
     if dry_run:
         summary = prepared.summary()
-        sink.result(summary | {"dry_run": True}, describe(summary) + "\nnothing was written (--dry-run)")
+        for line in prepared.made.warnings:
+            sink.say(f"warning: {line}")
+        sink.result(summary | {"dry_run": True}, _described(summary) + "\nnothing was written (--dry-run)")
         return 0
     session.working = True
-    report = road.make(prepared, progress=sink.progress, stop=session.stop)
+    report = road.make(prepared, progress=sink.progress if not walks else sink.either, stop=session.stop)
     session.working, session.finished = False, True
     for line in report["warnings"]:
         sink.say(f"warning: {line}")
-    sink.result(report, describe(report))
+    sink.result(report, _described(report))
     return 0
+
+
+def _described(summary: dict[str, Any]) -> str:
+    """For people, as the verb wants it."""
+    if "reduction" in summary:
+        from moetool.cli import compress
+
+        return compress.describe(summary)
+    return describe(summary)
 
 
 def describe(summary: dict[str, Any]) -> str:

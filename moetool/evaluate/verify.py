@@ -10,6 +10,7 @@ from moetool.errors import VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
 from moetool.surgery import source
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.spec import Stored
 
 EXACT = 1e-4
 ROUNDED = 2e-2  # where the certificate says that weights were rounded to 16 bits
@@ -34,7 +35,7 @@ def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, m
     plan, made = _plan_again(sources, record, out)
     if plan.digest != record["report"]["plan_digest"]:
         raise VerificationFailed("the same command now makes another plan", file=checkpoint.folder, expected=record["report"]["plan_digest"], found=plan.digest, hint="another version of moetool wrote it: verify with that version, or make it again")
-    result["bytes"] = ranges.compare_bytes(plan, sources, checkpoint, device=device, tell=tell)
+    result["bytes"] = ranges.compare_bytes(plan, [*sources, *_extra(record)], checkpoint, named=len(sources), sealed=record.get("sealed", {}), device=device, tell=tell)
     result["accounted"] = _account(sources, plan, made)
     level = record["report"]["certificate"]["level"]
     if record["method"] == "upcycle" and record["report"]["expert_sources"]:
@@ -59,8 +60,16 @@ def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], out: str)
     from moetool.methods.contract import Decisions, Settings
 
     method = methods.make(record["method"], record["options"])
-    made = method.plan(sources, Decisions(tables=record["tables"]), Settings(seed=record["seed"], max_shard=record["max_shard"]))
+    made = method.plan(sources, Decisions(tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)), Settings(seed=record["seed"], max_shard=record["max_shard"]))
     return made.plan, made
+
+
+def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
+    """Sources that did not travel with the output, by their headers alone."""
+    return tuple(
+        Checkpoint("", {}, {n: Stored(n, d, tuple(s), f, a, b) for n, d, s, f, a, b in e["tensors"]}, {name: (size, seal) for name, size, seal in e["files"]})
+        for e in record.get("extra", ())
+    )  # fmt: skip
 
 
 def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, int]:

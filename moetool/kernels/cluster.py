@@ -65,3 +65,53 @@ def _swap(cost: np.ndarray, labels: np.ndarray, k: int) -> bool:
                 labels[left[order_left[:count]]], labels[right[order_right[:count]]] = b, a
                 moved = True
     return moved
+
+
+def agglomerative(distance: np.ndarray, clusters: int, linkage: str) -> np.ndarray:
+    """Labels [n] of hierarchical clustering on a distance matrix [n, n]: `average`, `complete` or `ward` (Euclidean distances), by scipy."""
+    from scipy.cluster.hierarchy import cut_tree
+    from scipy.cluster.hierarchy import linkage as link
+    from scipy.spatial.distance import squareform
+
+    n = len(distance)
+    if clusters >= n:
+        return np.arange(n)
+    even = (distance + distance.T) / 2
+    np.fill_diagonal(even, 0.0)
+    tree = link(squareform(np.maximum(even, 0.0), checks=False), linkage)
+    return np.asarray(cut_tree(tree, n_clusters=clusters)[:, 0])
+
+
+def embed(gram: np.ndarray) -> np.ndarray:
+    """Points [n, n] with these inner products [n, n]: distances between them are those of the (much longer) vectors behind the Gram matrix."""
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def distances(points: np.ndarray) -> np.ndarray:
+    """Euclidean distances [n, n] of points [n, d]."""
+    from scipy.spatial.distance import cdist
+
+    return np.asarray(cdist(points, points))
+
+
+def kmeans(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """Labels [n] of k-means (k-means++ starts, the best of 10), by scikit-learn; every cluster holds a point."""
+    from sklearn.cluster import KMeans
+
+    if clusters >= len(points):
+        return np.arange(len(points))
+    found = KMeans(clusters, n_init=10, random_state=seed).fit(points)
+    labels = np.asarray(found.labels_)
+    for empty in sorted(set(range(clusters)) - set(labels.tolist())):  # duplicates of a point can leave centres without points
+        crowded = np.bincount(labels, minlength=clusters).argmax()
+        labels[np.nonzero(labels == crowded)[0][-1]] = empty
+    return labels
+
+
+def nearest_member(points: np.ndarray, members: list[int], weights: np.ndarray | None = None) -> int:
+    """The member nearest the (weighted) mean of a cluster; the first where several are as near (but for rounding)."""
+    centre = np.average(points[members], axis=0, weights=weights)
+    apart = ((points[members] - centre) ** 2).sum(1)
+    near = apart.min() + 1e-9 * (points[members] ** 2).sum(1).max()
+    return members[int(np.argmax(apart <= near))]

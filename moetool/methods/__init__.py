@@ -10,6 +10,8 @@ from moetool.errors import UsageError, did_you_mean
 
 METHODS = {
     "upcycle": "moetool.methods.upcycle.method:Upcycle",
+    "prune": "moetool.methods.prune.method:Prune",
+    "merge": "moetool.methods.merge.method:Merge",
     "convert-layout": "moetool.methods.convert.layout:ConvertLayout",
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,15 +34,23 @@ class Settings:
     max_shard: int = 5_000_000_000
     device: str = "cpu"
     memory: int | None = None
+    work: str = ""  # a folder for what long deciding leaves behind until the output is there
+    dry_run: bool = False
+    tell: Callable[[str, int, int], None] = field(default=lambda *a: None, compare=False)
+    stop: threading.Event | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a look at the sources decided: `tables` of integers for the plan, and what to tell the user."""
+    """What a look at the sources decided: `tables` of integers for the plan, and what to tell the user. `chosen` is plain data that
+    replays it; `extra` are sources beyond the named ones (statistics, tensors that deciding solved for).
+    """
 
     tables: dict[str, list[int]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     memory: int = 0  # peak bytes that deciding needed, process included
+    chosen: dict[str, Any] = field(default_factory=dict)
+    extra: tuple[Checkpoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Made:
     dropped_fields: dict[str, str]
     facts: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
 
 
 class Method(Protocol):

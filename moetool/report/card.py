@@ -34,9 +34,15 @@ def render(prepared: Prepared, report: dict[str, Any]) -> bytes:
     lines.append(f"| parameters | {show_count(report.get('parameters', 0))} total, {show_count(report.get('active_parameters', 0))} active |")
     lines.append(f"| size | {show_bytes(report['output_bytes'])} |")
     lines += ["", "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.", ""]
+    if "reduction" in report:
+        lines += [f"- {report['experts_before']} -> {report['experts_after']} experts a layer ({report['removed_share']:.0%} removed) by {report['method_used']}; report.json says which, decisions.json replays it"]
+        return _joined(lines, report)
     lines += [f"- left out: `{n}` ({why})" for n, why in {**report["dropped_tensors"], **{f'config.{k}': v for k, v in report["dropped_fields"].items()}}.items()]
-    lines += [f"- warning: {w}" for w in report["warnings"]]
-    return ("\n".join(lines).rstrip() + "\n").encode()
+    return _joined(lines, report)
+
+
+def _joined(lines: list[str], report: dict[str, Any]) -> bytes:
+    return ("\n".join([*lines, *(f"- warning: {w}" for w in report["warnings"])]).rstrip() + "\n").encode()
 
 
 def _base(name: str, config: dict[str, Any]) -> str | None:

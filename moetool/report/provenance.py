@@ -8,6 +8,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from moetool.methods.reduce.decision import render
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.plan import Plan
+
 if TYPE_CHECKING:
     from moetool.road import Prepared
 
@@ -16,22 +20,42 @@ SCHEMA = 1
 _OF_THE_RUN = ("seconds", "peak_memory", "jobs", "free_disk", "resumed_shards", "ray_nodes", "out", "read_bytes")
 
 
-def record(prepared: Prepared, report: dict[str, Any]) -> bytes:
-    """The file's bytes; the same command on the same sources gives the same bytes."""
+def record(prepared: Prepared, report: dict[str, Any], written: Checkpoint | None = None) -> bytes:
+    """The file's bytes; the same command on the same sources gives the same bytes. `written`: the finished shards, where the plan read
+    more than the named sources (statistics, solved tensors): what came of those is sealed, since they do not travel with the output.
+    """
     config = json.dumps(prepared.made.config, indent=2, ensure_ascii=False) + "\n"
     data = {
-        "schema": SCHEMA, "moetool": _version("moetool"), "python": platform.python_version(), "command": prepared.options.command,
+        "schema": SCHEMA, "moetool": version_of("moetool"), "python": platform.python_version(), "command": prepared.options.command,
         "method": prepared.options.method, "options": report["options"], "seed": prepared.options.seed, "max_shard": prepared.options.max_shard,
-        "sources": [{"name": n, "files": s.fingerprint()} for n, s in zip(prepared.names, prepared.sources, strict=True)],
+        "sources": [{"name": n, "files": s.fingerprint()} for n, s in zip(prepared.names, prepared.sources, strict=False)],
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "report": {k: v for k, v in report.items() if k not in (*_OF_THE_RUN, "options", "seed", "method")},
     }  # fmt: skip
+    if written is not None:
+        extra = prepared.sources[len(prepared.names) :]
+        data["extra"] = [{"files": s.fingerprint(), "tensors": [[t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in s.tensors.values()]} for s in extra]
+        data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
+    chosen = data["report"].pop("decisions", None)  # long: a layer on a line
     head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
+    if chosen is not None:
+        head += f',\n "decisions": {render(chosen).rstrip()}'
     tables = json.dumps(prepared.plan.tables, separators=(",", ":"))  # long lists of neuron numbers: one line
     return f'{head},\n "tables": {tables}\n}}\n'.encode()
 
 
-def _version(package: str) -> str:
+def sealed(plan: Plan, named: int, written: Checkpoint) -> dict[str, str]:
+    """{output piece: sha256} of everything that came from sources beyond the named ones."""
+    seals = {}
+    for task in plan.tasks:
+        if any(p.source >= named for p in task.inputs):
+            for piece in task.outputs:
+                seals[f"{piece.name}@{piece.offset}"] = hashlib.sha256(written.read(piece)).hexdigest()
+    return seals
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

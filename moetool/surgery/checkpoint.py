@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that are made anew for every output and so never travel.
-_OWN = {"config.json", "README.md", "moetool.json", INDEX}
+_OWN = {"config.json", "README.md", "moetool.json", "report.json", "decisions.json", "experts.json", INDEX}
 _TRAVEL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".merges", ".py", ".md")
 _TRAVEL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
@@ -65,6 +65,17 @@ class Checkpoint:
         if promised is not None:
             _compare_index(folder, promised, tensors)
         return cls(str(folder), config, tensors, files)
+
+    @classmethod
+    def staged(cls, folder: str, shards: list[str], config: dict[str, Any]) -> Checkpoint:
+        """Finished shards of an output that has no config.json yet."""
+        tensors: dict[str, Stored] = {}
+        files: dict[str, tuple[int, str]] = {}
+        for shard in shards:
+            stored, digest, size = read_header(Path(folder) / shard)
+            files[shard] = (size, digest)
+            tensors |= {t.name: t for t in stored}
+        return cls(folder, config, tensors, files)
 
     def tensor(self, name: str) -> Stored:
         """The stored tensor of this name; MoetoolError when it is missing."""

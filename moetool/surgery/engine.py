@@ -66,7 +66,7 @@ def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], 
         tasks = [plan.tasks[i] for i in shard.tasks]
         computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
         ranges = tuple(tuple((*sources[p.source].range_of(p), sources[p.source].tensor(p.name).dtype) for p in t.inputs) for t in computed)
-        used = {t.params["order"] for t in computed if t.params.get("order")}
+        used = {key for t in computed for key in ops.tables_of(t)}
         yield Job(
             os.path.join(folder, shard.name + ".tmp"), header, len(header) + shard.size,
             tuple(_copies(tasks, sources, starts, dtypes)), computed, dtypes, starts, ranges,

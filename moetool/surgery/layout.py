@@ -46,7 +46,7 @@ class Found:
 class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json)."""
 
-    law: dict[str, Any] = field(default_factory=dict)
+    law: dict[str, Any] = field(default_factory=dict)  # score, renorm, groups, bias, scale, zero, least_sum, act: see experts.Mixture.law
     sites: dict[str, Any] | None = None
     shared: dict[str, Any] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -175,6 +175,10 @@ class Layout:
         if "dense_list" in sites:
             step = text.get(sites["step"]) or 1
             return {i for i in every if i not in (text.get(sites["dense_list"]) or ()) and (i + 1) % step == 0}
+        if "list" in sites:
+            listed = text.get(sites["list"])
+            step = text.get(sites["step"]) or 1
+            return set(listed) if isinstance(listed, list) else {i for i in every if (i + 1) % step == 0}
         if "dense_prefix" in sites:
             return {i for i in every if i >= (text.get(sites["dense_prefix"]) or 0)}
         if "period" in sites:
@@ -199,7 +203,6 @@ class Layout:
         """Every (name, shape, slot) a checkpoint with this config must hold; slots of `some` layers are left out."""
         text = self.text(config)
         layers, moe = range(self.field("layers", config) or 0), self.moe_layers(config)
-        experts = range(self.field("experts", config) or 0)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         for slot in self.tensors:
             if not self.present(slot, text) or slot.layers == "some" or (tied and slot.name in self.tied):
@@ -215,10 +218,33 @@ class Layout:
                 if (slot.layers == "moe") > (layer in moe) or (slot.layers == "dense" and layer in moe):
                     continue
                 name = template.replace("{layer}", str(layer))
+                own = text | (text.get("per_layer_config") or {}).get(str(layer), {})  # a ragged checkpoint
+                here = shape if own == text else self.shape(slot, own)
                 if "{expert}" in name:
-                    yield from ((name.replace("{expert}", str(e)), shape, slot) for e in experts)
+                    yield from ((name.replace("{expert}", str(e)), here, slot) for e in range(own.get(self.fields.get("experts", "")) or 0))
                 else:
-                    yield name, shape, slot
+                    yield name, here, slot
+
+
+@dataclass(frozen=True)
+class Home:
+    """The part of a checkpoint that is a text model: its layout, the config to read with it, the prefix of its names, and the path
+    to the fields inside the whole config.
+    """
+
+    layout: Layout
+    config: dict[str, Any]
+    prefix: str = ""
+    path: tuple[str, ...] = ()
+
+
+def home(config: dict[str, Any]) -> Home:
+    """Where the text model of this config is described: the family itself, or the family of a multimodal model's text part."""
+    layout = Layout.load(str(config.get("model_type")))
+    text = config.get("text_config") or {}
+    if layout.kind == "dense" and not layout.text_config and (text.get("model_type") or layout.model_type == "llava"):
+        return Home(Layout.load(text.get("model_type", "llama")), text, "language_model.", ("text_config",))
+    return Home(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
 
 def is_dead(name: str) -> bool:

@@ -57,8 +57,73 @@ def _affine(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: di
     yield combine.affine(inputs[0], params.get("scale", 1.0), params.get("shift", 0.0))
 
 
+def _affine_sum(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import combine
+
+    yield combine.affine(combine.weighted(inputs, params["weights"]), 1.0, params["shift"])
+
+
 def _transpose(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
     yield inputs[0].transpose(-1, -2).contiguous()
+
+
+def _fill(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    import numpy as np
+
+    yield from (np.full(shape, params["value"], np.float32) for shape in shapes)
+
+
+def _reindex(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import combine
+
+    yield combine.reindex(inputs[0], tables[params["order"]], params["experts"])
+
+
+def _experts(inputs: Sequence[Any], params: dict[str, Any], tables: Tables, roles: list[str]) -> list[dict[str, Any]]:
+    """Members of a cluster in canonical form, neurons aligned. Inputs: all roles of the first, all roles of the second, ..."""
+    from moetool.kernels import form, merge
+
+    members = []
+    for number, key in enumerate(params.get("align") or [None] * params["members"]):
+        parts = dict(zip(roles, inputs[number * len(roles) : (number + 1) * len(roles)], strict=True))
+        members.append(merge.permuted(form.canonical(parts, **params["form"]), tables[key] if key else None))
+    return members
+
+
+def _merge(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import form, merge
+
+    roles = params["roles"].split(",")
+    members = _experts(inputs, params, tables, roles)
+    rest = inputs[params["members"] * len(roles) :]
+    made = merge.combined(members, params["weights"], params, *((rest[:1], rest[1:]) if rest else ()))
+    yield from form.stored(made, params["made"].split(","), **params["form"])
+
+
+def _base_delta(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import merge
+
+    count, turn = params["members"], params.get("transposed", False)
+    matrices, covariance = [m.T if turn else m for m in inputs[:count]], inputs[count:]
+    base = merge.sum_of(matrices, params["weights"])
+    if params.get("factored"):
+        yield base
+    for number, matrix in enumerate(matrices):
+        u, v = merge.low_rank(matrix.to(base.dtype) - base, params["rank"], covariance[number if len(covariance) > 1 else 0] if covariance else None)
+        if params.get("factored"):
+            yield from (u, v)
+        else:
+            yield (base + u @ v).T if turn else base + u @ v
+
+
+def _wanda(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+    from moetool.kernels import form, merge
+
+    roles = params["roles"].split(",")
+    parts = form.canonical(dict(zip(roles, inputs, strict=False)), **params["form"])
+    seen, between = inputs[len(roles) :]
+    parts |= {"gate_up": merge.wanda(parts["gate_up"], seen.reshape(-1), params["share"]), "down": merge.wanda(parts["down"], between.reshape(-1), params["share"])}
+    yield from form.stored(parts, roles, **params["form"])
 
 
 OPS = {
@@ -70,9 +135,20 @@ OPS = {
         Op("neurons", _neurons, "torch", 6.0, reads=2.0),
         Op("combine", _combine, "torch", 4.0),
         Op("affine", _affine, "torch", 4.0),
+        Op("affine_sum", _affine_sum, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),
+        Op("fill", _fill, "numpy", 4.0),
+        Op("reindex", _reindex, "torch", 4.0, reads=3.0),
+        Op("merge", _merge, "torch", 24.0, reads=6.0),
+        Op("base_delta", _base_delta, "torch", 24.0, reads=6.0),
+        Op("wanda", _wanda, "torch", 24.0, reads=6.0),
     )
 }
+
+
+def tables_of(task: Task) -> list[str]:
+    """Names of the tables that a task looks up."""
+    return [k for k in (task.params.get("order"), *(task.params.get("align") or ())) if k]
 
 
 def needs(tasks: Sequence[Task]) -> str:

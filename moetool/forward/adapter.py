@@ -1,0 +1,178 @@
+"""The one door to transformers' loading internals: a model without memory, its decoder layers filled and emptied one at a time.
+
+`get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` are what from_pretrained itself calls
+(transformers.core_model_loading, 5.10 to 5.23), so names, transpositions and merged tensors are read just as stock loading reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.layout import home
+from moetool.surgery.spec import whole
+
+_STACKS = ("layers", "h", "blocks", "block")
+# Configs of checkpoints with other expert counts in each layer; the walk gives every block its own weights, so the shell needs none of it.
+_RAGGED = ("per_layer_config", "allow_global_per_layer_attribute_access")
+
+
+def quiet() -> Any:
+    """transformers, without its progress bars and advice."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+class Shell:
+    """A causal language model whose parameters have no memory until they are filled from the checkpoint, in float32."""
+
+    def __init__(self, source: Checkpoint, device: str = "cpu") -> None:
+        self.source, self.device = source, device
+        transformers = quiet()
+        self.model = _build(transformers, source)
+        self.stack, self.base = self._find_stack()
+        self._places = self._map_names()
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers (a ModuleList)."""
+        return self.model.get_submodule(self.stack)
+
+    def _find_stack(self) -> tuple[str, Any]:
+        """The module list of decoder layers, and the module that runs them."""
+        from torch import nn
+
+        at = home(self.source.config)
+        count = at.layout.field("layers", at.config)
+        found = [
+            (name, module) for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count and name.rpartition(".")[2] in _STACKS and not any(w in name for w in ("visual", "vision", "audio", "encoder."))
+        ]  # fmt: skip
+        if not found:
+            raise MoetoolError(f"{at.layout.model_type} has no plain stack of decoder layers", file=self.source.folder, expected=f"{count} layers in a row", hint="text cannot be sent through this family yet; methods without text work")
+        name = min(found, key=lambda f: len(f[0]))[0]
+        return name, self.model.get_submodule(name.rpartition(".")[0]) if "." in name else self.model
+
+    def _map_names(self) -> dict[int | None, list[str]]:
+        """Layer number (None: outside the stack) -> names on disk."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        state = self.model.state_dict()
+        places: dict[int | None, list[str]] = {None: []}
+        self._missing = set(state) - {t for t in state if _tied(self.model, t)}
+        head = self.stack + "."
+        for name in self.source.tensors:
+            there, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            if there not in state and name in state:
+                there, pattern = name, None
+            if there not in state:
+                continue  # MTP layers and dead buffers: no module reads them
+            self._missing -= set(self._targets(there, pattern, converters))
+            number = there[len(head) :].partition(".")[0] if there.startswith(head) else ""
+            places.setdefault(int(number) if number.isdigit() else None, []).append(name)
+        return places
+
+    @staticmethod
+    def _targets(first: str, pattern: str | None, converters: Sequence[Any]) -> list[str]:
+        """Every parameter that a converter makes (one disk tensor can become several)."""
+        if pattern is None:
+            return [first]
+        converter = next(c for c in converters if pattern in c.source_patterns)
+        return [first.replace(converter.target_patterns[0], t) for t in converter.target_patterns]
+
+    def check_complete(self, own: Sequence[str]) -> None:
+        """Refuse a checkpoint that leaves a parameter unfilled (it would be random); `own` are prefixes that moetool reads itself."""
+        lost = sorted(n for n in self._missing if not n.startswith(tuple(own)))
+        if lost:
+            raise MoetoolError("a tensor that the model needs is missing", file=self.source.folder, tensor=lost[0], expected=f"all of {len(self._places)} groups of tensors", found=f"{len(lost)} parameters without a tensor", hint="the checkpoint is incomplete: download or make it again")
+
+    def names(self, layer: int | None) -> list[str]:
+        """Names on disk of a layer (None: embeddings, last norm, head)."""
+        return self._places.get(layer, [])
+
+    def fill(self, layer: int | None, *, skip: Sequence[str] = ()) -> None:
+        """Read a layer's tensors into the model. `skip`: names left on disk (the experts, which moetool reads itself)."""
+        import torch
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        leave = set(skip)
+        tensors = {n: self._read(n) for n in self.names(layer) if n not in leave}
+        settings = LoadStateDictConfig(device_map={"": self.device}, dtype=torch.float32, weight_mapping=self._mapping)
+        with _patient():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        if info.mismatched_keys or info.conversion_errors or info.error_msgs:
+            wrong = next(iter([*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs]))
+            raise MoetoolError("a tensor does not fit its place in the model", file=self.source.folder, tensor=str(wrong)[:200], hint="config.json and the weights do not belong together: restore them from the original model")
+        if layer is None:
+            self.model.tie_weights()
+
+    def _read(self, name: str) -> Any:
+        from moetool.kernels import codec
+
+        stored = self.source.tensor(name)
+        return codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+
+    def empty(self, layer: int) -> None:
+        """Give a layer's memory back."""
+        import torch
+
+        for module in self.layers[layer].modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _build(transformers: Any, source: Checkpoint) -> Any:
+    """The class of the checkpoint, with parameters on the meta device and real buffers (rotary tables are computed, not stored)."""
+    import torch
+    from accelerate import init_empty_weights
+
+    raw = {k: v for k, v in source.config.items() if k not in _RAGGED}
+    if raw.get("quantization_config"):
+        raise MoetoolError("the checkpoint is quantized", file=f"{source.folder}/config.json", found="quantization_config", expected="float weights", hint="text goes through float weights for now: dequantize it first")
+    try:
+        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    except KeyError:
+        raise MoetoolError(f"transformers does not know {raw.get('model_type')!r}", file=f"{source.folder}/config.json", expected="a model type of the installed transformers", hint="upgrade transformers; custom code is not run") from None
+    name = (raw.get("architectures") or [""])[0]
+    cls = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with init_empty_weights(include_buffers=False):
+            make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+            model = make(config, dtype=torch.float32, experts_implementation="eager")
+    return model.eval().requires_grad_(False)
+
+
+def _tied(model: Any, name: str) -> bool:
+    return name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """transformers starts threads and draws bars while loading; a layer at a time needs neither."""
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before

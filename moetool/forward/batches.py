@@ -1,0 +1,160 @@
+"""Documents -> token ids -> batches of one length each. Right padding is exact in a causal model and never counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetool.errors import MoetoolError
+from moetool.forward.text import Corpus, Document
+from moetool.kernels import draw
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids [sequences, length] (int64), lengths [sequences] of real tokens; all of one file."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    file: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def valid(self) -> np.ndarray:
+        """[sequences * length] bool: which places hold a real token."""
+        return (np.arange(self.ids.shape[1])[None, :] < self.lengths[:, None]).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What goes through the model. `notes` are for the user; `digest` names the token ids themselves."""
+
+    batches: tuple[Batch, ...] = field(repr=False)
+    files: tuple[str, ...]
+    tokens: tuple[int, ...]  # of each file
+    seq_len: int
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.tokens)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How text becomes sequences. `pack`: documents joined (an end-of-text token between them where the tokenizer has one) and cut into
+    whole sequences; otherwise each document is one sequence, cut off at seq_len. `shuffle`: documents in an order drawn from `seed`.
+    """
+
+    tokens: int = 262_144
+    seq_len: int = 2048
+    pack: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    batch_tokens: int = 4096
+
+
+def make(corpora: Sequence[Corpus], model: str | Path, cut: Cut, *, vocab: int, longest: int | None) -> Batches:
+    """Tokenise with the model's own tokenizer and cut. `longest`: positions the model has; a longer seq_len is lowered, and said.
+
+    Raises MoetoolError when there is no tokenizer for text, an id is outside the vocabulary, or nothing remains.
+    """
+    notes = []
+    seq_len = cut.seq_len
+    if longest and seq_len > longest:
+        notes.append(f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used")
+        seq_len = longest
+    words = _Words(Path(model))
+    batches: list[Batch] = []
+    counts, seal = [], hashlib.sha256()
+    for number, corpus in enumerate(corpora):
+        wanted = max(1, round(cut.tokens * corpus.share))
+        rows = list(_sequences(corpus, words, cut, seq_len, wanted))
+        for row in rows:
+            if int(row.max()) >= vocab:
+                raise MoetoolError("a token id is outside the model's vocabulary", file=corpus.name, expected=f"below {vocab}", found=int(row.max()), hint="the ids were made with another tokenizer")
+            seal.update(number.to_bytes(4, "little") + row.astype("<i4").tobytes())
+        counts.append(sum(len(r) for r in rows))
+        if counts[-1] < 0.9 * wanted:
+            notes.append(f"{corpus.name} gave {counts[-1]:,} of the {wanted:,} tokens wanted")
+        batches += _group(rows, number, max(1, cut.batch_tokens // seq_len))
+    if not sum(counts):
+        raise MoetoolError("the text gave no tokens", file=", ".join(c.name for c in corpora), expected="at least two tokens", found=0, hint="give more text")
+    return Batches(tuple(batches), tuple(c.name for c in corpora), tuple(counts), seq_len, seal.hexdigest(), tuple(notes))
+
+
+def _sequences(corpus: Corpus, words: _Words, cut: Cut, seq_len: int, wanted: int) -> Iterator[np.ndarray]:
+    documents: Sequence[Document] = corpus.documents
+    if cut.shuffle:
+        documents = [documents[i] for i in draw.permutation(len(documents), cut.seed, "documents")]
+    left, rest = wanted, np.empty(0, np.int64)
+    for document in documents:
+        ids = words.ids(document)
+        if not cut.pack:
+            row = ids[: min(seq_len, left)]
+            if len(row) > 1:
+                yield row
+                left -= len(row)
+            if left < 2:
+                return
+            continue
+        rest = np.concatenate([rest, ids, words.between])
+        while len(rest) >= seq_len and left >= seq_len:
+            yield rest[:seq_len]
+            rest, left = rest[seq_len:], left - seq_len
+        if left < seq_len and len(rest) >= left:
+            break
+    tail = rest[: min(left, seq_len)]
+    if cut.pack and len(tail) > 1:
+        yield tail
+
+
+def _group(rows: list[np.ndarray], file: int, size: int) -> Iterator[Batch]:
+    """Sequences of like length together, padded on the right with their own last token."""
+    ordered = sorted(rows, key=len, reverse=True)
+    for start in range(0, len(ordered), size):
+        part = ordered[start : start + size]
+        length = len(part[0])
+        ids = np.stack([np.concatenate([r, np.full(length - len(r), r[-1])]) for r in part]).astype(np.int64)
+        yield Batch(ids, np.array([len(r) for r in part], np.int64), file)
+
+
+class _Words:
+    """The model's tokenizer, loaded when the first text comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._tokenizer = folder, None
+        self.between = np.empty(0, np.int64)
+
+    def ids(self, document: Document) -> np.ndarray:
+        """Token ids [tokens] of a document."""
+        if document.ids is not None:
+            return np.array(document.ids, np.int64)
+        tokenizer = self._load(document)
+        if document.messages is not None:
+            if not getattr(tokenizer, "chat_template", None):
+                raise MoetoolError("the text is a chat, but the model's tokenizer has no chat template", file=document.where, hint="give plain text, or a model with a chat template")
+            return np.array(tokenizer.apply_chat_template(list(document.messages), tokenize=True, return_dict=True)["input_ids"], np.int64)
+        return np.array(tokenizer(document.text, verbose=False)["input_ids"], np.int64)
+
+    def _load(self, document: Document) -> Any:
+        if self._tokenizer is None:
+            from moetool.forward.adapter import quiet
+
+            transformers = quiet()
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            except (OSError, ValueError, KeyError, TypeError) as problem:
+                raise MoetoolError(f"the model has no tokenizer that loads: {str(problem).strip().splitlines()[0][:200]}", file=self._folder, expected="tokenizer.json beside the weights", hint='copy it from the original model, or give token ids: {"input_ids": [...]} a line') from None
+            ends = self._tokenizer.eos_token_id
+            self.between = np.array([ends] if isinstance(ends, int) else [], np.int64)
+        return self._tokenizer

@@ -1,0 +1,126 @@
+"""Make a profile: the walk with a `Profiler` looking on, into a folder that can be taken up again after each layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.forward import batches as batching
+from moetool.forward import text
+from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
+from moetool.surgery.layout import home
+
+FEW = 64  # an expert that saw fewer tokens than this is named in a warning
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text and how it is cut: what decides a profile's numbers."""
+
+    specs: tuple[str, ...]
+    cut: batching.Cut
+    field: str = ""
+
+    def read(self, source: Checkpoint) -> batching.Batches:
+        """Token batches for this model. Raises for bad files before anything is computed."""
+        at = home(source.config)
+        words = at.layout.text(at.config)
+        longest = words.get("max_position_embeddings")
+        return batching.make(text.read(self.specs, field=self.field), source.folder, self.cut, vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31), longest=longest if isinstance(longest, int) else None)
+
+
+def digest(source: Checkpoint, batches: batching.Batches, wanted: Wanted, extra: str = "") -> str:
+    """Names everything that decides the numbers of a walk; a work folder with another digest is not taken up."""
+    body = json.dumps([SCHEMA, source.fingerprint(), source.config, batches.digest, batches.seq_len, asdict(wanted), extra], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def claim(folder: Path, seal: str) -> None:
+    """Make `folder` the work folder of the walk with this digest: what another walk left there is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "walk.json"
+    if not mark.exists() or mark.read_text() != seal:
+        for left in [*folder.glob("hidden-*"), *folder.glob("layer-*"), *folder.glob("solved-*"), *folder.glob("decision-*"), *folder.glob("profile.json")]:
+            left.unlink()
+        temporary = folder / "walk.json.tmp"
+        temporary.write_text(seal)
+        os.replace(temporary, mark)
+
+
+def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
+    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are kept. Returns the finished profile."""
+    begun = time.perf_counter()
+    mixture = Mixture.of(source)
+    batches = calibration.read(source)  # bad text is said before anything heavy is imported
+    wanted = Wanted(len(batches.files), min(wanted.sample, batches.total), wanted.dense, wanted.covariance)
+    seal = digest(source, batches, wanted)
+    if folder.exists() and not (folder / "walk.json").exists() and any(folder.iterdir()):
+        raise MoetoolError("the folder for the statistics is not empty", file=folder, found=next(folder.iterdir()).name, hint="choose another folder")
+    claim(folder, seal)
+    if (folder / "profile.json").exists():
+        return Profile.open(folder)
+    from moetool.forward.walk import Budget, Walk
+
+    profiler = Profiler(wanted, folder)
+    hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), _width(mixture)
+    walk = Walk(source, batches, Budget(memory, folder, device), extra=wanted.memory(mixture.experts, hidden, width), tell=tell, stop=stop, name="profile")
+    walk.run(profiler)
+    facts = describe(source, name, mixture, batches, wanted, calibration) | {"peak_memory": walk.peak, "seconds": round(time.perf_counter() - begun, 3)}
+    facts["warnings"] = [*batches.notes, *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n))]
+    temporary = folder / "profile.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(temporary, folder / "profile.json")
+    walk.hidden.clear()
+    return Profile.open(folder)
+
+
+def _width(mixture: Mixture) -> int:
+    pieces = mixture.pieces(mixture.layers[0], 0)
+    down, hidden = pieces["down"], mixture.layout.field("hidden", mixture.home.config)
+    return down.count // int(hidden)
+
+
+def describe(source: Checkpoint, name: str, mixture: Mixture, batches: batching.Batches, wanted: Wanted, calibration: Calibration) -> dict[str, Any]:
+    """profile.json, without what only a finished walk knows."""
+    files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
+    return {
+        "schema": SCHEMA, "model": {"name": name, "family": mixture.layout.model_type, "files": source.fingerprint()}, "layers": list(mixture.layers), "experts": mixture.experts,
+        "top_k": mixture.top_k, "tokens": batches.total, "files": files, "data_sha256": batches.digest, "seq_len": batches.seq_len, "pack": calibration.cut.pack, "shuffle": calibration.cut.shuffle,
+        "seed": calibration.cut.seed, "sample": wanted.sample, "dense": wanted.dense, "covariance": wanted.covariance,
+    }  # fmt: skip
+
+
+def few_tokens(mixture: Mixture, layer: Callable[[int], LayerStats], least: int = FEW) -> list[str]:
+    """A warning when experts saw fewer than `least` tokens: what is said of them is chance."""
+    found: list[tuple[int, int, int]] = []
+    for number in mixture.layers:
+        seen = layer(number).total("count")[: mixture.experts]
+        found += [(number, int(e), int(seen[e])) for e in (seen < least).nonzero()[0]]
+    if not found:
+        return []
+    number, expert, count = min(found, key=lambda f: f[2])
+    return [f"{len(found)} experts saw fewer than {least} tokens (layer {number}, expert {expert}: {count}): give more text, or text of the kind they are for"]
+
+
+def domains(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each file: its share of tokens, and how far its use of experts is from the mix's (total variation, mean over layers; 0 same, 1 disjoint)."""
+    apart = [0.0] * len(names)
+    layers = profile.facts["layers"]
+    for number in layers:
+        count = profile.layer(number).count
+        mix = count.sum(0) / max(1.0, count.sum())
+        for i, row in enumerate(count):
+            apart[i] += 0.5 * float(abs(row / max(1.0, row.sum()) - mix).sum()) / len(layers)
+    total = max(1, profile.facts["tokens"])
+    return [{"file": n, "share": f["tokens"] / total, "apart": a} for n, f, a in zip(names, profile.facts["files"], apart, strict=True)]

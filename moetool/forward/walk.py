@@ -1,0 +1,361 @@
+"""The walk: every batch through one layer, then the next; one layer's weights in memory at a time.
+
+A MoE block's input is caught and the block computed by kernels/moe.py, which shows each expert at work; on the first batch of the
+first MoE layer (and of each layer that differs from it in shape) the family's own block must agree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from moetool.errors import MoetoolError, Stopped, UsageError
+from moetool.forward import block as blocks
+from moetool.forward.adapter import Shell
+from moetool.forward.batches import Batch, Batches
+from moetool.forward.block import Block
+from moetool.forward.hidden import Hidden
+from moetool.kernels import moe
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
+from moetool.surgery.layout import home
+
+Tensor = torch.Tensor
+AGREE = 2e-4  # largest difference from the family's own block, relative to its largest output, float32
+RESERVE = 520_000_000  # python, numpy, torch, transformers and accelerate imported and a model built, measured
+PER_TOKEN = 16  # float32 vectors of the hidden size that a token in work holds, beside attention's own
+
+
+class Look(Protocol):
+    """Sees every MoE layer at work; `batch` gets real tokens only."""
+
+    def begin(self, layer: int, block: Block, tokens: int) -> None: ...
+
+    def batch(self, file: int, x: Tensor, routing: moe.Routing) -> Callable[[moe.Seen], None]: ...
+
+    def after(self, before: Tensor, out: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+Change = Callable[[int, Block], Block | None]
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the walk may hold, and where it may spill and resume. `memory` None: as much as it needs."""
+
+    memory: int | None = None
+    folder: Path | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Promised bytes: `floor` whatever is done, `layer` for the widest layer as stored and widened, `hidden` for all hidden states."""
+
+    floor: int
+    stored: int
+    widened: int
+    hidden: int
+
+    def fit(self, memory: int | None) -> tuple[bool, bool, int]:
+        """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even the least does not fit."""
+        for widen, spill in ((True, False), (True, True), (False, False), (False, True)):
+            peak = self.floor + (self.widened if widen else self.stored) + (0 if spill else self.hidden)
+            if memory is None or peak <= memory:
+                return widen, spill, peak
+        raise MoetoolError("sending text through the model does not fit into --memory", expected=f"at least {peak:,} bytes", found=f"{memory:,} bytes", hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text")
+
+
+def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
+    """What a walk over these batches holds; `extra` is what the onlooker keeps for a layer."""
+    at = home(source.config)
+    width = int(at.layout.field("hidden", at.config) or 0)
+    count = int(at.layout.field("layers", at.config) or 1)
+    mixture = Mixture.of(source) if at.layout.kind == "moe" else None
+    experts = {n for n, c in mixture.counted.items() if c.kind == "expert"} if mixture else set()
+    sizes: dict[int, int] = {}
+    others: dict[int | None, int] = {}
+    for name, stored in source.tensors.items():
+        elements = stored.stop - stored.start
+        if name in experts and mixture:
+            layer = mixture.counted[name].layer
+            sizes[layer] = sizes.get(layer, 0) + elements
+        else:
+            found = at.layout.match(name.removeprefix(at.prefix))
+            layer_ = found.layer if found and found.layer is not None and found.layer < count else None
+            others[layer_] = others.get(layer_, 0) + elements * (4 // max(1, elements // max(1, int(np.prod(stored.shape)))))
+    widest = max(sizes.values(), default=0)
+    outside = others.pop(None, 0)
+    tokens = max(b.ids.size for b in batches.batches)
+    one = widest // max(1, mixture.experts) if mixture else 0
+    floor = RESERVE + outside + 2 * max(others.values(), default=0) + extra + PER_TOKEN * 4 * width * tokens + 1500 * len(source.tensors)
+    hidden = 4 * width * sum(b.ids.size for b in batches.batches)
+    return Needs(floor, widest + 6 * one, 2 * widest + 6 * one, hidden)
+
+
+class Walk:
+    """One model and its text. `run` sends everything through; afterwards `logits` gives the head's answer batch by batch."""
+
+    def __init__(self, source: Checkpoint, batches: Batches, budget: Budget, *, extra: int = 0, tell: Tell = lambda *a: None, stop: threading.Event | None = None, name: str = "layers") -> None:
+        self.source, self.batches, self.budget, self.tell, self.name = source, batches, budget, tell, name
+        self.stop = stop or threading.Event()
+        at = home(source.config)
+        self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
+        self.widen, spill, self.peak = needs(source, batches, extra=extra).fit(budget.memory)
+        self.width = int(at.layout.field("hidden", at.config) or 0)
+        self.shell = Shell(source, budget.device)
+        self._experts = self._own() if self.mixture else {}
+        self.shell.check_complete([f"{self.shell.stack}.{layer}.{self._block_name(layer)}." for layer in self._experts])
+        self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=spill)
+        self.calls = _Calls(self.shell, budget.device)
+        self._checked: set[tuple[int, ...]] = set()
+
+    def _own(self) -> dict[int, list[str]]:
+        """layer -> names of a MoE block's tensors, which are read here and not by transformers."""
+        assert self.mixture is not None
+        return {n: [*(c.stored.name for c in self.mixture.by_layer[n]), *(s.name for s in self.mixture.shared(n).values())] for n in self.mixture.layers}
+
+    def _block_name(self, layer: int) -> str:
+        """The layer's submodule that holds router and experts."""
+        for name, module in self.shell.layers[layer].named_modules():
+            if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
+                return name.rpartition(".")[0]
+        raise MoetoolError("a layer should hold experts, but its class has none", file=self.source.folder, tensor=f"layer {layer}", hint="config.json and the weights do not belong together")
+
+    @torch.no_grad()
+    def run(self, look: Look | None = None, change: Change | None = None, *, before: int = 0) -> None:
+        """Send every batch through all layers. `change` may give a layer another block after it was looked at; the layers above
+        then see its output. With a folder the walk goes on where an earlier one stopped, but not before layer `before`.
+        """
+        self.shell.fill(None)
+        start = self.hidden.resume()
+        if not start:
+            self._embed()
+        count, begun = len(self.shell.layers), time.monotonic()
+        for layer in range(self.hidden.layer, count):
+            self.tell(self.name, layer, count)
+            took = time.monotonic()
+            self._layer(layer, look, change)
+            self.hidden.end(keep=time.monotonic() - took > 0.5 or time.monotonic() - begun < 5)
+        self.tell(self.name, count, count)
+
+    def _embed(self) -> None:
+        """The first layer's input of every batch."""
+        self.hidden.first()
+        for number, batch in enumerate(self.batches.batches):
+            self._maybe_stop()
+            self.hidden.write(number, self.calls.enter(batch).reshape(-1, self.width).cpu().numpy())
+        self.hidden.end(keep=False)
+
+    def _layer(self, layer: int, look: Look | None, change: Change | None) -> None:
+        module = self.shell.layers[layer]
+        if layer not in self._experts:
+            self.shell.fill(layer)
+            self._pass(layer, module, None, store=True)
+            self.shell.empty(layer)
+            return
+        assert self.mixture is not None
+        block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
+        own = module.get_submodule(self._block_name(layer))
+        shape = tuple(block.experts.down.shape)
+        if shape not in self._checked and block.experts.count == self.mixture.experts:
+            self._compare(layer, block, own)
+            self._checked.add(shape)
+        self.shell.fill(layer, skip=self._experts[layer])
+        catch = _Catch(own, block, look)
+        if look is not None:
+            look.begin(layer, block, self.batches.total)
+        with catch:
+            self._pass(layer, module, catch, store=change is None)
+            if look is not None:
+                look.end()
+            if change is not None:
+                catch.look, catch.block = None, change(layer, block) or block
+                self._pass(layer, module, catch, store=True)
+        self.shell.empty(layer)
+
+    def _pass(self, layer: int, module: nn.Module, catch: _Catch | None, *, store: bool) -> None:
+        """All batches through one layer; `store` keeps the output as the next layer's input."""
+        self.hidden.begin()
+        for number, batch in enumerate(self.batches.batches):
+            self._maybe_stop()
+            if catch is not None:
+                catch.batch = batch
+            made = self._one(layer, module, batch, number, catch)
+            if store:
+                self.hidden.write(number, made.reshape(-1, self.width).cpu().numpy())
+
+    def _one(self, layer: int, module: nn.Module, batch: Batch, number: int, catch: _Catch | None) -> Tensor:
+        x = torch.from_numpy(np.array(self.hidden.read(number))).to(self.budget.device).reshape(*batch.ids.shape, self.width)
+        args, kwargs = self.calls.of(batch, layer)
+        made = module(x, *args, **kwargs)
+        out: Tensor = made[0] if isinstance(made, tuple) else made
+        if catch is not None:
+            catch.after(out)
+        return out
+
+    def _compare(self, layer: int, block: Block, own: nn.Module) -> None:
+        """Our block against the family's own, on the first batch's first tokens; a difference is a loud error."""
+        assert self.mixture is not None
+        self.shell.fill(layer)
+        module, batch = self.shell.layers[layer], self.batches.batches[0]
+        caught: list[tuple[Tensor, Tensor]] = []
+        hook = own.register_forward_hook(lambda m, args, kwargs, out: caught.append(((args or tuple(kwargs.values()))[0].detach().clone(), (out[0] if isinstance(out, tuple) else out).detach().clone())), with_kwargs=True)
+        self._one(layer, module, batch, 0, None)
+        hook.remove()
+        self.shell.empty(layer)
+        x, theirs = (t.reshape(-1, t.shape[-1]) for t in caught[0])
+        mine = block.routed(x, block.route(x))
+        always = block.always(x)
+        mine = mine if always is None else mine + always
+        apart = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+        if not apart <= AGREE:
+            raise MoetoolError(f"moetool computes a MoE block of {self.mixture.layout.model_type} otherwise than transformers does", file=self.source.folder, tensor=f"layer {layer}", expected=f"a relative difference of at most {AGREE:g}", found=f"{apart:.3g}", hint="nothing was decided on wrong numbers; please report it. Methods without text still work")
+
+    def _maybe_stop(self) -> None:
+        if self.stop.is_set():
+            raise Stopped("stopped while text went through the model", file=self.budget.folder, hint="run the same command again; layers that are done are kept")
+
+    @torch.no_grad()
+    def logits(self, number: int, start: int, stop: int) -> Tensor:
+        """The head's answer [sequences, stop - start, vocabulary] for a batch after `run`, places start:stop only."""
+        batch = self.batches.batches[number]
+        x = torch.from_numpy(np.array(self.hidden.read(number))).to(self.budget.device).reshape(*batch.ids.shape, self.width)
+        return self.calls.leave(batch, x, torch.arange(start, stop))
+
+
+class _Catch:
+    """Stands in for a MoE block's forward: routes, runs the experts, and lets an onlooker see them; padding is left out."""
+
+    def __init__(self, own: nn.Module, block: Block, look: Look | None) -> None:
+        self.own, self.block, self.look = own, block, look
+        self.batch: Batch | None = None
+        self._made: Tensor | None = None
+
+    def __enter__(self) -> _Catch:
+        self._was = self.own.forward
+        self.own.forward = self._forward  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.own.forward = self._was  # type: ignore[method-assign]
+
+    def _forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        assert self.batch is not None
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        padded = self.batch.tokens < len(flat)
+        valid = torch.from_numpy(self.batch.valid).to(flat.device) if padded else None
+        x = flat[valid] if valid is not None else flat
+        routing = self.block.route(x)
+        made = self.block.routed(x, routing, self.look.batch(self.batch.file, x, routing) if self.look is not None else None)
+        always = self.block.always(x)
+        made = made if always is None else made + always
+        whole = made
+        if valid is not None:
+            whole = torch.zeros_like(flat)
+            whole[valid] = made
+        self._made = whole
+        out = whole.reshape(hidden_states.shape)
+        return (out, routing.logits) if type(self.own).__name__ in _RETURN_TWO else out
+
+    def after(self, out: Tensor) -> None:
+        """The layer's own output, for onlookers that compare the stream before and after the block."""
+        if self.look is None or self._made is None or self.batch is None:
+            return
+        flat = out.reshape(-1, out.shape[-1])
+        valid = torch.from_numpy(self.batch.valid).to(flat.device)
+        self.look.after((flat - self._made)[valid], flat[valid])
+
+
+# Blocks whose forward returns (output, router logits).
+_RETURN_TWO = {"Llama4TextMoe", "GptOssMLP"}
+
+
+class _Calls:
+    """What each decoder layer is called with. Asked once for each batch shape, with recorders in the layers' place."""
+
+    def __init__(self, shell: Shell, device: str) -> None:
+        self.shell, self.device = shell, device
+        self._known: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def enter(self, batch: Batch) -> Tensor:
+        """Embed a batch; returns the first layer's input [sequences, length, hidden]."""
+        seen: list[Any] = []
+        with self._stand_ins(lambda x, a, k: (seen.append((x, a, k)), x)[1]):
+            self.shell.base(input_ids=torch.from_numpy(batch.ids).to(self.device), use_cache=False)
+        calls = [(a, k) for _, a, k in seen]
+        known = self._known.setdefault(batch.ids.shape, calls)
+        if not _same(known, calls):
+            raise UsageError("this family passes its layers something that depends on the text itself", found=type(self.shell.base).__name__, hint="text cannot be sent through it layer by layer yet; methods without text work")
+        return seen[0][0]
+
+    def of(self, batch: Batch, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of a layer for batches of this shape, beside the hidden states."""
+        if batch.ids.shape not in self._known:
+            self.enter(batch)
+        return self._known[batch.ids.shape][layer]
+
+    def leave(self, batch: Batch, x: Tensor, places: Tensor) -> Tensor:
+        """Last norm, head, and whatever the class does to logits."""
+        with self._stand_ins(lambda h, a, k: x):
+            out = self.shell.model(input_ids=torch.from_numpy(batch.ids).to(self.device), use_cache=False, logits_to_keep=places.to(self.device))
+        made: Tensor = out.logits
+        return made
+
+    def _stand_ins(self, act: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+        return _StandIns(self.shell.layers, act)
+
+
+class _StandIns:
+    """For a while, modules that only note how they are called sit where the decoder layers were."""
+
+    def __init__(self, layers: nn.ModuleList, act: Callable[..., Any]) -> None:
+        self.layers, self.act = layers, act
+
+    def __enter__(self) -> None:
+        self._real = list(self.layers)
+        for i, layer in enumerate(self._real):
+            self.layers[i] = _StandIn(layer, self.act)
+
+    def __exit__(self, *_: object) -> None:
+        for i, layer in enumerate(self._real):
+            self.layers[i] = layer
+
+
+class _StandIn(nn.Module):
+    def __init__(self, layer: nn.Module, act: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["_layer"], self.__dict__["_act"] = layer, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_act"](hidden_states, args, kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls are alike, tensors by value."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b)
+
+
+def batches_of(walk: Walk) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) in order."""
+    yield from enumerate(walk.batches.batches)

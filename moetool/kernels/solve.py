@@ -1,0 +1,62 @@
+"""Solve for weights: least squares on what a MoE layer puts out."""
+
+from __future__ import annotations
+
+import torch
+
+from moetool.kernels.moe import Experts, Law, Routing
+
+Tensor = torch.Tensor
+
+
+def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tensor, *, ridge: float = 0.01, sweeps: int = 3) -> tuple[Tensor, float, float]:
+    """New down matrices [experts, hidden, width] (float32) that bring the layer's output nearest to `target` [tokens, hidden] on x [tokens, hidden].
+
+    Minimises sum |target - sum_e w_e D_e h_e|^2 + ridge * |D - D_old|^2 (in units of the mean energy of h_e) over all D_e by block
+    Gauss-Seidel: one expert at a time against what the others leave. One expert for each cluster with fixed gates is MergeMoE's least
+    squares (arXiv 2510.14436). Normal equations in float64. Returns (down, relative squared error before, after).
+    """
+    down = experts.down.float().clone()
+    flat = routing.index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts.count)[: experts.count].tolist()
+    work = []
+    left = target.clone()
+    start = 0
+    for expert, count in enumerate(counts):
+        places = order[start : start + count]
+        start += count
+        if not count:
+            continue
+        rows, weight = torch.div(places, routing.index.shape[1], rounding_mode="floor"), routing.weight.reshape(-1)[places][:, None]
+        on_input = law.score == "sigmoid-on-input"
+        h = experts.hidden(x[rows] * weight if on_input else x[rows], expert)
+        out = experts.out(h, expert)
+        left.index_add_(0, rows, out if on_input else out * weight, alpha=-1)
+        work.append((expert, rows, h if on_input else h * weight))
+    if experts.count < routing.scores.shape[1]:  # identity experts: what they add is not ours to change
+        for expert in range(experts.count, routing.scores.shape[1]):
+            token, slot = torch.where(routing.index == expert)
+            left.index_add_(0, token, x[token] * routing.weight[token, slot][:, None], alpha=-1)
+    energy = float(target.double().pow(2).sum().clamp_min(1e-300))
+    before = float(left.double().pow(2).sum()) / energy
+    factors = [_factor(h, ridge) for _, _, h in work]
+    for _ in range(sweeps):
+        for (expert, rows, h), factor in zip(work, factors, strict=True):
+            step = torch.cholesky_solve((h.T @ left[rows]).double(), factor).to(down.dtype).T
+            # the ridge pulls towards the old matrix only as far as each step is small; the sweeps converge to the joint solution
+            down[expert] += step
+            left.index_add_(0, rows, h @ step.T, alpha=-1)
+    return down, before, float(left.double().pow(2).sum()) / energy
+
+
+def _factor(h: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of h'h + ridge, float64; the ridge grows until the matrix is positive definite."""
+    gram = (h.T @ h).double()
+    scale = gram.diagonal().mean().clamp_min(1e-30)
+    for grow in (1.0, 10.0, 100.0, 1e4):
+        factor: Tensor
+        factor, bad = torch.linalg.cholesky_ex(gram + ridge * grow * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
+        if not int(bad):
+            return factor
+    raise ArithmeticError("the activations are not finite")

@@ -1,0 +1,1 @@
+"""moetool prune: experts go. method.py is the frame; every other file is one way to say which."""

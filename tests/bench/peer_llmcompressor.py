@@ -1,0 +1,42 @@
+"""llm-compressor's REAP on the same token ids, in a virtual environment of its own: `PYTHON peer_llmcompressor.py MODEL TOKENS.jsonl RATIO OUT`.
+
+Prints one JSON object: {"cpu": seconds of calibration and pruning, "wall": ..., "kept": {layer: [experts]}}. Loading and saving are not counted.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import warnings
+
+warnings.simplefilter("ignore")
+os.environ["TQDM_DISABLE"] = "1"
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from llmcompressor import oneshot  # noqa: E402
+from llmcompressor.modifiers.pruning.reap import REAPPruningModifier  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+
+def main(model_path: str, tokens: str, ratio: float, out: str) -> None:
+    rows = [json.loads(line)["input_ids"] for line in open(tokens)]
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    words = AutoTokenizer.from_pretrained(model_path)
+    report = out + "-kept.json"
+    wall, cpu = time.perf_counter(), time.process_time()
+    oneshot(
+        model=model, processor=words, dataset=data, recipe=REAPPruningModifier(sparsity=ratio, report_path=report), max_seq_length=max(map(len, rows)),
+        num_calibration_samples=len(rows), shuffle_calibration_samples=False,
+    )  # fmt: skip
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    model.save_pretrained(out)
+    words.save_pretrained(out)
+    kept = json.load(open(report))
+    kept = kept.get("retained_experts", kept)
+    print(json.dumps({"cpu": cpu, "wall": wall, "kept": {re.search(r"layers\.(\d+)", k)[1]: v for k, v in kept.items()}}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4])
