@@ -11,7 +11,7 @@ from typing import Any
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 
 __all__ = [
-    "MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "evaluate", "inspect", "merge", "plan", "profile", "prune", "run", "upcycle", "verify",
+    "MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "eval", "inspect", "merge", "plan", "profile", "prune", "run", "upcycle", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ def profile(moe: str, stats: str, **options: Any) -> dict[str, Any]:
     return measure.profile(moe, stats, **options)
 
 
-def evaluate(model: str, **options: Any) -> dict[str, Any]:
+def eval(model: str, **options: Any) -> dict[str, Any]:
     """Perplexity on text, and distance from a reference (options: see moetool.measure.evaluate). Raises MoetoolError."""
     from moetool import measure
 

@@ -141,6 +141,7 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
     progress = progress or (lambda stage, done, total: None)
     begun = time.perf_counter()
     if prepared.done:
+        shutil.rmtree(prepared.work, ignore_errors=True)
         return prepared.summary() | {"warnings": ["the output was already there, whole, from this very plan: nothing was written"], "resumed_shards": len(plan.shards), "seconds": 0.0}
     suspects = _strictly_finite(prepared, progress, stop) if options.strict else []
     writer = Writer(options.out, plan, overwrite=options.overwrite, sources=prepared.sources)
@@ -169,8 +170,7 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
             files["report.json"] = compression.render(report)
         folder = prepared.sources[0].folder
         writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling() if n not in files}, prepared.made.config)
-    if prepared.work:
-        shutil.rmtree(prepared.work, ignore_errors=True)
+    shutil.rmtree(prepared.work, ignore_errors=True)
     return report
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import home
-from moetool.surgery.spec import whole
+from moetool.surgery.spec import rows, whole
 
 _STACKS = ("layers", "h", "blocks", "block")
 # Configs of checkpoints with other expert counts in each layer; the walk gives every block its own weights, so the shell needs none of it.
@@ -34,12 +35,15 @@ def quiet() -> Any:
 
 
 class Shell:
-    """A causal language model whose parameters have no memory until they are filled from the checkpoint, in float32."""
+    """A causal language model whose parameters have no memory until they are filled from the checkpoint, in float32.
 
-    def __init__(self, source: Checkpoint, device: str = "cpu") -> None:
-        self.source, self.device = source, device
-        transformers = quiet()
-        self.model = _build(transformers, source)
+    With `only` (n, mixture) it is the model with the first n experts of each layer: small enough to hold a family's own block beside ours.
+    """
+
+    def __init__(self, source: Checkpoint, device: str = "cpu", only: tuple[int, Mixture] | None = None) -> None:
+        self.source, self.device, self._only = source, device, only
+        self.config = source.config if only is None else only[1].config_with(only[1].fields(only[0]))
+        self.model = _build(quiet(), source, self.config)
         self.stack, self.base = self._find_stack()
         self._places = self._map_names()
 
@@ -76,6 +80,8 @@ class Shell:
         self._missing = set(state) - {t for t in state if _tied(self.model, t)}
         head = self.stack + "."
         for name in self.source.tensors:
+            if self._beyond(name):
+                continue
             there, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             if there not in state and name in state:
                 there, pattern = name, None
@@ -85,6 +91,13 @@ class Shell:
             number = there[len(head) :].partition(".")[0] if there.startswith(head) else ""
             places.setdefault(int(number) if number.isdigit() else None, []).append(name)
         return places
+
+    def _beyond(self, name: str) -> bool:
+        """Whether a tensor belongs to an expert that is left out."""
+        if self._only is None or (counted := self._only[1].counted.get(name)) is None or counted.expert is None:
+            return False
+        count, mixture = self._only
+        return count <= counted.expert < mixture.experts
 
     @staticmethod
     def _targets(first: str, pattern: str | None, converters: Sequence[Any]) -> list[str]:
@@ -111,7 +124,7 @@ class Shell:
         from transformers.modeling_utils import LoadStateDictConfig
 
         leave = set(skip)
-        tensors = {n: self._read(n) for n in self.names(layer) if n not in leave}
+        tensors = {self._renamed(n): self._read(n) for n in self.names(layer) if n not in leave}
         settings = LoadStateDictConfig(device_map={"": self.device}, dtype=torch.float32, weight_mapping=self._mapping)
         with _patient():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
@@ -121,11 +134,29 @@ class Shell:
         if layer is None:
             self.model.tie_weights()
 
+    def _renamed(self, name: str) -> str:
+        """Identity experts (LongCat) follow the last expert that is there."""
+        counted = self._only[1].counted.get(name) if self._only else None
+        if self._only is None or counted is None or counted.expert is None or counted.expert < self._only[1].experts:
+            return name
+        return counted.named(counted.expert - self._only[1].experts + self._only[0])
+
     def _read(self, name: str) -> Any:
+        import torch
+
         from moetool.kernels import codec
 
         stored = self.source.tensor(name)
-        return codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+        counted = self._only[1].counted.get(name) if self._only else None
+        if self._only is None or counted is None or counted.expert is not None:
+            return codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+        count, mixture = self._only
+        axis = len(stored.shape) - 1 if counted.flat else 0
+        tensor = codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape) if axis else codec.decode(self.source.read(rows(stored, 0, count * counted.rows)), stored.dtype, (count * counted.rows, *stored.shape[1:]))
+        extra = stored.shape[axis] - mixture.experts * counted.rows
+        if axis:
+            return torch.cat([tensor[..., :count], tensor[..., mixture.experts :]], -1)
+        return torch.cat([tensor, codec.decode(self.source.read(rows(stored, stored.shape[0] - extra, stored.shape[0])), stored.dtype, (extra, *stored.shape[1:]))]) if extra else tensor
 
     def empty(self, layer: int) -> None:
         """Give a layer's memory back."""
@@ -137,12 +168,12 @@ class Shell:
                     module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def _build(transformers: Any, source: Checkpoint) -> Any:
+def _build(transformers: Any, source: Checkpoint, given: dict[str, Any]) -> Any:
     """The class of the checkpoint, with parameters on the meta device and real buffers (rotary tables are computed, not stored)."""
     import torch
     from accelerate import init_empty_weights
 
-    raw = {k: v for k, v in source.config.items() if k not in _RAGGED}
+    raw = {k: v for k, v in given.items() if k not in _RAGGED}
     if raw.get("quantization_config"):
         raise MoetoolError("the checkpoint is quantized", file=f"{source.folder}/config.json", found="quantization_config", expected="float weights", hint="text goes through float weights for now: dequantize it first")
     try:

@@ -56,8 +56,8 @@ class Block:
         return replace(self, router=self.router[with_identity], bias=bias, experts=chosen, law=law)
 
 
-def read(mixture: Mixture, layer: int, *, device: str = "cpu", widen: bool = True) -> Block:
-    """Read a layer's block. With `widen` the experts are held in float32 (faster), else as stored (half the memory).
+def read(mixture: Mixture, layer: int, *, device: str = "cpu", widen: bool = True, only: int | None = None) -> Block:
+    """Read a layer's block, or its first `only` experts. With `widen` the experts are held in float32 (faster), else as stored (half the memory).
 
     Raises MoetoolError for quantized experts and for families whose experts are no gated FFNs.
     """
@@ -67,10 +67,11 @@ def read(mixture: Mixture, layer: int, *, device: str = "cpu", widen: bool = Tru
     if router is None:
         raise MoetoolError("a MoE layer has no router", file=mixture.source.folder, tensor=f"layer {layer}", hint="the checkpoint is incomplete: download it again")
     bias = mixture.side(layer, "router.bias")
-    act = moe.activation(**mixture.act())
+    act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
+    kept = list(range(min(only or count, count))) + list(range(count, count + mixture.identity))
     return Block(
-        router=_whole(mixture.source, router.stored, device), bias=None if bias is None else _whole(mixture.source, bias.stored, device).reshape(-1),
-        experts=_experts(mixture, layer, act, device, widen), law=moe.Law(**mixture.law()),
+        router=_whole(mixture.source, router.stored, device)[kept], bias=None if bias is None else _whole(mixture.source, bias.stored, device).reshape(-1)[kept],
+        experts=_experts(mixture, layer, min(only or count, count), act, device, widen), law=moe.Law(**mixture.law()),
         shared={r: _whole(mixture.source, s, device) for r, s in mixture.shared(layer).items()}, identity=mixture.identity,
     )  # fmt: skip
 
@@ -81,9 +82,9 @@ def _whole(source: Checkpoint, stored: Stored, device: str) -> Tensor:
     return made
 
 
-def _experts(mixture: Mixture, layer: int, act: Any, device: str, widen: bool) -> moe.Experts:
-    """All experts of a layer, one read at a time into the stack."""
-    count, lie = mixture.count_in(layer), mixture.orientation(layer)
+def _experts(mixture: Mixture, layer: int, count: int, act: Any, device: str, widen: bool) -> moe.Experts:
+    """The first `count` experts of a layer, one read at a time into the stack."""
+    lie = mixture.orientation(layer)
     stack: dict[str, Tensor] = {}
     for expert in range(count):
         pieces = mixture.pieces(layer, expert)

@@ -51,7 +51,7 @@ def claim(folder: Path, seal: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "walk.json"
     if not mark.exists() or mark.read_text() != seal:
-        for left in [*folder.glob("hidden-*"), *folder.glob("layer-*"), *folder.glob("solved-*"), *folder.glob("decision-*"), *folder.glob("profile.json")]:
+        for left in [*folder.glob("hidden-*"), *folder.glob("layer-*"), *folder.glob("solved-*"), *folder.glob("decision-*"), *folder.glob("done.json"), *folder.glob("profile.json")]:
             left.unlink()
         temporary = folder / "walk.json.tmp"
         temporary.write_text(seal)
@@ -65,8 +65,9 @@ def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, 
     batches = calibration.read(source)  # bad text is said before anything heavy is imported
     wanted = Wanted(len(batches.files), min(wanted.sample, batches.total), wanted.dense, wanted.covariance)
     seal = digest(source, batches, wanted)
-    if folder.exists() and not (folder / "walk.json").exists() and any(folder.iterdir()):
-        raise MoetoolError("the folder for the statistics is not empty", file=folder, found=next(folder.iterdir()).name, hint="choose another folder")
+    strangers = [p.name for p in folder.iterdir() if p.suffix != ".tmp"] if folder.exists() and not (folder / "walk.json").exists() else []
+    if strangers:
+        raise MoetoolError("the folder for the statistics is not empty", file=folder, found=strangers[0], hint="choose another folder")
     claim(folder, seal)
     if (folder / "profile.json").exists():
         return Profile.open(folder)

@@ -173,7 +173,7 @@ class Profiler:
             if self.wanted.dense:
                 arrays |= dense(x.to(self._block.router.device), self._block)
         stats = LayerStats(self._layer, self._seen, arrays)
-        del self._sums, self._sample
+        del self._sums, self._sample, self._block  # or the next layer would be read beside this one
         if self.folder is not None:
             save(self.folder, stats)
         else:

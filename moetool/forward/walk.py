@@ -1,7 +1,7 @@
 """The walk: every batch through one layer, then the next; one layer's weights in memory at a time.
 
 A MoE block's input is caught and the block computed by kernels/moe.py, which shows each expert at work; on the first batch of the
-first MoE layer (and of each layer that differs from it in shape) the family's own block must agree.
+first MoE layer the family's own block must agree.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from moetool.forward.hidden import Hidden
 from moetool.kernels import moe
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.surgery.factored import Factored
 from moetool.surgery.layout import home
 
 Tensor = torch.Tensor
+COMPARED = 256  # tokens on which the family's own block is asked
 AGREE = 2e-4  # largest difference from the family's own block, relative to its largest output, float32
-RESERVE = 520_000_000  # python, numpy, torch, transformers and accelerate imported and a model built, measured
+RESERVE = 460_000_000  # python, numpy, torch, transformers and accelerate imported and a model built, measured
 PER_TOKEN = 16  # float32 vectors of the hidden size that a token in work holds, beside attention's own
 
 
@@ -61,17 +63,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Needs:
-    """Promised bytes: `floor` whatever is done, `layer` for the widest layer as stored and widened, `hidden` for all hidden states."""
+    """Promised bytes: `floor` whatever is done, the widest layer's experts as `stored` and `widened`, what comparing with the family's own
+    block takes before a layer is there (`compared`), and `hidden` for all hidden states.
+    """
 
     floor: int
     stored: int
     widened: int
+    compared: int
     hidden: int
 
     def fit(self, memory: int | None) -> tuple[bool, bool, int]:
         """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even the least does not fit."""
         for widen, spill in ((True, False), (True, True), (False, False), (False, True)):
-            peak = self.floor + (self.widened if widen else self.stored) + (0 if spill else self.hidden)
+            peak = self.floor + max(self.compared, self.widened if widen else self.stored) + (0 if spill else self.hidden)
             if memory is None or peak <= memory:
                 return widen, spill, peak
         raise MoetoolError("sending text through the model does not fit into --memory", expected=f"at least {peak:,} bytes", found=f"{memory:,} bytes", hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text")
@@ -98,10 +103,16 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
     widest = max(sizes.values(), default=0)
     outside = others.pop(None, 0)
     tokens = max(b.ids.size for b in batches.batches)
-    one = widest // max(1, mixture.experts) if mixture else 0
+    one = widest // max(1, mixture.experts) if mixture else 0  # an expert as stored; in float32 twice that
+    compared = 2 * 4 * one * compared_experts(mixture) if mixture else 0  # theirs: listed, stacked, joined; then ours
     floor = RESERVE + outside + 2 * max(others.values(), default=0) + extra + PER_TOKEN * 4 * width * tokens + 1500 * len(source.tensors)
     hidden = 4 * width * sum(b.ids.size for b in batches.batches)
-    return Needs(floor, widest + 6 * one, 2 * widest + 6 * one, hidden)
+    return Needs(floor, widest + 8 * one, 2 * widest + 8 * one, compared, hidden)
+
+
+def compared_experts(mixture: Mixture) -> int:
+    """How many experts of a layer are compared with the family's own block: a few more than run, as many in each router group."""
+    return min(mixture.experts, -(-(mixture.top_k + 2) // mixture.groups) * mixture.groups)
 
 
 class Walk:
@@ -119,7 +130,7 @@ class Walk:
         self.shell.check_complete([f"{self.shell.stack}.{layer}.{self._block_name(layer)}." for layer in self._experts])
         self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=spill)
         self.calls = _Calls(self.shell, budget.device)
-        self._checked: set[tuple[int, ...]] = set()
+        self._checked = False
 
     def _own(self) -> dict[int, list[str]]:
         """layer -> names of a MoE block's tensors, which are read here and not by transformers."""
@@ -166,12 +177,11 @@ class Walk:
             self.shell.empty(layer)
             return
         assert self.mixture is not None
-        block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
         own = module.get_submodule(self._block_name(layer))
-        shape = tuple(block.experts.down.shape)
-        if shape not in self._checked and block.experts.count == self.mixture.experts:
-            self._compare(layer, block, own)
-            self._checked.add(shape)
+        if not self._checked and self.mixture.count_in(layer) == self.mixture.experts and not isinstance(self.source, Factored):
+            self._compare(layer)
+            self._checked = True
+        block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
         self.shell.fill(layer, skip=self._experts[layer])
         catch = _Catch(own, block, look)
         if look is not None:
@@ -205,19 +215,28 @@ class Walk:
             catch.after(out)
         return out
 
-    def _compare(self, layer: int, block: Block, own: nn.Module) -> None:
-        """Our block against the family's own, on the first batch's first tokens; a difference is a loud error."""
+    def _compare(self, layer: int) -> None:
+        """Our block against the family's own, with the layer's first experts on the first tokens; a difference is a loud error.
+
+        Few experts are enough to show law, orientation and activation, and the family's merged copy of them stays small.
+        """
         assert self.mixture is not None
-        self.shell.fill(layer)
-        module, batch = self.shell.layers[layer], self.batches.batches[0]
+        few = compared_experts(self.mixture)
+        shell = Shell(self.source, self.budget.device, (few, self.mixture))
+        shell.fill(layer)
+        own = shell.layers[layer].get_submodule(self._block_name(layer))
+        first = self.batches.batches[0]
+        tokens = min(COMPARED, int(first.lengths[0]))
+        batch = Batch(first.ids[:1, :tokens], np.array([tokens]), first.file)
         caught: list[tuple[Tensor, Tensor]] = []
-        hook = own.register_forward_hook(lambda m, args, kwargs, out: caught.append(((args or tuple(kwargs.values()))[0].detach().clone(), (out[0] if isinstance(out, tuple) else out).detach().clone())), with_kwargs=True)
-        self._one(layer, module, batch, 0, None)
-        hook.remove()
-        self.shell.empty(layer)
-        x, theirs = (t.reshape(-1, t.shape[-1]) for t in caught[0])
-        mine = block.routed(x, block.route(x))
-        always = block.always(x)
+        own.register_forward_hook(lambda m, args, kwargs, out: caught.append(((args or tuple(kwargs.values()))[0].detach(), (out[0] if isinstance(out, tuple) else out).detach())), with_kwargs=True)
+        x = torch.from_numpy(self.hidden.read(0)[:tokens].copy()).to(self.budget.device)[None]
+        args, kwargs = self.calls.of(batch, layer)
+        shell.layers[layer](x, *args, **kwargs)
+        seen, theirs = (t.reshape(-1, t.shape[-1]) for t in caught[0])
+        del shell, own
+        part = blocks.read(self.mixture, layer, device=self.budget.device, only=few)
+        mine, always = part.routed(seen, part.route(seen)), part.always(seen)
         mine = mine if always is None else mine + always
         apart = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not apart <= AGREE:

@@ -78,7 +78,7 @@ class Mixture:
         at = home(source.config)
         layout = at.layout
         if layout.kind != "moe":
-            raise MoetoolError(f"{layout.model_type} has no experts", file=source.folder, expected="a mixture of experts", hint="`moetool upcycle` makes one; `moetool archs list` shows the families")
+            raise MoetoolError(f"{layout.model_type} has no experts", file=source.folder, expected="a mixture of experts", hint="`moetool archs list` shows the families with experts")
         experts = layout.field("experts", at.config)
         if not isinstance(experts, int) or experts < 1:
             raise MoetoolError("the config does not say how many experts there are", file=f"{source.folder}/config.json", expected=layout.fields.get("experts", "a count"), found=experts, hint="restore the config from the original model")

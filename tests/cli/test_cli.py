@@ -213,7 +213,7 @@ def test_units() -> None:
 
 
 def test_the_public_face_is_complete() -> None:
-    assert set(api.__all__) == {"MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "inspect", "plan", "run", "upcycle", "verify"}
+    assert set(api.__all__) == {"MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "eval", "inspect", "merge", "plan", "profile", "prune", "run", "upcycle", "verify"}
     assert all(callable(getattr(api, name)) for name in api.__all__)
 
 

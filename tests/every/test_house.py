@@ -53,7 +53,7 @@ def test_readme_names_every_command_and_option_group() -> None:
 
     for pair in pairs():
         assert re.search(rf"\b{pair.source}\b", text) and re.search(rf"\b{pair.target}\b", text)
-    for recipe in (ROOT / "recipes" / "upcycle").glob("*.yaml"):
+    for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert recipe.stem in text
     for code in ("| 0 |", "| 1 |", "| 2 |", "| 3 |", "| 4 |"):
         assert code in text

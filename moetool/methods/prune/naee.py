@@ -6,9 +6,6 @@ from itertools import combinations
 from math import comb
 from typing import Any
 
-import torch
-
-from moetool.kernels import moe
 from moetool.methods.prune.criterion import Criterion
 from moetool.methods.reduce.view import View
 
@@ -50,6 +47,8 @@ class Trial:
     """The layer with some experts missing, on a sample x [tokens, hidden]; all experts' outputs are computed once."""
 
     def __init__(self, x: Any, block: Any) -> None:
+        import torch
+
         self.block, self.x = block, x.to(block.router.device)
         self.on_input = block.law.score == "sigmoid-on-input"
         gate = block.route(self.x).scores if self.on_input else None
@@ -63,6 +62,10 @@ class Trial:
 
     def _mix(self, rows: Any, kept: list[int]) -> tuple[Any, Any]:
         """(output, chosen experts) of these tokens with only these experts."""
+        import torch
+
+        from moetool.kernels import moe
+
         allowed = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.x.device)
         allowed[[*kept, *range(self.block.experts.count, self.out.shape[1])]] = True
         routing = moe.select(self.x[rows], self.block.router, self.block.law, self.block.bias, allowed)
@@ -79,7 +82,7 @@ class Trial:
             made, index = self._mix(slice(None), kept)
             self.now = ((made - self.full).pow(2).sum(-1).double(), index)
         before, index = self.now
-        hit = torch.ones(len(self.x), dtype=torch.bool) if self.block.law.groups > 1 else (index == expert).any(1)
+        hit = (index >= 0).any(1) if self.block.law.groups > 1 else (index == expert).any(1)
         if not bool(hit.any()):
             return 0.0
         made, _ = self._mix(hit, [e for e in kept if e != expert])

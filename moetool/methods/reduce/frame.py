@@ -20,6 +20,8 @@ from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 
+SCIPY_RESERVE = 110_000_000  # the process with numpy and scipy imported, measured
+
 
 def option(default: Any, text: str) -> Any:
     """A field with its help text."""
@@ -66,7 +68,8 @@ class Reduction:
             raise UsageError("--tokens, --batch-tokens, --refit-tokens and --text-tokens are at least 1, --seq-len at least 2", hint="leave them out")
         if self.max_kl < 0:
             raise UsageError("--max-kl is not negative", found=self.max_kl, hint="for example --max-kl 0.05")
-        parse_percent(self.max_perplexity_increase)
+        if (parse_percent(self.max_perplexity_increase) is not None or self.max_kl > 0) and not (self.text or self.calibrate):
+            raise UsageError("a gate needs text to measure on", expected="--text FILE or --calibrate FILE", hint="give held-out text: --text test.jsonl")
         if self.refit and not self.calibrate and not self.decisions and not self.stats:
             raise UsageError("--refit needs text", hint="--calibrate FILE")
 
@@ -150,6 +153,7 @@ class Job:
         if self.walks and not options.calibrate:
             raise UsageError("--propagate sends text through the model again", expected="--calibrate FILE", found="--stats", hint="a profile was made on the unchanged layers")
         profile, memory = self._profile()
+        memory = memory or SCIPY_RESERVE
         layers = dict(self._replay.layers) if self._replay else self._from(profile) if not self.walks else {}
         extra: tuple[Checkpoint, ...] = ()
         if self.walks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetool.forward import profile as profiling
+from moetool.forward.batches import Batches
 from moetool.forward.block import Block
 from moetool.forward.stats import LayerStats, Profiler, Wanted
 from moetool.forward.walk import Budget, Walk
@@ -35,8 +37,14 @@ def walk(job: Job, guarded: dict[int, list[int]], counts: dict[int, int], replay
     seal = profiling.digest(job.source, batches, wanted, json.dumps([job.verb, job.method, asdict(options), {str(n): layer.as_json() for n, layer in replay.items()}, guarded], sort_keys=True))
     profiling.claim(folder, seal)
     profiler = Profiler(wanted)
-    done = {int(p.stem.partition("-")[2]): p for p in folder.glob("decision-*.json")}
-    layers = {n: Decided.from_json({"schema": 1, "experts": mixture.experts, "layers": {str(n): json.loads(p.read_text())}}).layers[n] for n, p in done.items()}
+    done = {int(p.stem.partition("-")[2]): json.loads(p.read_text()) for p in folder.glob("decision-*.json")}
+    layers = {n: Decided.from_json({"schema": 1, "experts": mixture.experts, "layers": {str(n): found["layer"]}}).layers[n] for n, found in done.items()}
+    for n, found in sorted(done.items()):
+        if found["refit"]:
+            job.facts.setdefault("refit", {})[str(n)] = found["refit"]
+    _note(job, batches)
+    if (folder / "done.json").exists():  # killed while the output was written: nothing is solved anew
+        return layers, solved_source(folder) if options.refit else (), int(json.loads((folder / "done.json").read_text())["peak"])
 
     def change(number: int, block: Block) -> Block:
         stats = profiler.layers.pop(number)
@@ -44,17 +52,23 @@ def walk(job: Job, guarded: dict[int, list[int]], counts: dict[int, int], replay
         layer = replay.get(number) or job.choose(view, counts[number])
         layers[number] = layer
         new = refit_layer(job, view, layer, block, _sample(stats), folder)
-        _write(folder / f"decision-{number:05d}.json", json.dumps(layer.as_json()))
+        _write(folder / f"decision-{number:05d}.json", json.dumps({"layer": layer.as_json(), "refit": job.facts.get("refit", {}).get(str(number))}))
         return new
 
     hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), profiling._width(mixture)
-    extra = wanted.memory(mixture.experts, hidden, width) + (6 * 4 * sample * hidden + 16 * mixture.experts * width * width // max(1, mixture.experts // 4) if options.refit else 0)
+    beside = 4 * mixture.experts * mixture.expert_elements(mixture.layers[0])  # the changed block beside the old one
+    extra = wanted.memory(mixture.experts, hidden, width) + beside + (6 * 4 * sample * hidden + 16 * mixture.experts * width * width // max(1, mixture.experts // 4) if options.refit else 0)
     walking = Walk(job.source, batches, Budget(settings.memory, folder, settings.device), extra=extra, tell=settings.tell, stop=settings.stop, name="propagate")
     walking.run(profiler, change)
+    _write(folder / "done.json", json.dumps({"peak": walking.peak}))
     walking.hidden.clear()
+    return layers, solved_source(folder) if options.refit else (), walking.peak
+
+
+def _note(job: Job, batches: Batches) -> None:
+    """What the report says of the text."""
     job.warnings += [n for n in batches.notes if n not in job.warnings]
     job.facts["data"] = {"tokens": batches.total, "files": [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)], "data_sha256": batches.digest, "seq_len": batches.seq_len}
-    return layers, solved_source(folder) if options.refit else (), walking.peak
 
 
 def _sample(stats: LayerStats) -> Any:
@@ -92,8 +106,12 @@ def _save(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    if path.exists() and filecmp.cmp(temporary, path, shallow=False):
+        temporary.unlink()  # a file that is read while the output is written keeps its time
+    else:
+        os.replace(temporary, path)
 
 
 def _write(path: Path, text: str) -> None:

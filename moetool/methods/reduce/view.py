@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moetool.errors import MoetoolError, UsageError
-from moetool.forward.stats import LayerStats
 from moetool.methods.reduce.cut import router_rows
 from moetool.surgery.experts import Mixture
+
+if TYPE_CHECKING:  # torch is not needed by methods that need no text
+    from moetool.forward.stats import LayerStats
 
 
 @dataclass
