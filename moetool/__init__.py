@@ -13,7 +13,7 @@ from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 __all__ = [
     "MoetoolError", "Stopped", "UsageError", "VerificationFailed", "convert_layout", "eval", "inspect", "merge", "plan", "profile", "prune", "run", "upcycle", "verify",
 ]  # fmt: skip
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _COMMON = ("seed", "jobs", "memory", "max_shard", "overwrite", "strict", "device", "engine", "ray_address")
 

@@ -60,6 +60,7 @@ class Prepared:
     peak: int
     done: bool = False  # the output is already there, whole, from this very plan
     work: str = ""
+    decided_in: float = 0.0  # seconds
 
     @property
     def plan(self) -> Plan:
@@ -87,7 +88,9 @@ def prepare(options: Options, *, progress: Progress | None = None, stop: threadi
     check_target(Path(os.path.abspath(options.out)), [s.folder for s in sources], overwrite=options.overwrite or _ours(options.out))
     work = _work(options)
     settings = Settings(options.seed, options.max_shard, options.device, options.memory, work, options.dry_run, progress or (lambda *a: None), stop)
+    begun = time.perf_counter()
     decisions = method.decide(sources, settings)
+    took = time.perf_counter() - begun
     made = method.plan(sources, decisions, settings)
     sources += decisions.extra
     dtype_of = lambda piece: sources[piece.source].tensor(piece.name).dtype  # noqa: E731
@@ -98,7 +101,7 @@ def prepare(options: Options, *, progress: Progress | None = None, stop: threadi
     done = writer.finished()
     if not done:
         writer.check()
-    return Prepared(options, method, sources, names, made, jobs, peak, done, work)
+    return Prepared(options, method, sources, names, made, jobs, peak, done, work, round(took, 3))
 
 
 def _ours(out: str) -> bool:
@@ -161,12 +164,15 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
         report = prepared.summary() | {"warnings": [*prepared.made.warnings, *findings], "resumed_shards": len(plan.shards) - len(todo), "seconds": round(time.perf_counter() - begun, 3)}
         if nodes:
             report["ray_nodes"] = nodes
+        written_in = time.perf_counter() - begun
         report |= _gate(prepared, writer, progress, stop)
         written = _staged(prepared, writer) if len(prepared.sources) > len(prepared.names) else None
         record = provenance.record(prepared, report, written)
         files = {"moetool.json": record, "README.md": card.render(prepared, report), **prepared.made.files}
         if "reduction" in report:
-            report |= {"seconds": round(time.perf_counter() - begun, 3), "peak_rss": compression.peak_rss()}
+            spent = time.perf_counter() - begun
+            stages = {"decide": prepared.decided_in, "write": round(written_in, 3), "measure": round(spent - written_in, 3)}
+            report |= {"seconds": round(prepared.decided_in + spent, 3), "stages": stages, "peak_rss": compression.peak_rss()}
             files["report.json"] = compression.render(report)
         folder = prepared.sources[0].folder
         writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling() if n not in files}, prepared.made.config)

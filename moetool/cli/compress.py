@@ -98,7 +98,7 @@ def describe(summary: dict[str, Any]) -> str:
     before, after = summary["experts_before"], summary["experts_after"]
     shown = after if isinstance(after, int) else f"{min(after)} to {max(after)}"
     lines = [f"{summary['sources'][0]} -> {summary['out']}"]
-    lines.append(f"  {summary['reduction']:<12} {before} -> {shown} experts a layer ({summary['removed_share']:.0%} removed), {summary['method_used']}, {len(summary['layers'])} layers of {summary['source_type']}")
+    lines.append(f"  {summary['reduction']:<12} {before} -> {shown} experts a layer ({100 * summary['removed_share']:.0f} % removed), {summary['method_used']}, {len(summary['layers'])} layers of {summary['source_type']}")
     if summary.get("saved_share") is not None:
         ranks = ", ".join(f"{m} {r}" for m, r in summary["rank"].items())
         lines.append(f"  base + delta {summary['saved_share']:.0%} of expert weights saved, ranks {ranks}, {summary['form']}")

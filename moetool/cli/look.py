@@ -127,5 +127,7 @@ def methods_show(name: Annotated[str, typer.Argument(metavar="METHOD")]) -> int:
 
     found = methods.describe(name)
     session.sink.result(found, found["about"] + "\n")
+    for way in found.get("methods", ()):
+        session.sink.result(None, f"{way['name']}{'' if way['text'] else ' (needs no text)'}: {way['about']}\n")
     session.sink.table(["option", "type", "default", "meaning"], [[f"--{o['name']}", o["type"], o["default"], o["help"]] for o in found["options"]])
     return 0

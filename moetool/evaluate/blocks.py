@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout
+from moetool.surgery.layout import Layout, home
 from moetool.surgery.spec import Piece, Stored, whole
 
 TOKENS = 32
@@ -33,13 +33,8 @@ class Side:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Side:
-        layout = Layout.load(checkpoint.config["model_type"])
-        text = checkpoint.config.get("text_config") or {}
-        if layout.kind == "dense" and text.get("model_type") and not layout.text_config:
-            return cls(checkpoint, Layout.load(text["model_type"]), text, "language_model.")
-        if layout.kind == "dense" and layout.model_type == "llava":
-            return cls(checkpoint, Layout.load(text.get("model_type", "llama")), text, "language_model.")
-        return cls(checkpoint, layout, checkpoint.config, "")
+        at = home(checkpoint.config)
+        return cls(checkpoint, at.layout, at.config, at.prefix)
 
     def stored(self, role: str, layer: int, expert: int | None = None) -> Stored | None:
         slot = self.layout.role(role)

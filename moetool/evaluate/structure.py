@@ -10,7 +10,8 @@ from typing import Any
 
 from moetool.errors import VerificationFailed
 from moetool.surgery.checkpoint import Checkpoint, read_json
-from moetool.surgery.layout import Layout
+from moetool.surgery.factored import unfold
+from moetool.surgery.layout import Layout, home
 
 
 def recorded(folder: str) -> dict[str, Any]:
@@ -33,15 +34,13 @@ def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str,
         raise VerificationFailed("config.json was changed", file=f"{checkpoint.folder}/config.json", expected=record["config_sha256"], found=config, hint="restore it, or make the output again")
     if len(checkpoint.tensors) != record["report"]["tensors"]:
         raise VerificationFailed("the number of tensors is not the planned one", file=checkpoint.folder, expected=record["report"]["tensors"], found=len(checkpoint.tensors), hint="make the output again")
-    return {"shards": len(checkpoint.files), "tensors": len(checkpoint.tensors), "names_checked": check_names(checkpoint)}
+    return {"shards": len(checkpoint.files), "tensors": len(checkpoint.tensors), "names_checked": check_names(unfold(checkpoint))}
 
 
 def check_names(checkpoint: Checkpoint) -> int:
     """Compare names and shapes with the family's layout; returns how many slots were compared."""
-    layout = Layout.load(checkpoint.config["model_type"])
-    config, prefix = checkpoint.config, ""
-    if layout.kind == "dense" and (inner := (config.get("text_config") or {}).get("model_type")):
-        layout, config, prefix = Layout.load(inner), config["text_config"], "language_model."
+    at = home(checkpoint.config)
+    layout, config, prefix = at.layout, at.config, at.prefix
     fused = layout.fused()
     stacked = bool(fused) and any(checkpoint.tensors.get(prefix + t.replace("{layer}", str(i))) for t in fused.values() for i in layout.moe_layers(config))
     compared = _check_stacked(checkpoint, layout, config, prefix) if stacked else 0

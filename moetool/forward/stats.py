@@ -204,8 +204,15 @@ def save(folder: Path, stats: LayerStats) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"layer-{stats.layer:05d}.safetensors"
-    save_file({f"{stats.layer}.{k}": np.ascontiguousarray(v) for k, v in stats.arrays.items()}, name.with_suffix(".tmp"), metadata={"tokens": str(stats.tokens)})
+    save_file({f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v)) for k, v in stats.arrays.items()}, name.with_suffix(".tmp"), metadata={"tokens": str(stats.tokens)})
     os.replace(name.with_suffix(".tmp"), name)
+
+
+def _shipped(name: str, value: np.ndarray) -> np.ndarray:
+    """As it is kept on disk: the sample in float16, second moments (large) in float32, sums in float64."""
+    if name == "x":
+        return np.clip(value, -65504, 65504).astype(np.float16)
+    return value.astype(np.float32) if name in ("in_cov", "mid_cov") else value
 
 
 @dataclass(frozen=True)

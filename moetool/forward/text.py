@@ -1,4 +1,5 @@
-"""Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard input, each with a share of the mix.
+"""Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard input, each with a share of the mix; `demo` is the
+embedded text.
 
 Whatever is wrong with a file is said with its name and line. Nothing here needs torch.
 """
@@ -11,9 +12,11 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moetool.demo import TEXT
 from moetool.errors import MoetoolError, UsageError
 
 MAX_LINE = 64 << 20
@@ -75,10 +78,12 @@ def _documents(name: str, field: str) -> list[Document]:
 
 def _read(name: str, field: str) -> Iterator[Document]:
     if name == "-":
-        data = sys.stdin.buffer.read()
+        data = stdin()
         yield from _jsonl("<stdin>", data.split(b"\n"), field) if data.lstrip()[:1] == b"{" else _plain("<stdin>", data)
         return
     path = Path(name).expanduser()
+    if name == "demo" and not path.exists():
+        path = TEXT
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".parquet"))
         raise MoetoolError("this is a folder, not a file with text", file=path, expected=".txt, .jsonl or .parquet", found=", ".join(inside[:4]) or "no such file in it", hint="name the files, one --calibrate each")
@@ -90,6 +95,12 @@ def _read(name: str, field: str) -> Iterator[Document]:
             yield from _file(file, field)
         return
     yield from _file(path, field)
+
+
+@lru_cache(maxsize=1)
+def stdin() -> bytes:
+    """Standard input, read once however often a command needs its text."""
+    return sys.stdin.buffer.read()
 
 
 def _file(path: Path, field: str) -> Iterator[Document]:

@@ -55,7 +55,10 @@ def _typed(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Purpose and options of a method, from its class: {name, about, options: [{name, type, default, help}]}."""
+    """Purpose and options of a method, from its class: {name, about, options: [{name, type, default, help}]}, and `methods`
+    [{name, text, about}] where it is a verb with several ways.
+    """
     cls = load(name)
     options = [{"name": f.name.replace("_", "-"), "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in dataclasses.fields(cls)]
-    return {"name": name, "about": (cls.__doc__ or "").strip(), "options": options}
+    ways = [{"name": n, "text": c.text, "about": " ".join((c.__doc__ or "").split())} for n, c in cls.known().items()] if hasattr(cls, "known") else []
+    return {"name": name, "about": (cls.__doc__ or "").strip(), "options": options} | ({"methods": ways} if ways else {})

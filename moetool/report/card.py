@@ -35,7 +35,7 @@ def render(prepared: Prepared, report: dict[str, Any]) -> bytes:
     lines.append(f"| size | {show_bytes(report['output_bytes'])} |")
     lines += ["", "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.", ""]
     if "reduction" in report:
-        lines += [f"- {report['experts_before']} -> {report['experts_after']} experts a layer ({report['removed_share']:.0%} removed) by {report['method_used']}; report.json says which, decisions.json replays it"]
+        lines += [f"- {report['experts_before']} -> {report['experts_after']} experts a layer ({100 * report['removed_share']:.0f} % removed) by {report['method_used']}; report.json says which, decisions.json replays it"]
         return _joined(lines, report)
     lines += [f"- left out: `{n}` ({why})" for n, why in {**report["dropped_tensors"], **{f'config.{k}': v for k, v in report["dropped_fields"].items()}}.items()]
     return _joined(lines, report)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.
-_OF_THE_RUN = ("seconds", "peak_memory", "jobs", "free_disk", "resumed_shards", "ray_nodes", "out", "read_bytes")
+_OF_THE_RUN = ("seconds", "peak_memory", "jobs", "free_disk", "resumed_shards", "ray_nodes", "out", "read_bytes", "stages", "peak_rss", "quality")
 
 
 def record(prepared: Prepared, report: dict[str, Any], written: Checkpoint | None = None) -> bytes:

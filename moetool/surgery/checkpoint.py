@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that are made anew for every output and so never travel.
-_OWN = {"config.json", "README.md", "moetool.json", "report.json", "decisions.json", "experts.json", INDEX}
+_OWN = {"config.json", "README.md", "moetool.json", "report.json", "decisions.json", "experts.json", "experts.jsonl", INDEX}
 _TRAVEL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".merges", ".py", ".md")
 _TRAVEL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 

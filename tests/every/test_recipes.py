@@ -62,7 +62,7 @@ def rendered(recipe: Path, out: Path) -> str:
         return text
     lines = [re.sub(r"\[[\d., e-]*\d\.\d[\d., e-]*\]|(?<=: )\d+\.\d+", "~", line) for line in text.splitlines()[1:] if not line.startswith("drop ")]
     lines = [re.sub(r'"(members|rank)": \d+|"align": \[.*?\]', "~", re.sub(r"\b\d+:[\w.#-]+ \[[^]]*\](, )?", "", re.sub(r"^\d+ x ", "", line))) for line in lines]
-    return "\n".join(dict.fromkeys(lines)) + "\n"
+    return "\n".join(sorted(set(lines))) + "\n"
 
 
 def test_all_recipes_are_here() -> None:

@@ -38,7 +38,8 @@ def test_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b.documents[0].text == "plain\ntext" and [d.text for d in c.documents] == ["one", "two"]
     for said, count in ((b'{"text": "x"}\n{"text": "y"}\n', 2), (b"just words", 1)):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said)))
-        assert len(text.read(["-"])[0].documents) == count
+        text.stdin.cache_clear()
+        assert len(text.read(["-"])[0].documents) == count == len(text.read(["-"])[0].documents)  # read once, used twice
     own = lines(tmp_path / "own.jsonl", [{"body": "mine", "text": "not this"}])
     assert text.read([str(own)], field="body")[0].documents[0].text == "mine"
 

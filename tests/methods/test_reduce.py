@@ -149,6 +149,13 @@ def test_rendered_decisions_are_json_a_layer_a_line() -> None:
     assert decided.layers[0].map(4) == [0, 1, 0, None] and decided.layers[7].leads == [1, 3]
 
 
+def test_lists_for_servers_name_every_expert_once() -> None:
+    decided = Decided("prune", "reap", 4, {3: Layer.keep([0, 2], scores=(0.5, 0.1, 0.9, 0.2))})
+    made = decision.experts_lists(decided)
+    assert json.loads(made["experts.json"])["layers"] == {"3": {"kept": [0, 2], "pruned": [1, 3]}}
+    assert [json.loads(line) for line in made["experts.jsonl"].splitlines()] == [{"3": [2, 0, 3, 1]}]
+
+
 @pytest.mark.parametrize(("verb", "options", "said"), [
     ("prune", {"ratio": 1.0}, "0 <= ratio < 1"), ("prune", {"ratio": 25}, "0 <= ratio < 1"), ("prune", {"method": "reep"}, "did you mean reap"), ("prune", {"method": "reap"}, "needs text"),
     ("prune", {"calibrate": "a", "stats": "b"}, "exclude each other"), ("prune", {"budget": "sensitivity"}, "zeroed, ghost or ragged"), ("prune", {"layout": "raged"}, "not known"),

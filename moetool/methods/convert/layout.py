@@ -9,7 +9,7 @@ from typing import Any
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout
+from moetool.surgery.layout import Layout, home
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Stored, whole
 
@@ -87,11 +87,8 @@ class ConvertLayout:
 
 
 def _experts_of(source: Checkpoint) -> tuple[Layout, dict[str, Any], str]:
-    layout = Layout.load(str(source.config.get("model_type")))
-    if layout.kind == "dense" and (text := source.config.get("text_config") or {}).get("model_type"):
-        layout, config, prefix = Layout.load(text["model_type"]), text, "language_model."
-    else:
-        config, prefix = source.config, ""
+    at = home(source.config)
+    layout, config, prefix = at.layout, at.config, at.prefix
     if layout.kind != "moe":
         raise MoetoolError(f"{layout.model_type} has no experts", file=source.folder, hint="`moetool upcycle` makes them")
     if not layout.fused():

@@ -53,6 +53,11 @@ class Merge(Reduction):
         if not 0.0 < self.rank_energy <= 1.0 or not 0.0 < self.density <= 1.0:
             raise UsageError("--rank-energy and --density lie above 0 and at most at 1", found=f"{self.rank_energy:g}, {self.density:g}", hint="for example --rank-energy 0.95")
 
+    @staticmethod
+    def known() -> dict[str, Any]:
+        """name -> class of every merging method."""
+        return dict(preset.presets())
+
     @property
     def name(self) -> str:
         """The method that `auto` stands for here."""

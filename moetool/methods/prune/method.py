@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
 from moetool.methods.prune import criterion, stun
@@ -43,6 +41,11 @@ class Prune(Reduction):
         if self.method == "stun" and (self.propagate or self.refit):
             raise UsageError("--method stun works from one profile", hint="leave out --propagate and --refit")
 
+    @staticmethod
+    def known() -> dict[str, Any]:
+        """name -> class of every pruning method."""
+        return dict(criterion.criteria())
+
     @property
     def name(self) -> str:
         """The method that `auto` stands for here."""
@@ -56,6 +59,7 @@ class Prune(Reduction):
             self, "prune", self.name, source, settings, choose=lambda view, count: _choose(how, view, count), text=how.text, sample=how.sample,
             rebuild=lambda view, layer, block, number: (block.with_experts(layer.leads), {}), scores=how.score if type(how).score is not Criterion.score else None,
         )  # fmt: skip
+        job.facts["router"] = "rows of the kept experts"
         if how.constant:
             _check_constants(job.mixture)
         if how.text or self.refit or self.propagate:
@@ -135,8 +139,3 @@ def certificate(mixture: Mixture, decided: Decided, solved: bool) -> Certificate
     if all(layer.count == mixture.experts and not layer.constant and not layer.sparsity for layer in decided.layers.values()) and not solved:
         return Certificate("exact", "nothing was removed: a copy")
     return Certificate("none", "experts were removed: another function, by how much `moetool eval --reference` measures", None)
-
-
-def scores_of(decided: Decided, layer: int) -> np.ndarray:
-    """The scores that decided a layer, empty where the method has none."""
-    return np.array(decided.layers[layer].scores)

@@ -151,9 +151,22 @@ def _layer(data: Any, experts: int, layer: str, where: str) -> Layer:
     return made.sorted()
 
 
-def experts_list(decided: Decided) -> bytes:
-    """experts.json: for each layer the experts of the original that stay, as serving engines take it for pruning at load time."""
-    return (json.dumps({"num_experts": decided.experts, "layers": {str(n): {"kept": decided.layers[n].leads} for n in sorted(decided.layers)}}, indent=1) + "\n").encode()
+def experts_lists(decided: Decided) -> dict[str, bytes]:
+    """The plain lists that serving engines take for pruning the *original* at load time.
+
+    experts.json: {num_experts, layers: {"3": {kept, pruned}}} (profiles as in vllm#37824 and #42613); experts.jsonl: a line a layer with
+    all experts, those to keep first and best first, as vllm-ascend#12525 reads it with its own ratio. For merges: the leads of the clusters.
+    """
+    layers, lines = {}, []
+    for n in sorted(decided.layers):
+        layer, every = decided.layers[n], range(decided.experts)
+        kept = [e for e in layer.leads if e not in layer.constant]
+        score = layer.scores or tuple(-e for e in every)
+        order = sorted(every, key=lambda e: (e not in kept, -score[e], e))
+        layers[str(n)] = {"kept": kept, "pruned": [e for e in every if e not in kept]}
+        lines.append(json.dumps({str(n): order}))
+    head = {"num_experts": decided.experts, "method": decided.method}
+    return {"experts.json": (json.dumps(head | {"layers": layers}) + "\n").encode(), "experts.jsonl": ("\n".join(lines) + "\n").encode()}
 
 
 def checked_counts(decided: Decided, mixture: Mixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moetool.methods.contract import Decisions
-from moetool.methods.reduce.decision import Decided, experts_list, render
+from moetool.methods.reduce.decision import Decided, experts_lists, render
 from moetool.methods.reduce.frame import removed
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
@@ -29,5 +29,5 @@ def of(mixture: Mixture, decided: Decided, plan: Plan, layout: str, decisions: D
 
 
 def files(decided: Decided) -> dict[str, bytes]:
-    """decisions.json (to replay) and experts.json (for load-time pruning by a server)."""
-    return {"decisions.json": render(decided.as_json()).encode(), "experts.json": experts_list(decided)}
+    """decisions.json (to replay), experts.json and experts.jsonl (for load-time pruning by a server)."""
+    return {"decisions.json": render(decided.as_json()).encode(), **experts_lists(decided)}

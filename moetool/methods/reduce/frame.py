@@ -126,6 +126,9 @@ class Job:
 
     def __post_init__(self) -> None:
         self.mixture = Mixture.of(self.source)
+        uneven = [n for n in self.mixture.layers if self.mixture.count_in(n) != self.mixture.experts]
+        if uneven:
+            raise MoetoolError("the layers of this model already hold different numbers of experts", file=self.source.folder, tensor=f"layer {uneven[0]}", expected=self.mixture.experts, found=self.mixture.count_in(uneven[0]), hint="cut the model it was made from")
 
     @property
     def walks(self) -> bool:
@@ -209,11 +212,13 @@ class Job:
         """Decide every layer from statistics (or without)."""
         guarded = self._guarded(profile)
         counts = self._counts(profile, guarded)
+        if profile is not None:
+            self.facts["tokens_per_expert"] = {str(n): tokens_per_expert(profile.layer(n)) for n in self.mixture.layers}
         layers = {n: self.choose(self._view(n, profile, guarded), counts[n]) for n in self.mixture.layers}
         return self.finish(layers, lambda n: self._view(n, profile, guarded)) if self.finish else layers
 
     def _view(self, number: int, profile: Any, guarded: dict[int, list[int]]) -> View:
-        return View(self.mixture, number, self.options, self.settings.seed, profile.layer(number) if profile is not None else None, tuple(guarded.get(number, ())))
+        return View(self.mixture, number, self.options, self.settings.seed, profile.layer(number) if profile is not None else None, tuple(guarded.get(number, ())), self.settings.device)
 
     def _guarded(self, profile: Any) -> dict[int, list[int]]:
         """Super experts by layer; without text nobody can be found, and the user is told."""
@@ -261,6 +266,11 @@ class Job:
             view = self._view(number, profile, {})
             refit_layer(self, view, layer, view.block, view.sample, folder)
         return solved_source(folder)
+
+
+def tokens_per_expert(stats: Any) -> list[int]:
+    """How many tokens of the text each expert saw."""
+    return [int(c) for c in stats.total("count")]
 
 
 def stats_source(folder: Path) -> Checkpoint:

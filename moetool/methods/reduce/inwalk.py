@@ -19,7 +19,7 @@ from moetool.forward.walk import Budget, Walk
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce.cut import solved_name
 from moetool.methods.reduce.decision import Decided, Layer
-from moetool.methods.reduce.frame import parts_source
+from moetool.methods.reduce.frame import parts_source, tokens_per_expert
 from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 
@@ -40,6 +40,7 @@ def walk(job: Job, guarded: dict[int, list[int]], counts: dict[int, int], replay
     done = {int(p.stem.partition("-")[2]): json.loads(p.read_text()) for p in folder.glob("decision-*.json")}
     layers = {n: Decided.from_json({"schema": 1, "experts": mixture.experts, "layers": {str(n): found["layer"]}}).layers[n] for n, found in done.items()}
     for n, found in sorted(done.items()):
+        job.facts.setdefault("tokens_per_expert", {})[str(n)] = found["tokens"]
         if found["refit"]:
             job.facts.setdefault("refit", {})[str(n)] = found["refit"]
     _note(job, batches)
@@ -48,11 +49,12 @@ def walk(job: Job, guarded: dict[int, list[int]], counts: dict[int, int], replay
 
     def change(number: int, block: Block) -> Block:
         stats = profiler.layers.pop(number)
-        view = View(mixture, number, options, settings.seed, stats, tuple(guarded.get(number, ())), lambda: block)
+        view = View(mixture, number, options, settings.seed, stats, tuple(guarded.get(number, ())), settings.device, lambda: block)
         layer = replay.get(number) or job.choose(view, counts[number])
         layers[number] = layer
+        job.facts.setdefault("tokens_per_expert", {})[str(number)] = tokens_per_expert(stats)
         new = refit_layer(job, view, layer, block, _sample(stats), folder)
-        _write(folder / f"decision-{number:05d}.json", json.dumps({"layer": layer.as_json(), "refit": job.facts.get("refit", {}).get(str(number))}))
+        _write(folder / f"decision-{number:05d}.json", json.dumps({"layer": layer.as_json(), "refit": job.facts.get("refit", {}).get(str(number)), "tokens": tokens_per_expert(stats)}))
         return new
 
     hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), profiling._width(mixture)

@@ -27,6 +27,7 @@ class View:
     seed: int
     stats: LayerStats | None = None
     protected: tuple[int, ...] = ()
+    device: str = "cpu"
     read_block: Callable[[], Any] | None = field(default=None, repr=False)
 
     @property
@@ -45,7 +46,7 @@ class View:
             return self.read_block()
         from moetool.forward import block
 
-        return block.read(self.mixture, self.layer)
+        return block.read(self.mixture, self.layer, device=self.device)
 
     @property
     def seen(self) -> LayerStats:
