@@ -56,11 +56,11 @@ def evaluate(model: Checkpoint, calibration: Calibration, *, reference: Checkpoi
     from moetool.forward.walk import Budget, Walk
 
     batches = calibration.read(model if reference is None else reference)
-    walks = []
+    walks: list[Walk] = []
     for name, checkpoint in (("reference", reference), ("model", model)):
         if checkpoint is not None:
             at = None if folder is None else folder / name
-            walks.append(Walk(checkpoint, batches, Budget(memory, at, device), extra=2 * LOGIT_BYTES, tell=tell, stop=stop, name=f"eval {name}"))
+            walks.append(Walk(checkpoint, batches, Budget(memory, at, device), extra=2 * LOGIT_BYTES + sum(w.retained for w in walks), tell=tell, stop=stop, name=f"eval {name}"))
             walks[-1].run()
     sums = [Sums() for _ in batches.files]
     total = sum(b.ids.size for b in batches.batches)

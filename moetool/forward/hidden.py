@@ -1,4 +1,7 @@
-"""Hidden states between two layers: in memory while they fit, beyond that in a mapped file; kept on disk after each layer for resuming."""
+"""Hidden states between two layers: in memory while they fit, beyond that in a file; kept on disk after each layer for resuming.
+
+The file is read and written at its offsets, not mapped: mapped pages would count against the memory promise.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +26,8 @@ class Hidden:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self.layer = 0
-        self._now: Any = None
-        self._next: Any = None
+        self._now: np.ndarray | None = None  # in memory
+        self._read = self._write = -1  # descriptors of the spilled input and output
 
     def resume(self) -> int:
         """Take up the input of the latest layer that an earlier run left; returns that layer (0: nothing there)."""
@@ -37,14 +39,19 @@ class Hidden:
         if not whole:
             return 0
         self.layer = int(whole[-1].stem.partition("-")[2])
-        self._now = np.memmap(whole[-1], np.float32, "r", shape=self.shape) if self.spill else np.fromfile(whole[-1], np.float32).reshape(self.shape)
+        if self.spill:
+            self._read = os.open(whole[-1], os.O_RDONLY)
+        else:
+            self._now = np.fromfile(whole[-1], np.float32).reshape(self.shape)
         return self.layer
 
     def begin(self) -> None:
         """Room for the next layer's input (in memory: the same room)."""
         if self.spill:
             assert self.folder is not None
-            self._next = np.memmap(self.folder / f"hidden-{self.layer + 1:05d}.tmp", np.float32, "w+", shape=self.shape)
+            self._close_write()
+            self._write = os.open(self.folder / f"hidden-{self.layer + 1:05d}.tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.ftruncate(self._write, 4 * self.shape[0] * self.shape[1])
         elif self._now is None:
             self._now = np.empty(self.shape, np.float32)
 
@@ -55,12 +62,19 @@ class Hidden:
 
     def read(self, number: int) -> np.ndarray:
         """A batch's rows [sequences * length, hidden]."""
-        return np.asarray(self._now[self.starts[number] : self.starts[number + 1]])
+        start, stop = (int(n) for n in self.starts[number : number + 2])
+        if self._now is not None:
+            return self._now[start:stop]
+        wide = 4 * self.shape[1]
+        return np.frombuffer(os.pread(self._read, (stop - start) * wide, start * wide), np.float32).reshape(-1, self.shape[1])
 
     def write(self, number: int, rows: np.ndarray) -> None:
         """A batch's rows for the next layer."""
-        there = self._next if self.spill else self._now
-        there[self.starts[number] : self.starts[number + 1]] = rows
+        start, stop = (int(n) for n in self.starts[number : number + 2])
+        if self.spill:
+            os.pwrite(self._write, np.ascontiguousarray(rows, np.float32).data.cast("B"), 4 * start * self.shape[1])
+        elif self._now is not None:
+            self._now[start:stop] = rows
 
     def end(self, *, keep: bool) -> None:
         """The layer is through. `keep`: leave its output on disk so that a later run can go on from here."""
@@ -69,19 +83,35 @@ class Hidden:
             return
         name = self.folder / f"hidden-{self.layer:05d}.bin"
         if self.spill:
-            self._next.flush()
-            os.replace(self.folder / f"hidden-{self.layer:05d}.tmp", name)
-            self._now, self._next = np.memmap(name, np.float32, "r", shape=self.shape), None
-        elif keep:
-            temporary = name.with_suffix(".tmp")
-            self._now.tofile(temporary)
-            os.replace(temporary, name)
+            os.replace(name.with_suffix(".tmp"), name)
+            if self._read >= 0:
+                os.close(self._read)
+            self._read, self._write = self._write, -1
+        elif keep and self._now is not None:
+            self._now.tofile(name.with_suffix(".tmp"))
+            os.replace(name.with_suffix(".tmp"), name)
         if self.spill or keep:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / f"hidden-{before:05d}.bin")
 
+    def _close_write(self) -> None:
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
+
+    def close(self) -> None:
+        """Give descriptors back."""
+        self._close_write()
+        if self._read >= 0:
+            os.close(self._read)
+            self._read = -1
+
+    def __del__(self) -> None:
+        self.close()
+
     def clear(self) -> None:
         """Remove what was left for resuming."""
-        self._now = self._next = None
+        self._now = None
+        self.close()
         for left in [*self.folder.glob("hidden-*")] if self.folder else []:
             left.unlink()

@@ -58,8 +58,11 @@ def claim(folder: Path, seal: str) -> None:
         os.replace(temporary, mark)
 
 
-def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
-    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are kept. Returns the finished profile."""
+def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, buffers: int = 0, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
+    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are kept. Returns the finished profile.
+
+    `buffers`: bytes that whoever decides on it will hold beside a layer; part of the promise.
+    """
     begun = time.perf_counter()
     mixture = Mixture.of(source)
     batches = calibration.read(source)  # bad text is said before anything heavy is imported
@@ -75,7 +78,7 @@ def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, 
 
     profiler = Profiler(wanted, folder)
     hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), _width(mixture)
-    walk = Walk(source, batches, Budget(memory, folder, device), extra=wanted.memory(mixture.experts, hidden, width), tell=tell, stop=stop, name="profile")
+    walk = Walk(source, batches, Budget(memory, folder, device), extra=wanted.memory(mixture.experts, hidden, width) + buffers, tell=tell, stop=stop, name="profile")
     walk.run(profiler)
     facts = describe(source, name, mixture, batches, wanted, calibration) | {"peak_memory": walk.peak, "seconds": round(time.perf_counter() - begun, 3)}
     facts["warnings"] = [*batches.notes, *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n))]

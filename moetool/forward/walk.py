@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +72,7 @@ class Needs:
     widened: int
     compared: int
     hidden: int
+    outside: int  # embeddings, last norm and head, which stay
 
     def fit(self, memory: int | None) -> tuple[bool, bool, int]:
         """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even the least does not fit."""
@@ -107,7 +108,7 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
     compared = 2 * 4 * one * compared_experts(mixture) if mixture else 0  # theirs: listed, stacked, joined; then ours
     floor = RESERVE + outside + 2 * max(others.values(), default=0) + extra + PER_TOKEN * 4 * width * tokens + 1500 * len(source.tensors)
     hidden = 4 * width * sum(b.ids.size for b in batches.batches)
-    return Needs(floor, widest + 8 * one, 2 * widest + 8 * one, compared, hidden)
+    return Needs(floor, widest + 8 * one, 2 * widest + 8 * one, compared, hidden, outside)
 
 
 def compared_experts(mixture: Mixture) -> int:
@@ -123,7 +124,9 @@ class Walk:
         self.stop = stop or threading.Event()
         at = home(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
-        self.widen, spill, self.peak = needs(source, batches, extra=extra).fit(budget.memory)
+        needed = needs(source, batches, extra=extra)
+        self.widen, spill, self.peak = needed.fit(budget.memory)
+        self.retained = needed.outside + (0 if spill else needed.hidden)  # bytes held after `run`
         self.width = int(at.layout.field("hidden", at.config) or 0)
         self.shell = Shell(source, budget.device)
         self._experts = self._own() if self.mixture else {}
@@ -145,13 +148,18 @@ class Walk:
         raise MoetoolError("a layer should hold experts, but its class has none", file=self.source.folder, tensor=f"layer {layer}", hint="config.json and the weights do not belong together")
 
     @torch.no_grad()
-    def run(self, look: Look | None = None, change: Change | None = None, *, before: int = 0) -> None:
+    def run(self, look: Look | None = None, change: Change | None = None) -> None:
         """Send every batch through all layers. `change` may give a layer another block after it was looked at; the layers above
-        then see its output. With a folder the walk goes on where an earlier one stopped, but not before layer `before`.
+        then see its output. With a folder the walk goes on where an earlier one stopped.
         """
+        try:
+            self._run(look, change)
+        except OSError as problem:
+            raise MoetoolError(f"a walk cannot go on: {problem.strerror or problem}", file=problem.filename or self.budget.folder or self.source.folder, hint="mend the cause (free space?) and run the same command again; layers that are done are kept") from None
+
+    def _run(self, look: Look | None, change: Change | None) -> None:
         self.shell.fill(None)
-        start = self.hidden.resume()
-        if not start:
+        if not self.hidden.resume():
             self._embed()
         count, begun = len(self.shell.layers), time.monotonic()
         for layer in range(self.hidden.layer, count):
@@ -373,8 +381,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return type(a) is type(b)
-
-
-def batches_of(walk: Walk) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) in order."""
-    yield from enumerate(walk.batches.batches)

@@ -12,9 +12,10 @@ Tensor = torch.Tensor
 def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tensor, *, ridge: float = 0.01, sweeps: int = 3) -> tuple[Tensor, float, float]:
     """New down matrices [experts, hidden, width] (float32) that bring the layer's output nearest to `target` [tokens, hidden] on x [tokens, hidden].
 
-    Minimises sum |target - sum_e w_e D_e h_e|^2 + ridge * |D - D_old|^2 (in units of the mean energy of h_e) over all D_e by block
-    Gauss-Seidel: one expert at a time against what the others leave. One expert for each cluster with fixed gates is MergeMoE's least
-    squares (arXiv 2510.14436). Normal equations in float64. Returns (down, relative squared error before, after).
+    Minimises sum |target - sum_e w_e D_e h_e|^2 over all D_e by block Gauss-Seidel: one expert at a time against what the others leave, each step
+    damped by `ridge` (in units of the mean energy of h_e). Many sweeps reach the joint least-squares solution; few stay near the old
+    matrices where the text says little. One expert for each cluster with fixed gates is MergeMoE's least squares (arXiv 2510.14436). Normal
+    equations in float64. Returns (down, relative squared error before, after).
     """
     down = experts.down.float().clone()
     flat = routing.index.reshape(-1)
@@ -44,7 +45,6 @@ def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tenso
     for _ in range(sweeps):
         for (expert, rows, h), factor in zip(work, factors, strict=True):
             step = torch.cholesky_solve((h.T @ left[rows]).double(), factor).to(down.dtype).T
-            # the ridge pulls towards the old matrix only as far as each step is small; the sweeps converge to the joint solution
             down[expert] += step
             left.index_add_(0, rows, h @ step.T, alpha=-1)
     return down, before, float(left.double().pow(2).sum()) / energy

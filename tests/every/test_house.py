@@ -41,14 +41,17 @@ def test_readme_commands_run(tmp_path: Path) -> None:
 
 def test_readme_names_every_command_and_option_group() -> None:
     text = README.read_text()
-    for name in ("demo", "inspect", "upcycle", "verify", "run", "archs", "methods", "convert-layout"):
+    for name in ("demo", "inspect", "upcycle", "verify", "run", "archs", "methods", "convert-layout", "profile", "eval", "prune", "merge"):
         assert f"moetool {name}" in text
     from moetool import methods
 
     for name in methods.METHODS:
         assert f"moetool {name}" in text
-    for option in methods.describe("upcycle")["options"]:
-        assert f"--{option['name']}" in text, option["name"]
+    for verb in ("upcycle", "prune", "merge"):
+        for option in methods.describe(verb)["options"]:
+            assert f"--{option['name']}" in text, option["name"]
+        for way in methods.describe(verb).get("methods", ()):
+            assert f"`{way['name']}`" in text, way["name"]
     from moetool.surgery.pair import pairs
 
     for pair in pairs():

@@ -179,3 +179,20 @@ def test_an_incomplete_checkpoint_is_refused(models: Callable[..., Path], tmp_pa
     with pytest.raises(moetool.MoetoolError, match="missing") as refused:
         Walk(Checkpoint.open(tmp_path), batches(*SHAPES), Budget())
     assert "layers.2.self_attn.q_proj" in str(refused.value)
+
+
+def test_a_full_disk_is_a_sentence(models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from moetool.forward import hidden
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source, text = Checkpoint.open(models("mixtral", num_local_experts=64)), batches(*SHAPES)
+    needed = walking.needs(source, text)
+    walk = Walk(source, text, Budget(needed.floor + max(needed.widened, needed.compared), tmp_path / "work"))
+    monkeypatch.setattr(hidden.os, "pwrite", full)
+    with pytest.raises(moetool.MoetoolError, match="No space left") as refused:
+        walk.run()
+    assert "same command again" in str(refused.value)

@@ -111,6 +111,20 @@ def test_decisions_are_written_edited_and_replayed(models: Callable[..., Path], 
     assert first["plan_digest"] == replay["plan_digest"]
 
 
+@pytest.mark.parametrize(("verb", "family", "options"), [
+    ("prune", "qwen3_moe", {"method": "stun", "total_sparsity": 0.5}), ("prune", "gpt_oss", {"method": "mone"}), ("merge", "qwen3_moe", {"method": "sub-moe-whitened"}), ("prune", "qwen3_moe", {"method": "reap", "refit": True}),
+], ids=["stun", "mone", "whitened", "refit"])  # fmt: skip
+def test_decisions_that_need_numbers_too(verb: str, family: str, options: dict[str, Any], models: Callable[..., Path], tmp_path: Path) -> None:
+    """Plans that read statistics are replayed with the same text, and without it refused with a sentence."""
+    source, text = str(models(family)), {"calibrate": [str(ids(tmp_path))], "tokens": 400, "seq_len": 40, "sample": 200}
+    first = getattr(api, verb)(source, str(tmp_path / "first"), **options, **text)
+    file = str(tmp_path / "first" / "decisions.json")
+    again = getattr(api, verb)(source, str(tmp_path / "again"), decisions=file, **options, **text)
+    assert again["decisions"]["layers"] == first["decisions"]["layers"] and again["plan_digest"] == first["plan_digest"]
+    with pytest.raises(api.UsageError, match="needs text"):
+        getattr(api, verb)(source, str(tmp_path / "none"), decisions=file, **options)
+
+
 WRONG: list[tuple[Any, str]] = [
     ([1], "not a file of decisions"), ({"schema": 1, "layers": {}}, "how many experts"), ({"schema": 1, "experts": 8, "layers": {"x": {"keep": [0]}}}, "not a number"),
     ({"schema": 1, "experts": 8, "layers": {"0": {"kept": [0]}}}, "did you mean keep"), ({"schema": 1, "experts": 8, "layers": {"0": {"keep": [9]}}}, "do not fit"),

@@ -42,7 +42,7 @@ def _by_weights(experts: Any, lead: int, member: int) -> np.ndarray:
 
 def _by_activations(view: View, lead: int, member: int) -> np.ndarray:
     """[width, width] correlations of the lead's activations with the member's on the sample."""
-    x = view.sample[:_TOKENS].to(view.block.router.device)
+    x = view.some(_TOKENS).to(view.block.router.device)
 
     def unit(expert: int) -> Any:
         h = view.block.experts.hidden(x, expert).double()

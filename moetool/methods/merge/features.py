@@ -38,12 +38,12 @@ def _dense(view: View) -> dict[str, np.ndarray]:
         return {k: view.seen.arrays[k] for k in ("gram", "cosine", "mean")}
     from moetool.forward import stats
 
-    return stats.dense(view.sample[: view.options.sample].to(view.block.router.device), view.block)
+    return stats.dense(view.some(view.options.sample).to(view.block.router.device), view.block)
 
 
 def logit_cosine(view: View) -> np.ndarray:
     """Cosine of the experts' router logits over the sample [experts, experts] (M-SMoE, REAM)."""
-    logits = view.sample.double().numpy() @ view.rows.T
+    logits = view.some(view.options.sample).double().numpy() @ view.rows.T
     unit = logits / np.maximum(np.linalg.norm(logits, axis=0), 1e-30)
     return np.asarray(unit.T @ unit)
 
@@ -71,7 +71,7 @@ def cross_cosine(first: View, second: View) -> np.ndarray:
     from moetool.kernels import moe
 
     count, total = first.experts, None
-    x, y = first.sample, second.sample
+    x, y = first.some(first.options.sample), second.some(second.options.sample)
     step = max(1, (64 << 20) // (8 * count * x.shape[1]))
     for start in range(0, len(x), step):
         outs = torch.cat([moe.every(x[start : start + step], first.block.experts), moe.every(y[start : start + step], second.block.experts)]).transpose(0, 1)

@@ -79,7 +79,7 @@ class Merge(Reduction):
         chosen = replace(self, refit=True) if self.part("combine") == "least-squares" else self
         job = Job(
             chosen, "merge", self.name, source, settings, choose=self._choose, text=self.needs_text, sample=self.sample if self._samples else 0,
-            dense=self.part("features") in features.DENSE, covariance=self.part("whiten") == "true", rebuild=self._rebuild,
+            dense=self.part("features") in features.DENSE, covariance=self.part("whiten") == "true", weights=self.part("features") == "weights" or self.part("align") != "none", rebuild=self._rebuild,
         )  # fmt: skip
         refuse_quantized(job.mixture, "merging")
         self._check_router(job.mixture)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
-from moetool.errors import UsageError, did_you_mean
+from moetool.methods import discover
 from moetool.methods.reduce.decision import Layer
 from moetool.methods.reduce.view import View
 
@@ -24,6 +22,7 @@ class Criterion:
     text: ClassVar[bool] = True
     sample: ClassVar[int] = 0
     constant: ClassVar[bool] = False
+    buffers: ClassVar[int] = 0  # bytes held beside a layer's block
 
     def score(self, view: View) -> np.ndarray:
         """How much each expert is needed, [experts] float64; the smallest go."""
@@ -47,20 +46,12 @@ class Criterion:
 
 @lru_cache(maxsize=1)
 def criteria() -> dict[str, type[Criterion]]:
-    """Every pruning method, by name; a file that does not import is an error."""
+    """Every pruning method, by name."""
     import moetool.methods.prune as package
 
-    found: dict[str, type[Criterion]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for thing in vars(module).values():
-            if isinstance(thing, type) and issubclass(thing, Criterion) and thing.name and thing.__module__ == module.__name__:
-                found[thing.name] = thing
-    return dict(sorted(found.items()))
+    return discover.classes(package, Criterion)
 
 
 def get(name: str) -> Criterion:
     """The pruning method of this name; UsageError with the nearest names."""
-    if name not in criteria():
-        raise UsageError(f"no pruning method {name!r}", hint=did_you_mean(name, [*criteria(), "auto"]))
-    return criteria()[name]()
+    return discover.named(name, criteria(), "pruning")()

@@ -56,7 +56,7 @@ class Prune(Reduction):
         (source,) = sources
         how = criterion.get(self.name)
         job = Job(
-            self, "prune", self.name, source, settings, choose=lambda view, count: _choose(how, view, count), text=how.text, sample=how.sample,
+            self, "prune", self.name, source, settings, choose=lambda view, count: _choose(how, view, count), text=how.text, sample=how.sample, weights=self.method == "stun", buffers=how.buffers,
             rebuild=lambda view, layer, block, number: (block.with_experts(layer.leads), {}), scores=how.score if type(how).score is not Criterion.score else None,
         )  # fmt: skip
         job.facts["router"] = "rows of the kept experts"

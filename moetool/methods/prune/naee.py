@@ -9,6 +9,7 @@ from typing import Any
 from moetool.methods.prune.criterion import Criterion
 from moetool.methods.reduce.view import View
 
+HELD = 512 << 20  # bytes of all experts' outputs on the sample; more tokens are left out
 MOST = 300  # subsets tried one by one; beyond that experts go one at a time
 
 
@@ -19,9 +20,10 @@ class Naee(Criterion):
 
     name = "naee"
     sample = 2048
+    buffers = HELD + (HELD >> 1)
 
     def keep(self, view: View, count: int) -> list[int]:
-        trial = Trial(view.sample, view.block)
+        trial = Trial(view.some(min(view.options.sample, HELD // (4 * view.experts * view.rows.shape[1]))), view.block)
         if view.mixture.groups == 1 and comb(view.experts - len(view.protected), view.experts - count) <= MOST:
             free = [e for e in range(view.experts) if e not in view.protected]
             sets = [sorted({*view.protected, *chosen}) for chosen in combinations(free, count - len(view.protected))]

@@ -21,6 +21,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 
 SCIPY_RESERVE = 110_000_000  # the process with numpy and scipy imported, measured
+TORCH_RESERVE = 400_000_000  # and with torch
 
 
 def option(default: Any, text: str) -> Any:
@@ -118,6 +119,8 @@ class Job:
     sample: int
     dense: bool = False
     covariance: bool = False
+    weights: bool = False  # reads all weights of a layer, with or without text
+    buffers: int = 0  # bytes that deciding a layer holds beside its block
     rebuild: Callable[[View, Layer, Any, int], tuple[Any, dict[str, Any]]] | None = None
     scores: Callable[[View], Any] | None = None  # for sensitivity budgets
     finish: Callable[[dict[int, Layer], Callable[[int], View]], dict[int, Layer]] | None = None  # once all layers are decided
@@ -136,51 +139,80 @@ class Job:
         return self.options.propagate or (self.options.refit and bool(self.options.calibrate))
 
     def run(self) -> Decisions:
-        """Decide every layer."""
-        options = self.options
-        if options.decisions and (Path(options.decisions).exists() or not self.settings.dry_run):
-            decided = deciding.read(options.decisions)
-            decided.check(self.mixture, options.decisions)
-            deciding.checked_counts(decided, self.mixture)
-            self.facts["replayed"] = options.decisions
-            if not (options.refit and options.calibrate):
-                return self._decisions(decided, (), 0)
-            self._replay = decided
-        else:
-            self._replay = None
-        if self.text and not options.calibrate and not options.stats:
-            raise UsageError(f"method {self.method!r} needs text", expected="--calibrate FILE or --stats DIR", found="neither", hint="or a method without text: --method router-distance")
+        """Decide every layer, or replay what was decided."""
+        options, replay = self.options, self._replayed()
+        if replay is not None and not self._reads_more(replay):
+            return self._decisions(replay, (), 0)
+        self._check_text(replay)
         self.kept = budget.uniform(self.mixture, options.ratio)
-        if self.kept == self.mixture.experts and self._replay is None:
-            return self._decisions(Decided(self.verb, self.method, self.mixture.experts, {n: Layer.keep(range(self.mixture.experts)) for n in [*self.mixture.layers, *self.mixture.beyond]}), (), 0)
-        if self.walks and not options.calibrate:
-            raise UsageError("--propagate sends text through the model again", expected="--calibrate FILE", found="--stats", hint="a profile was made on the unchanged layers")
-        profile, memory = self._profile()
-        memory = memory or SCIPY_RESERVE
-        layers = dict(self._replay.layers) if self._replay else self._from(profile) if not self.walks else {}
-        extra: tuple[Checkpoint, ...] = ()
-        if self.walks:
-            layers, extra, memory = self._walk(profile, layers)
-        elif options.refit and profile is not None:
-            extra = self._refit_from(profile, layers)
-        if not self._replay:
+        if replay is None and self.kept == self.mixture.experts:
+            everyone = Layer.keep(range(self.mixture.experts))
+            return self._decisions(Decided(self.verb, self.method, self.mixture.experts, dict.fromkeys([*self.mixture.layers, *self.mixture.beyond], everyone)), (), 0)
+        profile, memory = self._profile(replay)
+        layers, extra, memory = self._decide(profile, memory or self._promise(), dict(replay.layers) if replay else {})
+        if replay is None:
             layers |= self._beyond()
         decided = Decided(self.verb, self.method, self.mixture.experts, layers)
         deciding.checked_counts(decided, self.mixture)
-        if options.decisions and self.settings.dry_run and not Path(options.decisions).exists():
-            Path(options.decisions).write_text(deciding.render(decided.as_json()))
-            self.facts["decisions_written"] = options.decisions
+        self._leave(decided)
         if self.covariance and profile is not None and not extra:
             extra = (stats_source(profile.folder),)
         return self._decisions(decided, extra, memory)
 
+    def _decide(self, profile: Any, memory: int, replay: dict[int, Layer]) -> tuple[dict[int, Layer], tuple[Checkpoint, ...], int]:
+        """(layers, solved tensors, promised peak): inside a walk, from statistics, or as they were."""
+        if self.walks:
+            return self._walk(profile, replay)
+        layers = replay or self._from(profile)
+        return layers, self._refit_from(profile, layers) if self.options.refit and profile is not None else (), memory
+
+    def _promise(self) -> int:
+        """Peak bytes of deciding without a walk; refused when --memory is less."""
+        needed = SCIPY_RESERVE
+        if self.weights or self.options.stats:
+            layer = max(sum(c.stored.stop - c.stored.start for c in self.mixture.by_layer[n] if c.kind == "expert") for n in self.mixture.layers)
+            needed = TORCH_RESERVE + (2 if self.options.stats else 1) * layer + layer // 4 + self.buffers
+        if self.settings.memory is not None and needed > self.settings.memory:
+            raise MoetoolError("deciding does not fit into --memory", expected=f"at least {needed:,} bytes", found=f"{self.settings.memory:,} bytes", hint="raise --memory, or use a method that reads no weights: prune --method router-distance")
+        return needed
+
+    def _replayed(self) -> Decided | None:
+        """The decisions of --decisions, checked against this model; None where there are none to replay."""
+        file = self.options.decisions
+        if not file or (self.settings.dry_run and not Path(file).exists()):
+            return None
+        decided = deciding.read(file)
+        decided.check(self.mixture, file)
+        deciding.checked_counts(decided, self.mixture)
+        self.facts["replayed"] = file
+        return decided
+
+    def _reads_more(self, replay: Decided) -> bool:
+        """Whether the plan of replayed decisions reads statistics or solved tensors beside the model."""
+        return self.options.refit or self.covariance or any(layer.constant or layer.sparsity for layer in replay.layers.values())
+
+    def _check_text(self, replay: Decided | None) -> None:
+        """Refuse what needs text and has none."""
+        options = self.options
+        if (self.text or (replay is not None and self._reads_more(replay))) and not options.calibrate and not options.stats:
+            raise UsageError(f"method {self.method!r} needs text", expected="--calibrate FILE or --stats DIR", found="neither", hint="or a method without text: --method router-distance")
+        if self.walks and not options.calibrate:
+            raise UsageError("--propagate sends text through the model again", expected="--calibrate FILE", found="--stats", hint="a profile was made on the unchanged layers")
+
+    def _leave(self, decided: Decided) -> None:
+        """With --dry-run, write the decisions where --decisions says, if nothing is there."""
+        file = self.options.decisions
+        if file and self.settings.dry_run and not Path(file).exists():
+            Path(file).write_text(deciding.render(decided.as_json()))
+            self.facts["decisions_written"] = file
+
     def _decisions(self, decided: Decided, extra: tuple[Checkpoint, ...], memory: int) -> Decisions:
         return Decisions(decided.tables(), {"warnings": self.warnings, **self.facts}, memory, decided.as_json(), extra)
 
-    def _profile(self) -> tuple[Any, int]:
+    def _profile(self, replay: Decided | None) -> tuple[Any, int]:
         """The statistics, given or made; None without text, or where the walk itself will see everything."""
         options = self.options
-        from_text = options.calibrate and not (self.walks and not options.protect and options.budget == "uniform")
+        from_text = options.calibrate and not (self.walks and (replay is not None or (not options.protect and options.budget == "uniform")))
         if options.stats:
             from moetool.forward.stats import Profile
 
@@ -189,7 +221,7 @@ class Job:
             self.warnings += [w for w in profile.facts["warnings"] if w not in self.warnings]
             self.facts["data"] = {k: profile.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}
             return profile, 0
-        if not from_text or (not self.text and not self.walks and not options.protect):
+        if not from_text or (replay is None and not self.text and not self.walks and not options.protect):
             return None, 0
         from moetool.forward import profile as profiling
         from moetool.forward.stats import Wanted
@@ -197,7 +229,7 @@ class Job:
         sample = 0 if self.walks else max(self.sample and options.sample, options.refit_tokens if options.refit else 0)
         made = profiling.make(
             self.source, self.source.folder, self.work / "stats", options.calibration(self.settings.seed), Wanted(1, sample, self.dense and not self.walks, self.covariance and not self.walks),
-            memory=self.settings.memory, device=self.settings.device, tell=self.settings.tell, stop=self.settings.stop,
+            buffers=self.buffers, memory=self.settings.memory, device=self.settings.device, tell=self.settings.tell, stop=self.settings.stop,
         )  # fmt: skip
         self.warnings += made.facts["warnings"]
         self.facts["data"] = {k: made.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}

@@ -59,7 +59,7 @@ def walk(job: Job, guarded: dict[int, list[int]], counts: dict[int, int], replay
 
     hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), profiling._width(mixture)
     beside = 4 * mixture.experts * mixture.expert_elements(mixture.layers[0])  # the changed block beside the old one
-    extra = wanted.memory(mixture.experts, hidden, width) + beside + (6 * 4 * sample * hidden + 16 * mixture.experts * width * width // max(1, mixture.experts // 4) if options.refit else 0)
+    extra = wanted.memory(mixture.experts, hidden, width) + beside + job.buffers + (6 * 4 * sample * hidden + 16 * mixture.experts * width * width // max(1, mixture.experts // 4) if options.refit else 0)
     walking = Walk(job.source, batches, Budget(settings.memory, folder, settings.device), extra=extra, tell=settings.tell, stop=settings.stop, name="propagate")
     walking.run(profiler, change)
     _write(folder / "done.json", json.dumps({"peak": walking.peak}))

@@ -46,7 +46,7 @@ class View:
             return self.read_block()
         from moetool.forward import block
 
-        return block.read(self.mixture, self.layer, device=self.device)
+        return block.read(self.mixture, self.layer, device=self.device, widen=self.stats is not None)
 
     @property
     def seen(self) -> LayerStats:
@@ -63,6 +63,11 @@ class View:
         if not self.seen.has("x"):
             raise MoetoolError("the statistics hold no sample of inputs", tensor=f"layer {self.layer}", hint="make them again: `moetool profile ... --sample 2048`")
         return torch.from_numpy(np.array(self.seen.x)).float()
+
+    def some(self, most: int) -> Any:
+        """At most `most` tokens of the sample, evenly spaced."""
+        sample = self.sample
+        return sample if len(sample) <= most else sample[np.linspace(0, len(sample) - 1, max(1, most)).astype(np.int64)]
 
     def groups(self) -> list[list[int]]:
         """Experts of each group of a group-limited router; one list where there are no groups."""
