@@ -58,10 +58,10 @@ def claim(folder: Path, seal: str) -> None:
         os.replace(temporary, mark)
 
 
-def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, buffers: int = 0, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
+def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, replace: bool = False, buffers: int = 0, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
     """Profile a MoE into `folder`; layers that an earlier run of the same command finished are kept. Returns the finished profile.
 
-    `buffers`: bytes that whoever decides on it will hold beside a layer; part of the promise.
+    A finished profile of something else is refused, unless `replace` (a work folder). `buffers`: bytes that whoever decides on it will hold beside a layer; part of the promise.
     """
     begun = time.perf_counter()
     mixture = Mixture.of(source)
@@ -71,6 +71,8 @@ def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, 
     strangers = [p.name for p in folder.iterdir() if p.suffix != ".tmp"] if folder.exists() and not (folder / "walk.json").exists() else []
     if strangers:
         raise MoetoolError("the folder for the statistics is not empty", file=folder, found=strangers[0], hint="choose another folder")
+    if (folder / "profile.json").exists() and not replace and (folder / "walk.json").read_text() != seal:
+        raise MoetoolError("the folder holds the statistics of another model, text or setting", file=folder, hint="choose another folder, or remove this one")
     claim(folder, seal)
     if (folder / "profile.json").exists():
         return Profile.open(folder)

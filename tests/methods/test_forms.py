@@ -53,6 +53,9 @@ def test_a_profile_says_what_it_lacks(models: Callable[..., Path], tmp_path: Pat
         api.merge(source, str(tmp_path / "out"), method="sub-moe-whitened", stats=str(tmp_path / "stats"))
     with pytest.raises(api.MoetoolError, match="another model"):
         api.prune(str(models("mixtral")), str(tmp_path / "out"), method="reap", stats=str(tmp_path / "stats"))
+    assert api.profile(source, str(tmp_path / "stats"), calibrate=text, tokens=400, seq_len=40, sample=0)["data_sha256"] == found["data_sha256"]
+    with pytest.raises(api.MoetoolError, match="statistics of another"):
+        api.profile(source, str(tmp_path / "stats"), calibrate=text, tokens=200, seq_len=40, sample=0)
     with pytest.raises(api.MoetoolError, match="no statistics here"):
         api.prune(source, str(tmp_path / "out"), method="reap", stats=str(tmp_path))
 

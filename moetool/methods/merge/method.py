@@ -87,6 +87,8 @@ class Merge(Reduction):
             return base_delta.decide(self, job)
         if self.part("joint") == "2" and not job.walks:
             job.finish = lambda layers, view: self._jointly(job, layers, view)
+        elif self.part("joint") == "2":
+            job.warnings.append("layers were clustered one by one: inside a walk (--propagate, --refit) the layer above is not there yet")
         job.facts["router"] = self.part("router")
         job.facts["parts"] = {n: self.part(n) for n in ("features", "cluster", "joint", "weigh", "align", "combine", "whiten")}
         return job.run()

@@ -229,7 +229,7 @@ class Job:
         sample = 0 if self.walks else max(self.sample and options.sample, options.refit_tokens if options.refit else 0)
         made = profiling.make(
             self.source, self.source.folder, self.work / "stats", options.calibration(self.settings.seed), Wanted(1, sample, self.dense and not self.walks, self.covariance and not self.walks),
-            buffers=self.buffers, memory=self.settings.memory, device=self.settings.device, tell=self.settings.tell, stop=self.settings.stop,
+            replace=True, buffers=self.buffers, memory=self.settings.memory, device=self.settings.device, tell=self.settings.tell, stop=self.settings.stop,
         )  # fmt: skip
         self.warnings += made.facts["warnings"]
         self.facts["data"] = {k: made.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}
