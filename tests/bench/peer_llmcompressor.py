@@ -13,15 +13,16 @@ import warnings
 warnings.simplefilter("ignore")
 os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def main(model_path: str, tokens: str, ratio: float, out: str) -> None:
     rows = [json.loads(line)["input_ids"] for line in open(tokens)]
-    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
+    # A loader of our own: given a Dataset, llm-compressor 0.14's sampler does not show the model each row once (router counts of layer 0 say so).
+    data = DataLoader(rows, batch_size=1, shuffle=False, collate_fn=lambda r: {"input_ids": torch.tensor(r)})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(model_path)
     report = out + "-kept.json"
