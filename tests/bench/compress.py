@@ -27,7 +27,7 @@ TOKENS, LENGTH, EVAL = 65_536, 512, 6 * 8 * 512
 # verb, options: what is measured for quality, each at both ratios.
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("prune", {"method": m}) for m in ("random", "frequency", "gate-mass", "ean", "easy-ep", "reap", "naee", "router-distance")),
-    ("prune", {"method": "reap", "propagate": True}), ("prune", {"method": "naee", "propagate": True}),
+    ("prune", {"method": "reap", "propagate": True, "protect": False}), ("prune", {"method": "naee", "propagate": True}),
     ("prune", {"method": "reap", "refit": True}), ("prune", {"method": "naee", "refit": True}),
     *(("merge", {"method": m}) for m in ("alike", "hc-smoe", "m-smoe", "sub-moe", "sub-moe-whitened", "ream", "mergemoe", "d2-moe")),
     ("merge", {"method": "hc-smoe", "combine": "least-squares"}), ("merge", {"method": "ream", "combine": "ties"}),
@@ -97,9 +97,9 @@ def quality(bed: Path, folder: Path, python: str) -> None:
             report, wall, cpu = reduce(verb, bed, folder / "out", tokens, None if walks else folder / "stats", ratio=ratio, **options)
             kl, ppl, top = measure(bed, folder / "out")
             same = ""
-            if theirs and options == {"method": "reap"}:
+            if theirs and options["method"] == "reap" and options.get("propagate"):  # the peer prunes each layer before it looks at the next
                 same = "yes" if {n: v["keep"] for n, v in report["decisions"]["layers"].items()} == theirs["kept"] else "no"
-            name = f"{verb} " + " ".join(str(v) if k == "method" else k if v is True else f"{k}={v}" for k, v in options.items()) + ("" if walks else " *")
+            name = f"{verb} " + " ".join(str(v) if k == "method" else k if v is True else f"no-{k}" if v is False else f"{k}={v}" for k, v in options.items()) + ("" if walks else " *")
             rows.append([f"{ratio:.0%}", name, f"{kl:.4f}", f"{ppl:.2f}", f"{top:.1%}", f"{wall:.0f}", f"{cpu:.0f}", f"{report['expert_bytes_after'] / report['expert_bytes_before']:.2f}", same])
             print(rows[-1], file=sys.stderr, flush=True)
     table(["removed", "tool and method", "KL", "perplexity", "same top-1", "wall s", "CPU s", "expert bytes", "experts of the peer"], rows)

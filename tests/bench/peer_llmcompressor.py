@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 def main(model_path: str, tokens: str, ratio: float, out: str) -> None:
     rows = [json.loads(line)["input_ids"] for line in open(tokens)]
-    # A loader of our own: given a Dataset, llm-compressor 0.14's sampler does not show the model each row once (router counts of layer 0 say so).
-    data = DataLoader(rows, batch_size=1, shuffle=False, collate_fn=lambda r: {"input_ids": torch.tensor(r)})
+    # llm-compressor 0.14.0.1 traces the model without a causal mask when none is given: the router counts of its first layer are those of attention
+    # that sees the future. A mask of four dimensions is taken as it is.
+    causal = lambda n: torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]  # noqa: E731
+    data = DataLoader(rows, batch_size=1, shuffle=False, collate_fn=lambda r: {"input_ids": torch.tensor(r), "attention_mask": causal(len(r[0]))})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(model_path)
     report = out + "-kept.json"
