@@ -91,7 +91,7 @@ def _unexpected(problem: Exception) -> int:
     if isinstance(problem, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(problem, MemoryError):
+    if isinstance(problem, MemoryError) or "can't allocate memory" in str(problem):  # torch says it with a RuntimeError
         session.sink.error(MoetoolError("out of memory", hint="say --memory, so that the work is fitted or refused beforehand; finished shards are kept"))
         return 1
     if isinstance(problem, OSError):
