@@ -242,8 +242,9 @@ def home(config: dict[str, Any]) -> Home:
     """Where the text model of this config is described: the family itself, or the family of a multimodal model's text part."""
     layout = Layout.load(str(config.get("model_type")))
     text = config.get("text_config") or {}
-    if layout.kind == "dense" and not layout.text_config and (text.get("model_type") or layout.model_type == "llava"):
-        return Home(Layout.load(text.get("model_type", "llama")), text, "language_model.", ("text_config",))
+    inner = text.get("model_type") or ("llama" if layout.model_type == "llava" else None)
+    if layout.kind == "dense" and inner and (layout.model_type == "llava" or not layout.text_config or inner in families()["moe"]):
+        return Home(Layout.load(inner), text, "language_model.", ("text_config",))
     return Home(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
 
