@@ -182,7 +182,7 @@ def memory(folder: Path) -> None:
         rows.append([f"reap with text, {layers} layers", f"{_size(model) / 1e9:.2f}", "-", code, f"{seconds:.0f}", f"{used / 1e6:.0f}"])
         shutil.rmtree(folder / "out", ignore_errors=True)
     model = big_moe(folder / "twelve", 24, 64, 2048, 640)
-    for name, more in (("without text", []), ("reap with text", ["--calibrate", str(model / "ids.jsonl"), "--tokens", "2048", "--seq-len", "512", "--batch-tokens", "1024", "--memory", "2GB"])):
+    for name, more in (("without text", []), ("reap with text", ["--calibrate", str(model / "ids.jsonl"), "--tokens", "1024", "--seq-len", "512", "--batch-tokens", "1024", "--memory", "1.45GB"])):
         code, seconds, used, said = _apart(["prune", str(model), str(folder / "out"), "--ratio", "0.5", "--overwrite", "--quiet", *more], 2_000_000_000)
         rows.append([f"12 GB, 2 GB limit, {name}", f"{_size(model) / 1e9:.2f}", "2.0 GB", code, f"{seconds:.0f}", f"{used / 1e6:.0f}"])
         print(said[-300:], file=sys.stderr)
