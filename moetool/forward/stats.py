@@ -24,8 +24,6 @@ from moetool.kernels import moe
 Tensor = torch.Tensor
 SCHEMA = 1
 DENSE_BYTES = 128 << 20  # of expert outputs held at once while all experts run on the sample
-# What a profile may be asked for beyond the routed sums: all experts on a sample of tokens; the sample itself; second moments of inputs.
-EXTRAS = ("dense", "sample", "covariance")
 
 
 @dataclass(frozen=True)

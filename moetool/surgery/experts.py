@@ -230,7 +230,7 @@ class _Finder:
         self._stacked = [(_pattern(t), r) for t, r in ({n: r for n, r in own.items() if "{expert}" not in n} | {t: r for r, t in templates.items()}).items()]
         self._single = [(_pattern(n), r) for n, r in own.items() if "{expert}" in n]
         heads = {n.partition("{expert}")[0] + "{expert}." for n in own if "{expert}" in n}
-        self._heads = [_pattern(h, whole_name=False) for h in sorted(heads)]
+        self._heads = [_pattern(h) for h in sorted(heads)]
 
     def find(self, stored: Stored) -> Counted | None:
         name, shift = self._normal(stored.name)
@@ -282,7 +282,7 @@ class _Finder:
         return Counted(stored, layer, role, kind)
 
 
-def _pattern(template: str, *, whole_name: bool = True) -> re.Pattern[str]:
+def _pattern(template: str) -> re.Pattern[str]:
     text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
     return re.compile(text)
 

@@ -20,7 +20,6 @@ from moetool.surgery.spec import FLOATS, Piece, Target, whole
 LAYOUTS = ("uniform", "zeroed", "ghost", "ragged")
 ROUTERS = ("centroid", "mean", "logsumexp")
 NEVER = -1e30  # a selection bias that no score overcomes
-ROLES = ("gate", "up", "gate_up", "gate_up_bias", "down", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Cut:
 
     def _expert(self, number: int, layer: Layer, new: int, group: int | None, stacks: Mapping[str, Target]) -> None:
         """One expert of the output: copied, computed, taken from what was solved, or zero."""
-        members = layer.groups[group] if group is not None else (self._stand_in(layer, new),)
+        members = layer.groups[group] if group is not None else (layer.groups[0][0],)  # a zero expert takes the shapes of the first
         outs, kinds = self._outputs(number, members[0], new, stacks)
         constant = group is not None and members[0] in layer.constant
         if group is None or constant:
@@ -172,11 +171,6 @@ class Cut:
             elif c.expert == lead:
                 outs.append((c, whole(self.build.target(c.named(new), c.stored.dtype, c.stored.shape))))
         return outs, kinds
-
-    @staticmethod
-    def _stand_in(layer: Layer, new: int) -> int:
-        """Whose shapes a zero expert takes."""
-        return layer.groups[0][0]
 
     def _side(self, c: Counted, layer: Layer, slots: Sequence[int | None]) -> None:
         """Router rows, biases and scales: one entry for each expert of the output, identity experts last."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -320,12 +318,6 @@ def parts_source(folder: Path, pattern: str) -> Checkpoint:
         files[path.name] = (size, seal)
         tensors |= {t.name: t for t in stored}
     return Checkpoint(str(folder), {}, tensors, files)
-
-
-def clean(settings: Settings) -> None:
-    """Remove the work folder."""
-    if settings.work and os.path.isdir(settings.work):
-        shutil.rmtree(settings.work, ignore_errors=True)
 
 
 def removed(mixture: Mixture, layers: Sequence[Layer]) -> dict[str, Any]:
