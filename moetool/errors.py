@@ -16,7 +16,9 @@ from typing import Any
 
 
 class MoetoolError(Exception):
-    """The input or the result is wrong; `file`, `tensor`, `expected`, `found` and `hint` stand in the message."""
+    """The input or the result is wrong; `file`, `tensor`, `expected`, `found` and `hint` stand in
+    the message.
+    """
 
     exit_code = 1
 
@@ -35,7 +37,13 @@ class MoetoolError(Exception):
 
     def as_dict(self) -> dict[str, Any]:
         """The same facts for `--json`."""
-        return {"error": type(self).__name__, "message": self.message, **self.where, "hint": self.hint, "exit_code": self.exit_code}
+        return {
+            "error": type(self).__name__,
+            "message": self.message,
+            **self.where,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
 
 
 class UsageError(MoetoolError):

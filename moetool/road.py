@@ -1,7 +1,7 @@
 """The one road of every command that writes: look -> decide -> plan -> check -> make -> finish.
 
-Nothing here prints. `Run.prepare` reads headers (and what the method asks for), `Run.make` writes; a caller passes `tell`
-to see progress and sets `stop` to end early with everything finished kept.
+Nothing here prints. `Run.prepare` reads headers (and what the method asks for), `Run.make` writes;
+a caller passes `tell` to see progress and sets `stop` to end early with everything finished kept.
 """
 
 from __future__ import annotations
@@ -69,25 +69,54 @@ class Prepared:
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` and the report say."""
         return {
-            "sources": list(self.names), "out": os.path.abspath(self.options.out), "method": self.options.method, "options": asdict(self.method),  # type: ignore[call-overload]
-            "seed": self.options.seed, "certificate": asdict(self.made.certificate), "output_bytes": self.plan.disk, "tensors": len(self.plan.targets),
-            "shards": len(self.plan.shards), "read_bytes": _read_bytes(self), "peak_memory": self.peak, "jobs": self.jobs,
-            "free_disk": _free(self.options.out), "plan_digest": self.plan.digest, "dropped_tensors": self.plan.dropped, "dropped_fields": self.made.dropped_fields, **self.made.facts,
-        }  # fmt: skip
+            "sources": list(self.names),
+            "out": os.path.abspath(self.options.out),
+            "method": self.options.method,
+            "options": asdict(self.method),  # type: ignore[call-overload]
+            "seed": self.options.seed,
+            "certificate": asdict(self.made.certificate),
+            "output_bytes": self.plan.disk,
+            "tensors": len(self.plan.targets),
+            "shards": len(self.plan.shards),
+            "read_bytes": _read_bytes(self),
+            "peak_memory": self.peak,
+            "jobs": self.jobs,
+            "free_disk": _free(self.options.out),
+            "plan_digest": self.plan.digest,
+            "dropped_tensors": self.plan.dropped,
+            "dropped_fields": self.made.dropped_fields,
+            **self.made.facts,
+        }
 
 
-def prepare(options: Options, *, progress: Progress | None = None, stop: threading.Event | None = None) -> Prepared:
-    """Look, decide, plan and check. Raises for everything that can be known before the work. Nothing is written, but for methods that
-    send text through the model: they leave what they have done in a work folder beside OUT, so that the same command goes on from there.
+def prepare(
+    options: Options, *, progress: Progress | None = None, stop: threading.Event | None = None
+) -> Prepared:
+    """Look, decide, plan and check. Raises for everything that can be known before the work.
+    Nothing is written, but for methods that send text through the model: they leave what they have
+    done in a work folder beside OUT, so that the same command goes on from there.
     """
     from moetool import methods
 
     method = methods.make(options.method, options.method_options)
     names = options.sources
     sources = tuple(Checkpoint.open(source.locate(name)) for name in names)
-    check_target(Path(os.path.abspath(options.out)), [s.folder for s in sources], overwrite=options.overwrite or _ours(options.out))
+    check_target(
+        Path(os.path.abspath(options.out)),
+        [s.folder for s in sources],
+        overwrite=options.overwrite or _ours(options.out),
+    )
     work = _work(options)
-    settings = Settings(options.seed, options.max_shard, options.device, options.memory, work, options.dry_run, progress or (lambda *a: None), stop)
+    settings = Settings(
+        options.seed,
+        options.max_shard,
+        options.device,
+        options.memory,
+        work,
+        options.dry_run,
+        progress or (lambda *a: None),
+        stop,
+    )
     begun = time.perf_counter()
     decisions = method.decide(sources, settings)
     took = time.perf_counter() - begun
@@ -105,7 +134,9 @@ def prepare(options: Options, *, progress: Progress | None = None, stop: threadi
 
 
 def _ours(out: str) -> bool:
-    """A finished output of ours may be this very plan's: that is for the writer to say, once there is a plan."""
+    """A finished output of ours may be this very plan's: that is for the writer to say, once there
+    is a plan.
+    """
     return os.path.isfile(os.path.join(out, "moetool.json"))
 
 
@@ -123,29 +154,56 @@ def _work(options: Options) -> str:
 
 
 def fit_memory(plan: Plan, sources: Sequence[Checkpoint], options: Options) -> tuple[int, int]:
-    """(workers, promised peak bytes): the most workers that keep the promise; MoetoolError when one is too many."""
+    """(workers, promised peak bytes): the most workers that keep the promise; MoetoolError when
+    one is too many.
+    """
     kind = ops.needs(plan.tasks)
-    base = ops.RESERVE + ops.NUMPY_RESERVE + (ops.TORCH_RESERVE if kind == "torch" else 0)  # numpy looks for NaN in every run
+    base = (
+        ops.RESERVE + ops.NUMPY_RESERVE + (ops.TORCH_RESERVE if kind == "torch" else 0)
+    )  # numpy looks for NaN in every run
     dtypes = {n: t.dtype for n, t in plan.targets.items()}
-    costs = sorted((ops.task_memory(t, dtypes, lambda p: sources[p.source].range_of(p)[2]) for t in plan.tasks), reverse=True) or [0]
-    base += 600 * sum(len(s.tensors) for s in sources) + 2500 * len(plan.tasks)  # headers and the plan itself, measured
+    costs = sorted(
+        (
+            ops.task_memory(t, dtypes, lambda p: sources[p.source].range_of(p)[2])
+            for t in plan.tasks
+        ),
+        reverse=True,
+    ) or [0]
+    base += 600 * sum(len(s.tensors) for s in sources) + 2500 * len(
+        plan.tasks
+    )  # headers and the plan itself, measured
     wanted = options.jobs or (os.cpu_count() or 1)
     for jobs in range(wanted, 0, -1):
         peak = base + sum(costs[:jobs])
         if options.memory is None or peak <= options.memory:
             return jobs, peak
-    raise MoetoolError("the work does not fit into --memory", expected=f"at least {peak:,} bytes", found=f"{options.memory:,} bytes", hint=f"the widest task needs {costs[0]:,} bytes; raise --memory")
+    raise MoetoolError(
+        "the work does not fit into --memory",
+        expected=f"at least {peak:,} bytes",
+        found=f"{options.memory:,} bytes",
+        hint=f"the widest task needs {costs[0]:,} bytes; raise --memory",
+    )
 
 
-def make(prepared: Prepared, *, progress: Progress | None = None, stop: threading.Event | None = None) -> dict[str, Any]:
-    """Write the output and return its report. Stopped and failed runs keep their finished shards; call again to go on."""
+def make(
+    prepared: Prepared, *, progress: Progress | None = None, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Write the output and return its report. Stopped and failed runs keep their finished shards;
+    call again to go on.
+    """
     options, plan = prepared.options, prepared.plan
     stop = stop or threading.Event()
     progress = progress or (lambda stage, done, total: None)
     begun = time.perf_counter()
     if prepared.done:
         shutil.rmtree(prepared.work, ignore_errors=True)
-        return prepared.summary() | {"warnings": ["the output was already there, whole, from this very plan: nothing was written"], "resumed_shards": len(plan.shards), "seconds": 0.0}
+        return prepared.summary() | {
+            "warnings": [
+                "the output was already there, whole, from this very plan: nothing was written"
+            ],
+            "resumed_shards": len(plan.shards),
+            "seconds": 0.0,
+        }
     suspects = _strictly_finite(prepared, progress, stop) if options.strict else []
     writer = Writer(options.out, plan, overwrite=options.overwrite, sources=prepared.sources)
     with writer:
@@ -153,42 +211,94 @@ def make(prepared: Prepared, *, progress: Progress | None = None, stop: threadin
         suspects += _look(prepared, todo, progress, stop)
         total = sum(s.size for s in plan.shards)
         state = _Counter(progress, total, total - sum(s.size for s in todo))
-        jobs = list(engine.jobs_of(plan, prepared.sources, todo, str(writer.staging), device=options.device, threads=prepared.jobs, watch=not options.strict))
+        jobs = list(
+            engine.jobs_of(
+                plan,
+                prepared.sources,
+                todo,
+                str(writer.staging),
+                device=options.device,
+                threads=prepared.jobs,
+                watch=not options.strict,
+            )
+        )
 
         def done(job: engine.Job, found: list[scan.Suspect]) -> None:
             writer.publish(job.path)
             suspects.extend(found)
 
         nodes = _run(options, prepared.jobs, jobs, done, state, stop)
-        findings = [f"{b.file}: {b.name} holds {b.what}" for b in scan.named(prepared.sources, plan.tasks, suspects)] if suspects else []
-        report = prepared.summary() | {"warnings": [*prepared.made.warnings, *findings], "resumed_shards": len(plan.shards) - len(todo), "seconds": round(time.perf_counter() - begun, 3)}
+        findings = (
+            [
+                f"{b.file}: {b.name} holds {b.what}"
+                for b in scan.named(prepared.sources, plan.tasks, suspects)
+            ]
+            if suspects
+            else []
+        )
+        report = prepared.summary() | {
+            "warnings": [*prepared.made.warnings, *findings],
+            "resumed_shards": len(plan.shards) - len(todo),
+            "seconds": round(time.perf_counter() - begun, 3),
+        }
         if nodes:
             report["ray_nodes"] = nodes
         written_in = time.perf_counter() - begun
         report |= _gate(prepared, writer, progress, stop)
         written = _staged(prepared, writer) if len(prepared.sources) > len(prepared.names) else None
         record = provenance.record(prepared, report, written)
-        files = {"moetool.json": record, "README.md": card.render(prepared, report), **prepared.made.files}
+        files = {
+            "moetool.json": record,
+            "README.md": card.render(prepared, report),
+            **prepared.made.files,
+        }
         if "reduction" in report:
             spent = time.perf_counter() - begun
-            stages = {"decide": prepared.decided_in, "write": round(written_in, 3), "measure": round(spent - written_in, 3)}
-            report |= {"seconds": round(prepared.decided_in + spent, 3), "stages": stages, "peak_rss": compression.peak_rss()}
+            stages = {
+                "decide": prepared.decided_in,
+                "write": round(written_in, 3),
+                "measure": round(spent - written_in, 3),
+            }
+            report |= {
+                "seconds": round(prepared.decided_in + spent, 3),
+                "stages": stages,
+                "peak_rss": compression.peak_rss(),
+            }
             files["report.json"] = compression.render(report)
         folder = prepared.sources[0].folder
-        writer.finish(files, {n: os.path.join(folder, n) for n in prepared.sources[0].travelling() if n not in files}, prepared.made.config)
+        writer.finish(
+            files,
+            {
+                n: os.path.join(folder, n)
+                for n in prepared.sources[0].travelling()
+                if n not in files
+            },
+            prepared.made.config,
+        )
     shutil.rmtree(prepared.work, ignore_errors=True)
     return report
 
 
-def _gate(prepared: Prepared, writer: Writer, progress: Progress, stop: threading.Event) -> dict[str, Any]:
-    """Measure what was written before anything can load it; a missed gate removes it and raises VerificationFailed."""
+def _gate(
+    prepared: Prepared, writer: Writer, progress: Progress, stop: threading.Event
+) -> dict[str, Any]:
+    """Measure what was written before anything can load it; a missed gate removes it and raises
+    VerificationFailed.
+    """
     method = prepared.method
     if not (getattr(method, "gated", False) or getattr(method, "text", "")):
         return {}
     from moetool.evaluate import gate
 
     try:
-        return gate.measure(prepared.sources[0], _staged(prepared, writer), method, prepared.options, tell=progress, stop=stop)
+        return gate.measure(
+            prepared.sources[0],
+            _staged(prepared, writer),
+            method,
+            prepared.options,
+            tell=progress,
+            stop=stop,
+        )
     except VerificationFailed:
         shutil.rmtree(writer.staging, ignore_errors=True)
         raise
@@ -196,14 +306,21 @@ def _gate(prepared: Prepared, writer: Writer, progress: Progress, stop: threadin
 
 def _staged(prepared: Prepared, writer: Writer) -> Checkpoint:
     """The finished shards, before there is a folder that loads."""
-    return Checkpoint.staged(str(writer.staging), [s.name for s in prepared.plan.shards], prepared.made.config)
+    return Checkpoint.staged(
+        str(writer.staging), [s.name for s in prepared.plan.shards], prepared.made.config
+    )
 
 
 class _Counter:
     """Adds up bytes from many threads."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
-        self._progress, self._total, self._done, self._lock = progress, total, done, threading.Lock()
+        self._progress, self._total, self._done, self._lock = (
+            progress,
+            total,
+            done,
+            threading.Lock(),
+        )
 
     def __call__(self, count: int) -> None:
         with self._lock:
@@ -211,42 +328,78 @@ class _Counter:
             self._progress("write", min(self._done, self._total), self._total)
 
 
-def _run(options: Options, workers: int, jobs: list[engine.Job], done: Callable[[engine.Job, list[scan.Suspect]], None], tell: engine.Tell, stop: threading.Event) -> list[str]:
+def _run(
+    options: Options,
+    workers: int,
+    jobs: list[engine.Job],
+    done: Callable[[engine.Job, list[scan.Suspect]], None],
+    tell: engine.Tell,
+    stop: threading.Event,
+) -> list[str]:
     try:
         if options.engine == "ray":
             from moetool.surgery.engine_ray import run_ray
 
             return run_ray(jobs, done, address=options.ray_address, tell=tell, stop=stop)
         if options.engine != "local":
-            raise UsageError(f"no engine {options.engine!r}", expected="local or ray", hint="leave out --engine")
+            raise UsageError(
+                f"no engine {options.engine!r}", expected="local or ray", hint="leave out --engine"
+            )
         engine.run_local(jobs, done, workers=workers, tell=tell, stop=stop)
     except Stopped:
-        raise Stopped("stopped; finished shards are kept", file=options.out, hint="run the same command again to go on") from None
+        raise Stopped(
+            "stopped; finished shards are kept",
+            file=options.out,
+            hint="run the same command again to go on",
+        ) from None
     except OSError as problem:
-        raise MoetoolError(f"writing failed: {problem.strerror or problem}", file=options.out, hint="finished shards are kept: mend the cause and run the same command again") from None
+        raise MoetoolError(
+            f"writing failed: {problem.strerror or problem}",
+            file=options.out,
+            hint="finished shards are kept: mend the cause and run the same command again",
+        ) from None
     return []
 
 
-def _strictly_finite(prepared: Prepared, progress: Progress, stop: threading.Event) -> list[scan.Suspect]:
+def _strictly_finite(
+    prepared: Prepared, progress: Progress, stop: threading.Event
+) -> list[scan.Suspect]:
     """With --strict everything that is read is looked at before a byte is written."""
-    found = scan.suspects(prepared.sources, prepared.plan.tasks, workers=prepared.jobs, tell=progress, stop=stop)
+    found = scan.suspects(
+        prepared.sources, prepared.plan.tasks, workers=prepared.jobs, tell=progress, stop=stop
+    )
     bad = scan.named(prepared.sources, prepared.plan.tasks, found) if found else []
     if bad:
-        raise MoetoolError("weights are not finite", file=bad[0].file, tensor=bad[0].name, found=f"{bad[0].what}, in {len(bad)} tensors", expected="finite values", hint="repair the checkpoint, or leave out --strict")
+        raise MoetoolError(
+            "weights are not finite",
+            file=bad[0].file,
+            tensor=bad[0].name,
+            found=f"{bad[0].what}, in {len(bad)} tensors",
+            expected="finite values",
+            hint="repair the checkpoint, or leave out --strict",
+        )
     return []
 
 
-def _look(prepared: Prepared, todo: Sequence[Shard], progress: Progress, stop: threading.Event) -> list[scan.Suspect]:
-    """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and shards that were there already."""
+def _look(
+    prepared: Prepared, todo: Sequence[Shard], progress: Progress, stop: threading.Event
+) -> list[scan.Suspect]:
+    """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and
+    shards that were there already.
+    """
     if prepared.options.strict:
         return []
     tasks, fresh = prepared.plan.tasks, {i for s in todo for i in s.tasks}
     rest = [t for i, t in enumerate(tasks) if t.inputs and (t.op != "copy" or i not in fresh)]
-    return sorted(scan.suspects(prepared.sources, rest, workers=prepared.jobs, tell=progress, stop=stop))
+    return sorted(
+        scan.suspects(prepared.sources, rest, workers=prepared.jobs, tell=progress, stop=stop)
+    )
 
 
 def _read_bytes(prepared: Prepared) -> int:
-    return sum(prepared.sources[p.source].range_of(p)[2] for t in prepared.plan.tasks for p in t.inputs)
+    return sum(
+        prepared.sources[p.source].range_of(p)[2] for t in prepared.plan.tasks for p in t.inputs
+    )
 
 
 def _free(out: str) -> int:

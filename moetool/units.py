@@ -6,11 +6,23 @@ import re
 
 from moetool.errors import UsageError
 
-_POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_POWERS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 def parse_bytes(text: str | int) -> int:
-    """`5GB` -> 5000000000, `64MiB` -> 67108864, a plain number is bytes; raises UsageError on anything else."""
+    """`5GB` -> 5000000000, `64MiB` -> 67108864, a plain number is bytes; raises UsageError on
+    anything else.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(text), re.IGNORECASE)
     if not found or float(found[1]) <= 0:
         raise UsageError(f"{text!r} is not a size", hint="write it like 2GB, 512MiB or 1000000")

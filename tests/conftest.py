@@ -24,7 +24,9 @@ import tiny
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """models("llama") -> folder of a tiny random model, made once a session; keyword arguments change its config."""
+    """models("llama") -> folder of a tiny random model, made once a session; keyword arguments
+    change its config.
+    """
     root = tmp_path_factory.mktemp("models")
     made: dict[str, Path] = {}
 
@@ -51,9 +53,19 @@ class Done(subprocess.CompletedProcess[str]):
         return json.loads(self.stdout)
 
 
-def command(*args: object, timeout: float = 240, env: dict[str, str] | None = None, **kwargs: Any) -> Done:
+def command(
+    *args: object, timeout: float = 240, env: dict[str, str] | None = None, **kwargs: Any
+) -> Done:
     """Run `moetool ARGS` as a user would, in a process of its own."""
-    run = subprocess.run([sys.executable, "-W", "ignore", "-m", "moetool", *map(str, args)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False, **kwargs)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "moetool", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+        check=False,
+        **kwargs,
+    )
     done = Done(run.args, run.returncode, run.stdout, run.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -66,4 +78,8 @@ def moetool() -> Callable[..., Done]:
 
 def tree(folder: Path) -> dict[str, str]:
     """name -> sha256 of every file below a folder."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }

@@ -1,11 +1,14 @@
-"""Derive every family's layout from the installed transformers: `python -m moetool.archs.generate [--check] [FAMILY ...]`.
+"""Derive every family's layout from the installed transformers: `python -m moetool.archs.generate
+[--check] [FAMILY ...]`.
 
-For each model type in `index.json` a tiny model is built on the meta device and asked what `save_pretrained`
-would write (`revert_weight_conversion`). Dimensions are given distinct values first, so that a shape can be
-written back as a formula over config fields. Nothing here runs when moetool works on a checkpoint: the result
-is checked in under `families/`, and a test derives it again and compares.
+For each model type in `index.json` a tiny model is built on the meta device and asked what
+`save_pretrained` would write (`revert_weight_conversion`). Dimensions are given distinct values
+first, so that a shape can be written back as a formula over config fields. Nothing here runs when
+moetool works on a checkpoint: the result is checked in under `families/`, and a test derives it
+again and compares.
 
-What transformers cannot tell (router law, extra prediction layers, hub quirks) stands in `overlay.json`.
+What transformers cannot tell (router law, extra prediction layers, hub quirks) stands in
+`overlay.json`.
 """
 
 from __future__ import annotations
@@ -29,61 +32,176 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads",),
-    "width": ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "hidden_dim"),
+    "width": (
+        "intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "d_ff",
+        "ffn_hidden_size",
+        "encoder_ffn_dim",
+        "hidden_dim",
+    ),
     "expert_width": ("moe_intermediate_size", "expert_ffn_hidden_size"),
-    "shared_width": ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
-    "shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
+    "shared_width": (
+        "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "share_expert_dim",
+    ),
+    "shared_count": (
+        "n_shared_experts",
+        "num_shared_experts",
+        "moe_num_shared_experts",
+        "num_shared_expert",
+    ),
     "experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
-    "top_k": ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts", "moe_top_k"),
+    "top_k": (
+        "num_experts_per_tok",
+        "moe_topk",
+        "moe_k",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_top_k",
+    ),
     "renorm": ("norm_topk_prob", "moe_renormalize"),
-    "routed_scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor", "moe_routed_scaling_factor"),
+    "routed_scale": (
+        "routed_scaling_factor",
+        "route_scale",
+        "router_scaling_factor",
+        "moe_routed_scaling_factor",
+    ),
     "groups": ("n_group", "num_expert_group"),
     "vocab": ("vocab_size",),
 }
 # Distinct values for one probing build; sums and products of them stay distinct too.
 _PROBE = {
-    "hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 40, "intermediate_size": 336,
-    "moe_intermediate_size": 176, "expert_ffn_hidden_size": 176, "shared_expert_intermediate_size": 104,
-    "moe_shared_expert_intermediate_size": 104, "shared_intermediate_size": 104, "n_routed_experts": 16,
-    "num_local_experts": 16, "num_experts": 16, "moe_num_experts": 16, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2,
-    "num_experts_per_token": 2, "n_shared_experts": 3, "num_shared_experts": 3, "moe_num_shared_experts": 3,
-    "num_hidden_layers": LAYERS, "vocab_size": 300032, "num_dense_layers": 1, "first_k_dense_replace": 1,
-    "mlp_only_layers": [0], "mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1), "moe_layer_start_index": 1,
-    "moe_layer_end_index": LAYERS - 1, "moe_layer_interval": 1, "block_auto_adjust_ff_dim": False, "enable_moe_block": True,
-}  # fmt: skip
-_INDEXER = {f"indexer_{k}": v for k, v in {"n_heads": 4, "kv_heads": 1, "head_dim": 64, "budget": 128, "compress_ratio": 16}.items()}
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "intermediate_size": 336,
+    "moe_intermediate_size": 176,
+    "expert_ffn_hidden_size": 176,
+    "shared_expert_intermediate_size": 104,
+    "moe_shared_expert_intermediate_size": 104,
+    "shared_intermediate_size": 104,
+    "n_routed_experts": 16,
+    "num_local_experts": 16,
+    "num_experts": 16,
+    "moe_num_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "num_experts_per_token": 2,
+    "n_shared_experts": 3,
+    "num_shared_experts": 3,
+    "moe_num_shared_experts": 3,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 300032,
+    "num_dense_layers": 1,
+    "first_k_dense_replace": 1,
+    "mlp_only_layers": [0],
+    "mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1),
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": LAYERS - 1,
+    "moe_layer_interval": 1,
+    "block_auto_adjust_ff_dim": False,
+    "enable_moe_block": True,
+}
+_INDEXER = {
+    f"indexer_{k}": v
+    for k, v in {
+        "n_heads": 4,
+        "kv_heads": 1,
+        "head_dim": 64,
+        "budget": 128,
+        "compress_ratio": 16,
+    }.items()
+}
 # Other values for the same fields: a formula counts only if it holds for both builds.
 _SECOND = {
-    "hidden_size": 320, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 56, "intermediate_size": 528,
-    "moe_intermediate_size": 208, "expert_ffn_hidden_size": 208, "shared_expert_intermediate_size": 136,
-    "moe_shared_expert_intermediate_size": 136, "shared_intermediate_size": 136, "n_routed_experts": 24, "num_local_experts": 24,
-    "num_experts": 24, "moe_num_experts": 24, "n_shared_experts": 2, "num_shared_experts": 2, "moe_num_shared_experts": 2, "vocab_size": 310016,
-}  # fmt: skip
-# Families whose own default config cannot be built; a key with a leading slash stands beside the text config.
+    "hidden_size": 320,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 56,
+    "intermediate_size": 528,
+    "moe_intermediate_size": 208,
+    "expert_ffn_hidden_size": 208,
+    "shared_expert_intermediate_size": 136,
+    "moe_shared_expert_intermediate_size": 136,
+    "shared_intermediate_size": 136,
+    "n_routed_experts": 24,
+    "num_local_experts": 24,
+    "num_experts": 24,
+    "moe_num_experts": 24,
+    "n_shared_experts": 2,
+    "num_shared_experts": 2,
+    "moe_num_shared_experts": 2,
+    "vocab_size": 310016,
+}
+# Families whose own default config cannot be built; a key with a leading slash stands beside the
+# text config.
 _MUST: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 3, "num_experts_per_tok": 2},
-    "lfm2_moe": {"num_hidden_layers": LAYERS, "layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
-    "lfm2": {"num_hidden_layers": LAYERS, "layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "lfm2_moe": {
+        "num_hidden_layers": LAYERS,
+        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+    },
+    "lfm2": {
+        "num_hidden_layers": LAYERS,
+        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+    },
     "qwen4_exp": _INDEXER,
     "qwen4_exp_text": _INDEXER,
-    "aya_vision": {"/vision_config": {"model_type": "siglip_vision_model", "hidden_size": 64, "num_attention_heads": 4}},
+    "aya_vision": {
+        "/vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+        }
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
-    "qwen3_omni_moe": {"/talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 104}}},
+    "qwen3_omni_moe": {
+        "/talker_config": {
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 104},
+        }
+    },
 }
 _FLAG = re.compile(r"bias|qk_norm|qk_layernorm|use_gate|word_embed_proj|attn_output_gate")
 _BASE = {
-    "transformers_version", "architectures", "_name_or_path", "id2label", "label2id", "dtype", "chunk_size_feed_forward",
-    "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict", "problem_type", "model_type",
-}  # fmt: skip
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "dtype",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "problem_type",
+    "model_type",
+}
 _ROLES = (
-    (r"\.(experts\.(gate_up_proj|fc1\.weight|w13_weight)|(block_sparse_moe|mlp)\.input_linear\.weight)$", "expert.gate_up"),
-    (r"\.(experts\.(down_proj|fc2\.weight|w2_weight)|(block_sparse_moe|mlp)\.output_linear\.weight)$", "expert.down"),
+    (
+        r"\.(experts\.(gate_up_proj|fc1\.weight|w13_weight)|(block_sparse_moe|mlp)\.input_linear\.weight)$",
+        "expert.gate_up",
+    ),
+    (
+        r"\.(experts\.(down_proj|fc2\.weight|w2_weight)|(block_sparse_moe|mlp)\.output_linear\.weight)$",
+        "expert.down",
+    ),
     (r"\.experts\.(gate_up_proj_bias)$", "expert.gate_up_bias"),
     (r"\.experts\.(down_proj_bias)$", "expert.down_bias"),
     (r"\.experts\.\{expert\}\.(gate_proj|w1|linear_gate)\.weight$", "expert.gate"),
     (r"\.experts\.\{expert\}\.(up_proj|w3)\.weight$", "expert.up"),
     (r"\.experts\.\{expert\}\.(down_proj|w2)\.weight$", "expert.down"),
-    (r"\.(shared_experts?|share_expert|shared_mlp)\.(gate_proj|w1|linear_gate)\.weight$", "shared.gate"),
+    (
+        r"\.(shared_experts?|share_expert|shared_mlp)\.(gate_proj|w1|linear_gate)\.weight$",
+        "shared.gate",
+    ),
     (r"\.(shared_experts?|share_expert|shared_mlp)\.(up_proj|w3)\.weight$", "shared.up"),
     (r"\.(shared_experts?|share_expert|shared_mlp)\.(down_proj|w2)\.weight$", "shared.down"),
     (r"\.(moe\.gate_proj\.weight|ffn\.experts\.mlp\.w1)$", "expert.gate"),
@@ -94,8 +212,14 @@ _ROLES = (
     (r"\.(shared_mlp)\.input_linear\.weight$", "shared.gate_up"),
     (r"\.(shared_mlp)\.output_linear\.weight$", "shared.down"),
     (r"\.shared_expert_gate\.weight$", "shared.switch"),
-    (r"(e_score_correction_bias|expert_bias|router_bias|balancing_biases|moe\.gate\.bias|router\.bias)$", "router.bias"),
-    (r"(block_sparse_moe|mlp|feed_forward|mixer|moe|ffn|\{layer\})\.(gate|router|router\.gate|router\.layer|router\.classifier|router\.proj|gate\.wg)\.weight$", "router"),
+    (
+        r"(e_score_correction_bias|expert_bias|router_bias|balancing_biases|moe\.gate\.bias|router\.bias)$",
+        "router.bias",
+    ),
+    (
+        r"(block_sparse_moe|mlp|feed_forward|mixer|moe|ffn|\{layer\})\.(gate|router|router\.gate|router\.layer|router\.classifier|router\.proj|gate\.wg)\.weight$",
+        "router",
+    ),
     (r"(mlp|feed_forward|block_sparse_moe)\.(gate_proj|w1)\.weight$", "ffn.gate"),
     (r"(mlp|feed_forward|block_sparse_moe)\.(up_proj|w3)\.weight$", "ffn.up"),
     (r"(mlp|feed_forward|block_sparse_moe)\.(down_proj|w2)\.weight$", "ffn.down"),
@@ -103,19 +227,32 @@ _ROLES = (
     (r"(mlp|feed_forward)\.(gate_proj|w1)\.bias$", "ffn.gate_bias"),
     (r"(mlp|feed_forward)\.(up_proj|w3)\.bias$", "ffn.up_bias"),
     (r"(mlp|feed_forward)\.(down_proj|w2)\.bias$", "ffn.down_bias"),
-    (r"(fc1|fc_in|c_fc|dense_h_to_4h|intermediate\.dense|DenseReluDense\.wi|ffn\.lin1|\bffn)\.weight$", "ffn.fc1"),
-    (r"(fc2|fc_out|mlp\.c_proj|dense_4h_to_h|layer\.\{layer\}\.output\.dense|DenseReluDense\.wo|ffn\.lin2|ffn_output)\.weight$", "ffn.fc2"),
-)  # fmt: skip
+    (
+        r"(fc1|fc_in|c_fc|dense_h_to_4h|intermediate\.dense|DenseReluDense\.wi|ffn\.lin1|\bffn)\.weight$",
+        "ffn.fc1",
+    ),
+    (
+        r"(fc2|fc_out|mlp\.c_proj|dense_4h_to_h|layer\.\{layer\}\.output\.dense|DenseReluDense\.wo|ffn\.lin2|ffn_output)\.weight$",
+        "ffn.fc2",
+    ),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write (or with --check compare) the layout files; returns the number of families that differ."""
     parser = argparse.ArgumentParser(prog="python -m moetool.archs.generate", description=__doc__)
     parser.add_argument("families", nargs="*", help="model types; default: every one in index.json")
-    parser.add_argument("--check", action="store_true", help="compare with the checked-in files, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the checked-in files, write nothing"
+    )
     args = parser.parse_args(argv)
     index = json.loads((HERE / "index.json").read_text())
-    wanted = [(kind, name) for kind in ("moe", "dense") for name in index[kind] if not args.families or name in args.families]
+    wanted = [
+        (kind, name)
+        for kind in ("moe", "dense")
+        for name in index[kind]
+        if not args.families or name in args.families
+    ]
     different = 0
     for kind, name in wanted:
         text = render(derive(name, index[kind][name], kind))
@@ -134,12 +271,16 @@ def render(layout: dict[str, Any]) -> str:
     """JSON with one tensor per line: a change in a family reads as a short diff."""
     rows = ",\n".join("  " + json.dumps(t) for t in layout["tensors"])
     head = {k: v for k, v in layout.items() if k != "tensors"}
-    body = ",\n".join(f" {json.dumps(k)}: {json.dumps(v, sort_keys=k == 'defaults')}" for k, v in head.items())
+    body = ",\n".join(
+        f" {json.dumps(k)}: {json.dumps(v, sort_keys=k == 'defaults')}" for k, v in head.items()
+    )
     return "{\n" + body + ',\n "tensors": [\n' + rows + "\n ]\n}\n"
 
 
 def derive(model_type: str, class_name: str, kind: str) -> dict[str, Any]:
-    """One family's layout as plain data; raises whatever transformers raises when it cannot be built."""
+    """One family's layout as plain data; raises whatever transformers raises when it cannot be
+    built.
+    """
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -152,22 +293,40 @@ def derive(model_type: str, class_name: str, kind: str) -> dict[str, Any]:
     model = _meta(cls, config)
     disk = _disk(model)
     text = _at(config.to_dict(), prefix) if prefix else config.to_dict()
-    flags, without = _flag_tensors(config_class, cls, default, prefix, model_type, set(disk)) if probed else ({}, {})
+    flags, without = (
+        _flag_tensors(config_class, cls, default, prefix, model_type, set(disk))
+        if probed
+        else ({}, {})
+    )
     terms = _both(config_class, cls, config, prefix) if probed else {}
-    tensors = [t | ({"when": without[t["name"]]} if t["name"] in without else {}) for t in _templates(disk, terms, kind)]
-    tensors += [dict(t, when=when) for when, extra in flags.items() for t in _templates(extra, {(a, None): f for (a, _), f in reversed(terms.items())}, kind)]
+    tensors = [
+        t | ({"when": without[t["name"]]} if t["name"] in without else {})
+        for t in _templates(disk, terms, kind)
+    ]
+    tensors += [
+        dict(t, when=when)
+        for when, extra in flags.items()
+        for t in _templates(extra, {(a, None): f for (a, _), f in reversed(terms.items())}, kind)
+    ]
     layout = {
-        "model_type": model_type, "cls": class_name, "kind": kind, "text_config": prefix,
-        "fields": _fields(text), "aliases": _aliases(config_class, config, prefix),
-        "defaults": _defaults(config_class()), "tied": _tied(model),
-    }  # fmt: skip
+        "model_type": model_type,
+        "cls": class_name,
+        "kind": kind,
+        "text_config": prefix,
+        "fields": _fields(text),
+        "aliases": _aliases(config_class, config, prefix),
+        "defaults": _defaults(config_class()),
+        "tied": _tied(model),
+    }
     if kind == "moe":
         layout["experts"] = _experts(model)
     layout["tensors"] = _mark_layers(tensors, LAYERS if probed else None)
     return layout
 
 
-def _both(config_class: Any, cls: Any, config: Any, prefix: str) -> dict[tuple[int, int | None], str]:
+def _both(
+    config_class: Any, cls: Any, config: Any, prefix: str
+) -> dict[tuple[int, int | None], str]:
     """(dimension in the first build, in the second) -> formula, the plainest first."""
     data = config.to_dict()
     part = _at(data, prefix) if prefix else data
@@ -184,7 +343,11 @@ def _both(config_class: Any, cls: Any, config: Any, prefix: str) -> dict[tuple[i
     except Exception:
         _SHAPES.clear()
         return {(value, None): formula for formula, value in reversed(first.items())}
-    return {(value, found[formula]): formula for formula, value in reversed(first.items()) if formula in found}
+    return {
+        (value, found[formula]): formula
+        for formula, value in reversed(first.items())
+        if formula in found
+    }
 
 
 _SHAPES: dict[str, tuple[int, ...]] = {}  # shapes of the second build, by template
@@ -203,17 +366,29 @@ def _at(data: Any, path: str) -> Any:
     return data
 
 
-def _probe_config(model_type: str, config_class: Any, default: dict, prefix: str, cls: Any) -> tuple[Any, bool]:
-    """A config whose dimensions are distinct, or the class's own default where the family refuses ours."""
+def _probe_config(
+    model_type: str, config_class: Any, default: dict, prefix: str, cls: Any
+) -> tuple[Any, bool]:
+    """A config whose dimensions are distinct, or the class's own default where the family refuses
+    ours.
+    """
     values = _values(model_type, default, prefix)
     plain = {k: v for k, v in values.items() if k != "head_dim"}
     found = []
-    for number, tried in enumerate((values | {"head_dim": _PROBE["head_dim"]}, plain, {k: v for k, v in plain.items() if "layer" in k or "expert" in k})):
+    for number, tried in enumerate(
+        (
+            values | {"head_dim": _PROBE["head_dim"]},
+            plain,
+            {k: v for k, v in plain.items() if "layer" in k or "expert" in k},
+        )
+    ):
         try:
             config = _with(config_class, prefix, tried)
             text = _at(config.to_dict(), prefix) if prefix else config.to_dict()
             known = set(_terms(text).values())
-            unsolved = sum(d not in known for shape in _disk(_meta(cls, config)).values() for d in shape)
+            unsolved = sum(
+                d not in known for shape in _disk(_meta(cls, config)).values() for d in shape
+            )
             found.append((unsolved, number, config))
         except Exception:
             continue
@@ -245,11 +420,18 @@ def _meta(cls: Any, config: Any) -> Any:
 def _disk(model: Any) -> dict[str, tuple[int, ...]]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()}
+    return {
+        name: tuple(t.shape)
+        for name, t in revert_weight_conversion(model, model.state_dict()).items()
+    }
 
 
-def _flag_tensors(config_class: Any, cls: Any, default: dict, prefix: str, model_type: str, known: set[str]) -> tuple[dict, dict]:
-    """Tensors that appear only when one boolean config field is flipped (biases, q/k norms); and templates that vanish then."""
+def _flag_tensors(
+    config_class: Any, cls: Any, default: dict, prefix: str, model_type: str, known: set[str]
+) -> tuple[dict, dict]:
+    """Tensors that appear only when one boolean config field is flipped (biases, q/k norms); and
+    templates that vanish then.
+    """
     text_default = _at(default, prefix) if prefix else default
     values = _values(model_type, default, prefix)
     found: dict[str, dict] = {}
@@ -283,7 +465,9 @@ def _template(name: str) -> tuple[str, dict[str, int]]:
     return ".".join(parts), seen
 
 
-def _templates(disk: dict[str, tuple[int, ...]], terms: dict[tuple[int, int | None], str], kind: str) -> list[dict[str, Any]]:
+def _templates(
+    disk: dict[str, tuple[int, ...]], terms: dict[tuple[int, int | None], str], kind: str
+) -> list[dict[str, Any]]:
     shapes: dict[str, set] = defaultdict(set)
     layers: dict[str, set] = defaultdict(set)
     for name, shape in disk.items():
@@ -293,8 +477,14 @@ def _templates(disk: dict[str, tuple[int, ...]], terms: dict[tuple[int, int | No
             layers[template].add(index["layer"])
     out = []
     for template in sorted(shapes):
-        sure = bool(_SHAPES) or _role(template, kind) is not None  # one build alone may match by accident
-        shape = _shape(template, next(iter(shapes[template])), terms) if len(shapes[template]) == 1 and terms and sure else None
+        sure = (
+            bool(_SHAPES) or _role(template, kind) is not None
+        )  # one build alone may match by accident
+        shape = (
+            _shape(template, next(iter(shapes[template])), terms)
+            if len(shapes[template]) == 1 and terms and sure
+            else None
+        )
         entry: dict[str, Any] = {"name": template, "shape": shape, "role": _role(template, kind)}
         if template in layers:
             entry["layers"] = sorted(layers[template])
@@ -302,11 +492,17 @@ def _templates(disk: dict[str, tuple[int, ...]], terms: dict[tuple[int, int | No
     return out
 
 
-def _shape(template: str, shape: tuple[int, ...], terms: dict[tuple[int, int | None], str]) -> list[str | None]:
+def _shape(
+    template: str, shape: tuple[int, ...], terms: dict[tuple[int, int | None], str]
+) -> list[str | None]:
     other: tuple[int | None, ...] = _SHAPES.get(template, (None,) * len(shape))
     if len(other) != len(shape):
         other = (None,) * len(shape)
-    return [terms.get((a, b)) or (next((f for (x, _), f in terms.items() if x == a), None) if b is None else None) for a, b in zip(shape, other, strict=True)]
+    return [
+        terms.get((a, b))
+        or (next((f for (x, _), f in terms.items() if x == a), None) if b is None else None)
+        for a, b in zip(shape, other, strict=True)
+    ]
 
 
 def _role(template: str, kind: str) -> str | None:
@@ -325,7 +521,11 @@ def _fields(text: dict) -> dict[str, str]:
 
 def _terms(text: dict) -> dict[str, int]:
     """Formula -> value, the plainest formula first."""
-    fields = {k: (f, text[f]) for k, f in _fields(text).items() if isinstance(text.get(f), int) and not isinstance(text.get(f), bool)}
+    fields = {
+        k: (f, text[f])
+        for k, f in _fields(text).items()
+        if isinstance(text.get(f), int) and not isinstance(text.get(f), bool)
+    }
     terms: dict[str, int] = {}
     for key in ("hidden", "width", "expert_width", "shared_width", "experts", "vocab"):
         if key in fields:
@@ -356,8 +556,20 @@ def _mark_layers(tensors: list[dict[str, Any]], count: int | None) -> list[dict[
             continue
         seen = set(tensor["layers"])
         everywhere = set(range(count)) if count else None
-        tensor["layers"] = "all" if seen == everywhere else "moe" if seen == moe and everywhere != moe else "dense" if everywhere and seen == everywhere - moe else "some"
-        if count and moe == everywhere and str(tensor["role"]).startswith(("expert", "router", "shared")):
+        tensor["layers"] = (
+            "all"
+            if seen == everywhere
+            else "moe"
+            if seen == moe and everywhere != moe
+            else "dense"
+            if everywhere and seen == everywhere - moe
+            else "some"
+        )
+        if (
+            count
+            and moe == everywhere
+            and str(tensor["role"]).startswith(("expert", "router", "shared"))
+        ):
             tensor["layers"] = "moe"
     return tensors
 
@@ -368,7 +580,9 @@ def _aliases(config_class: Any, config: Any, prefix: str) -> dict[str, str]:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """What a class assumes when a field is absent. A value that the class computes from others is written as null."""
+    """What a class assumes when a field is absent. A value that the class computes from others is
+    written as null.
+    """
     static = {n: f.default for n, f in getattr(type(config), "__dataclass_fields__", {}).items()}
     out: dict[str, Any] = {}
     for name, value in sorted(config.to_dict().items()):
@@ -390,14 +604,32 @@ def _tied(model: Any) -> dict[str, str]:
 
 
 def _experts(model: Any) -> dict[str, Any]:
-    """How the experts lie in memory, which is also the fused form on disk; and which forms the family reads."""
+    """How the experts lie in memory, which is also the fused form on disk; and which forms the
+    family reads.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    module = next((m for n, m in model.named_modules() if n.endswith("experts") and hasattr(m, "is_concatenated")), None)
-    memory = {_template(n)[0]: None for n, _ in model.named_parameters() if re.search(r"experts\.\w+$", n)}
-    per_expert = any(isinstance(c, WeightConverter) and any("experts.*" in str(p) for p in c.source_patterns) for c in get_model_conversion_mapping(model))
-    flags = {k: bool(getattr(module, k)) for k in ("is_transposed", "is_concatenated", "has_bias", "has_gate") if module is not None and hasattr(module, k)}
+    module = next(
+        (
+            m
+            for n, m in model.named_modules()
+            if n.endswith("experts") and hasattr(m, "is_concatenated")
+        ),
+        None,
+    )
+    memory = {
+        _template(n)[0]: None for n, _ in model.named_parameters() if re.search(r"experts\.\w+$", n)
+    }
+    per_expert = any(
+        isinstance(c, WeightConverter) and any("experts.*" in str(p) for p in c.source_patterns)
+        for c in get_model_conversion_mapping(model)
+    )
+    flags = {
+        k: bool(getattr(module, k))
+        for k in ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+        if module is not None and hasattr(module, k)
+    }
     return {"memory": sorted(memory), "reads_per_expert": per_expert, **flags}
 
 

@@ -30,16 +30,44 @@ def demo(keep: Annotated[str, typer.Option(help="keep the outputs in this folder
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="moetool-demo-") as scratch:
         folder = Path(keep or scratch)
-        rows = [_one(name, options, MODEL, folder / f"demo-{number}") for number, (name, options) in enumerate(SHOWN, 1)]
+        rows = [
+            _one(name, options, MODEL, folder / f"demo-{number}")
+            for number, (name, options) in enumerate(SHOWN, 1)
+        ]
     seconds = time.perf_counter() - begun
     session.sink.result({"rows": rows, "seconds": round(seconds, 2)})
     session.sink.table(
-        ["upcycling", "family", "parameters", "active", "size", "written in", "certificate", "block error", "logit error"],
-        [[r["name"], r["family"], show_count(r["parameters"]), show_count(r["active"]), show_bytes(r["bytes"]), show_seconds(r["seconds"]), r["certificate"], _figure(r["block_error"]), _figure(r["logit_error"])] for r in rows],
+        [
+            "upcycling",
+            "family",
+            "parameters",
+            "active",
+            "size",
+            "written in",
+            "certificate",
+            "block error",
+            "logit error",
+        ],
+        [
+            [
+                r["name"],
+                r["family"],
+                show_count(r["parameters"]),
+                show_count(r["active"]),
+                show_bytes(r["bytes"]),
+                show_seconds(r["seconds"]),
+                r["certificate"],
+                _figure(r["block_error"]),
+                _figure(r["logit_error"]),
+            ]
+            for r in rows
+        ],
         title=f"a trained Llama of {show_count(rows[0]['dense'])} parameters ({MODEL})",
     )
     if session.sink.mode == "human":
-        print(f"\nerrors are relative to the dense model, in float32; all {len(rows)} outputs verified byte for byte in {show_seconds(seconds)}")
+        print(
+            f"\nerrors are relative to the dense model, in float32; all {len(rows)} outputs verified byte for byte in {show_seconds(seconds)}"
+        )
         print("next: moetool upcycle demo my-moe && moetool verify my-moe --against demo")
     return 0
 
@@ -54,14 +82,28 @@ def _one(name: str, options: dict[str, Any], source: Path, out: Path) -> dict[st
 
     session.sink.say(f"{name} ...")
     session.working = True
-    report = road.make(road.prepare(road.Options(out=str(out), sources=(str(source),), method="upcycle", method_options=options)), stop=session.stop)
+    report = road.make(
+        road.prepare(
+            road.Options(
+                out=str(out), sources=(str(source),), method="upcycle", method_options=options
+            )
+        ),
+        stop=session.stop,
+    )
     session.working = False
     checked = verify(str(out), against=[str(source)])
     return {
-        "name": name, "family": report["target_type"], "parameters": report["parameters"], "active": report["active_parameters"], "bytes": report["output_bytes"],
-        "seconds": report["seconds"], "certificate": report["certificate"]["level"], "block_error": max(b["relative"] for b in checked["blocks"]),
-        "logit_error": (checked["logits"] or {}).get("relative"), "dense": _count(source),
-    }  # fmt: skip
+        "name": name,
+        "family": report["target_type"],
+        "parameters": report["parameters"],
+        "active": report["active_parameters"],
+        "bytes": report["output_bytes"],
+        "seconds": report["seconds"],
+        "certificate": report["certificate"]["level"],
+        "block_error": max(b["relative"] for b in checked["blocks"]),
+        "logit_error": (checked["logits"] or {}).get("relative"),
+        "dense": _count(source),
+    }
 
 
 def _count(source: Path) -> int:

@@ -12,7 +12,11 @@ from moetool.units import show_bytes, show_count
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="a folder, a .safetensors file, or a Hub id")]) -> int:
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="a folder, a .safetensors file, or a Hub id")
+    ],
+) -> int:
     """Say what a checkpoint is, from headers and config alone."""
     from moetool.report.anatomy import anatomy
     from moetool.surgery import source
@@ -28,22 +32,53 @@ def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="a folder, 
 def _show(found: dict[str, Any]) -> None:
     sink = session.sink
     known = "" if found["known"] else " (moetool has no layout for it)"
-    active = f", {show_count(found['active_parameters'])} active" if found["active_parameters"] != found["parameters"] else ""
-    sink.result(None, f"{found['path']}: {found['family']}{known}, {found['kind']}, {show_count(found['parameters'])} parameters{active}")
-    sink.result(None, f"{show_bytes(found['bytes'])} in {found['shards']} file{'s' * (found['shards'] != 1)}, {found['tensors']} tensors, {', '.join(f'{k} x{v}' for k, v in found['dtypes'].items())}")
+    active = (
+        f", {show_count(found['active_parameters'])} active"
+        if found["active_parameters"] != found["parameters"]
+        else ""
+    )
+    sink.result(
+        None,
+        f"{found['path']}: {found['family']}{known}, {found['kind']}, {show_count(found['parameters'])} parameters{active}",
+    )
+    sink.result(
+        None,
+        f"{show_bytes(found['bytes'])} in {found['shards']} file{'s' * (found['shards'] != 1)}, {found['tensors']} tensors, {', '.join(f'{k} x{v}' for k, v in found['dtypes'].items())}",
+    )
     if found["tied"]:
         sink.result(None, f"tied: {', '.join(found['tied'])}")
     if found["law"] and found["kind"] == "moe":
-        sink.result(None, f"routing: {found['law']['score']}, top-{found['top_k']}, renormalised: {found['law']['renorm']}")
+        sink.result(
+            None,
+            f"routing: {found['law']['score']}, top-{found['top_k']}, renormalised: {found['law']['renorm']}",
+        )
     if found["unknown_tensors"]:
-        sink.result(None, f"not known to the family: {len(found['unknown_tensors'])}, first {found['unknown_tensors'][0]}")
+        sink.result(
+            None,
+            f"not known to the family: {len(found['unknown_tensors'])}, first {found['unknown_tensors'][0]}",
+        )
     rows = []
-    for _, group in groupby(found["layers"], key=lambda r: {k: v for k, v in r.items() if k != "layer"}):
+    for _, group in groupby(
+        found["layers"], key=lambda r: {k: v for k, v in r.items() if k != "layer"}
+    ):
         same = list(group)
         first = same[0]
         span = f"{first['layer']}-{same[-1]['layer']}" if len(same) > 1 else str(first["layer"])
-        experts = f"{first['experts']} x {first['expert_width']}{' stacked' if first['stacked'] else ''}" if first["experts"] else "-"
-        rows.append([span, first["ffn"] or "-", experts, first["shared"] or "-", (first["router"] or "-") + (" + bias" if first["router_bias"] else ""), show_count(first["parameters"])])
+        experts = (
+            f"{first['experts']} x {first['expert_width']}{' stacked' if first['stacked'] else ''}"
+            if first["experts"]
+            else "-"
+        )
+        rows.append(
+            [
+                span,
+                first["ffn"] or "-",
+                experts,
+                first["shared"] or "-",
+                (first["router"] or "-") + (" + bias" if first["router_bias"] else ""),
+                show_count(first["parameters"]),
+            ]
+        )
     if rows:
         sink.table(["layers", "ffn", "experts", "shared", "router", "parameters each"], rows)
 
@@ -56,19 +91,32 @@ def archs_list() -> int:
 
     into: dict[str, list[str]] = {}
     for pair in pairs():
-        into.setdefault(pair.source, []).append(pair.target if not pair.inner else f"{pair.target} with {pair.inner.partition('--')[2]} text")
+        into.setdefault(pair.source, []).append(
+            pair.target
+            if not pair.inner
+            else f"{pair.target} with {pair.inner.partition('--')[2]} text"
+        )
     kinds = families()
     session.sink.result({"moe": kinds["moe"], "dense": kinds["dense"], "conversions": into})
-    session.sink.table(["dense family", "exact mixture of experts"], [[name, ", ".join(into[name])] for name in sorted(into)])
+    session.sink.table(
+        ["dense family", "exact mixture of experts"],
+        [[name, ", ".join(into[name])] for name in sorted(into)],
+    )
     others = [d for d in kinds["dense"] if d not in into]
     if session.sink.mode == "human":
         print(f"\n{len(others)} dense families without an exact target: {', '.join(others)}")
-        print(f"\n{len(kinds['moe'])} families with experts (inspect, convert-layout): {', '.join(kinds['moe'])}")
+        print(
+            f"\n{len(kinds['moe'])} families with experts (inspect, convert-layout): {', '.join(kinds['moe'])}"
+        )
     return 0
 
 
 @archs_app.command("show")
-def archs_show(family: Annotated[str, typer.Argument(metavar="FAMILY", help="a model type, as in config.json")]) -> int:
+def archs_show(
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="a model type, as in config.json")
+    ],
+) -> int:
     """One family: its tensors, and what it converts to, under which conditions."""
     from moetool.methods.upcycle.targets import why_not
     from moetool.surgery.layout import Layout
@@ -78,11 +126,29 @@ def archs_show(family: Annotated[str, typer.Argument(metavar="FAMILY", help="a m
     conversions = [_conversion(p) for p in pairs() if p.source == family]
     sources = sorted({p.source for p in pairs() if p.target == family and not p.inner})
     note = why_not(layout) if not conversions else None
-    session.sink.result({
-        "family": family, "class": layout.cls, "kind": layout.kind, "law": layout.overlay.law or None, "reads_per_expert": layout.experts.get("reads_per_expert"),
-        "conversions": conversions, "comes_from": sources, "why_not": note, "note": layout.overlay.note,
-        "tensors": [{"name": s.name, "shape": s.shape, "role": s.role, "layers": s.layers, "when": s.when} for s in layout.tensors],
-    })  # fmt: skip
+    session.sink.result(
+        {
+            "family": family,
+            "class": layout.cls,
+            "kind": layout.kind,
+            "law": layout.overlay.law or None,
+            "reads_per_expert": layout.experts.get("reads_per_expert"),
+            "conversions": conversions,
+            "comes_from": sources,
+            "why_not": note,
+            "note": layout.overlay.note,
+            "tensors": [
+                {
+                    "name": s.name,
+                    "shape": s.shape,
+                    "role": s.role,
+                    "layers": s.layers,
+                    "when": s.when,
+                }
+                for s in layout.tensors
+            ],
+        }
+    )
     if session.sink.mode == "human":
         print(f"{family}: {layout.cls}, {layout.kind}")
         for entry in conversions:
@@ -95,7 +161,19 @@ def archs_show(family: Annotated[str, typer.Argument(metavar="FAMILY", help="a m
             print(f"<- {', '.join(sources)}")
         if layout.overlay.law:
             print(f"routing: {layout.overlay.law}")
-        session.sink.table(["tensor", "shape", "role", "layers", "when"], [[s.name, " x ".join(map(str, s.shape or ["?"])), s.role or "", s.layers or "", s.when or ""] for s in layout.tensors])
+        session.sink.table(
+            ["tensor", "shape", "role", "layers", "when"],
+            [
+                [
+                    s.name,
+                    " x ".join(map(str, s.shape or ["?"])),
+                    s.role or "",
+                    s.layers or "",
+                    s.when or "",
+                ]
+                for s in layout.tensors
+            ],
+        )
     return 0
 
 
@@ -106,7 +184,12 @@ def _conversion(pair: Any) -> dict[str, Any]:
         rules.append(f"{rule['field']} {wanted} ({rule['because']})")
     if not pair.rope_partial and not pair.inner:
         rules.append("partial_rotary_factor = 1, where the family has it")
-    return {"target": pair.target if not pair.inner else f"{pair.target} ({pair.inner} inside)", "only_if": rules, "dropped_fields": pair.drop, "evidence": pair.evidence}
+    return {
+        "target": pair.target if not pair.inner else f"{pair.target} ({pair.inner} inside)",
+        "only_if": rules,
+        "dropped_fields": pair.drop,
+        "evidence": pair.evidence,
+    }
 
 
 @methods_app.command("list")
@@ -115,8 +198,12 @@ def methods_list() -> int:
     from moetool import methods
 
     found = [methods.describe(name) for name in methods.METHODS]
-    session.sink.result({"methods": [{"name": m["name"], "about": m["about"].splitlines()[0]} for m in found]})
-    session.sink.table(["method", "what it is for"], [[m["name"], m["about"].splitlines()[0]] for m in found])
+    session.sink.result(
+        {"methods": [{"name": m["name"], "about": m["about"].splitlines()[0]} for m in found]}
+    )
+    session.sink.table(
+        ["method", "what it is for"], [[m["name"], m["about"].splitlines()[0]] for m in found]
+    )
     return 0
 
 
@@ -128,6 +215,11 @@ def methods_show(name: Annotated[str, typer.Argument(metavar="METHOD")]) -> int:
     found = methods.describe(name)
     session.sink.result(found, found["about"] + "\n")
     for way in found.get("methods", ()):
-        session.sink.result(None, f"{way['name']}{'' if way['text'] else ' (needs no text)'}: {way['about']}\n")
-    session.sink.table(["option", "type", "default", "meaning"], [[f"--{o['name']}", o["type"], o["default"], o["help"]] for o in found["options"]])
+        session.sink.result(
+            None, f"{way['name']}{'' if way['text'] else ' (needs no text)'}: {way['about']}\n"
+        )
+    session.sink.table(
+        ["option", "type", "default", "meaning"],
+        [[f"--{o['name']}", o["type"], o["default"], o["help"]] for o in found["options"]],
+    )
     return 0

@@ -14,12 +14,22 @@ from moetool.cli.sink import Sink
 from moetool.errors import MoetoolError, Stopped, UsageError
 
 app = typer.Typer(
-    name="moetool", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False,
+    name="moetool",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
     help="Turn dense checkpoints into mixtures of experts, and check that they still compute the same. Safetensors in, safetensors out.",
     epilog="Everywhere: --json (one JSON object on stdout), --quiet. Exit codes: 0 done, 1 input or result wrong, 2 usage, 3 stopped but resumable, 4 verification failed.",
-)  # fmt: skip
-archs_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Model families: which there are, what converts to what exactly, and why not.")
-methods_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Methods and their options.")
+)
+archs_app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Model families: which there are, what converts to what exactly, and why not.",
+)
+methods_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Methods and their options."
+)
 app.add_typer(archs_app, name="archs")
 app.add_typer(methods_app, name="methods")
 
@@ -43,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises."""
     code = _run(argv)
     if argv is None and code == Stopped.exit_code:
-        # CPython kills itself with SIGINT at exit if a KeyboardInterrupt once passed through C code (an import of torch), although it was caught.
+        # CPython kills itself with SIGINT at exit if a KeyboardInterrupt once passed through C code
+        # (an import of torch), although it was caught.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -68,40 +79,72 @@ def _run(argv: list[str] | None) -> int:
         session.sink.error(problem)
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        session.sink.error(Stopped("stopped before anything was written", hint="run the same command again"))
+        session.sink.error(
+            Stopped("stopped before anything was written", hint="run the same command again")
+        )
         return Stopped.exit_code
     except typer.Exit as done:
         return done.exit_code
-    except Exception as problem:  # noqa: BLE001 - the last place: a sentence instead of a traceback
+    except Exception as problem:  # noqa: BLE001
         return _unexpected(problem)
     finally:
-        for number, handler in before.items():  # nothing is left to stop: a late signal must not disturb the interpreter's exit
+        for (
+            number,
+            handler,
+        ) in (
+            before.items()
+        ):  # nothing is left to stop: a late signal must not disturb the interpreter's exit
             signal.signal(number, signal.SIG_IGN if argv is None else handler)
 
 
 def _unexpected(problem: Exception) -> int:
-    """Click's own usage errors, a closed pipe, and the bug that we did not foresee: a sentence each, no traceback."""
+    """Click's own usage errors, a closed pipe, and the bug that we did not foresee: a sentence
+    each, no traceback.
+    """
     import click
 
     shown = getattr(problem, "format_message", None)
-    if shown is not None and (isinstance(problem, click.ClickException) or type(problem).__module__.startswith("typer")):
-        name = (problem.ctx.command_path if getattr(problem, "ctx", None) else "moetool") or "moetool"  # type: ignore[attr-defined]
+    if shown is not None and (
+        isinstance(problem, click.ClickException) or type(problem).__module__.startswith("typer")
+    ):
+        name = (
+            problem.ctx.command_path if getattr(problem, "ctx", None) else "moetool"
+        ) or "moetool"  # type: ignore[attr-defined]
         session.sink.error(UsageError(shown(), hint=f"see `{name} --help`"))
         return 2
     if isinstance(problem, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(problem, MemoryError) or "can't allocate memory" in str(problem):  # torch says it with a RuntimeError
-        session.sink.error(MoetoolError("out of memory", hint="say --memory, so that the work is fitted or refused beforehand; finished shards are kept"))
+    if isinstance(problem, MemoryError) or "can't allocate memory" in str(
+        problem
+    ):  # torch says it with a RuntimeError
+        session.sink.error(
+            MoetoolError(
+                "out of memory",
+                hint="say --memory, so that the work is fitted or refused beforehand; finished shards are kept",
+            )
+        )
         return 1
     if isinstance(problem, OSError):
-        session.sink.error(MoetoolError(f"{problem.strerror or problem}", file=problem.filename, hint="check the path, its permissions and the free space"))
+        session.sink.error(
+            MoetoolError(
+                f"{problem.strerror or problem}",
+                file=problem.filename,
+                hint="check the path, its permissions and the free space",
+            )
+        )
         return 1
     where = problem.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
     place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else "?"
-    session.sink.error(MoetoolError(f"a bug in moetool: {type(problem).__name__}: {problem}", file=place, hint="please report it with the command and `moetool inspect --json` of the source"))
+    session.sink.error(
+        MoetoolError(
+            f"a bug in moetool: {type(problem).__name__}: {problem}",
+            file=place,
+            hint="please report it with the command and `moetool inspect --json` of the source",
+        )
+    )
     if os.environ.get("MOETOOL_DEBUG"):
         raise problem
     return 1
@@ -111,7 +154,13 @@ def _modes(args: list[str]) -> tuple[list[str], str]:
     """`--json` and `--quiet` may stand anywhere."""
     cut = args.index("--") if "--" in args else len(args)
     head = [a for a in args[:cut] if a not in ("--json", "--quiet", "-q")]
-    mode = "json" if "--json" in args[:cut] else "quiet" if {"--quiet", "-q"} & set(args[:cut]) else "human"
+    mode = (
+        "json"
+        if "--json" in args[:cut]
+        else "quiet"
+        if {"--quiet", "-q"} & set(args[:cut])
+        else "human"
+    )
     return head + args[cut:], mode
 
 
@@ -122,7 +171,9 @@ def _shell_line(args: list[str]) -> str:
 
 
 def _catch_signals() -> dict[int, Any]:
-    """The first Ctrl-C or SIGTERM lets running copies end; a second one ends at once. Returns the handlers of before."""
+    """The first Ctrl-C or SIGTERM lets running copies end; a second one ends at once. Returns the
+    handlers of before.
+    """
 
     def handle(number: int, frame: Any) -> None:
         if session.finished:

@@ -1,4 +1,6 @@
-"""The one place where output happens: human, json or quiet; results on stdout, everything else on stderr."""
+"""The one place where output happens: human, json or quiet; results on stdout, everything else on
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class Sink:
             print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Bytes of a stage: a live line with rate and time left on a terminal, a line every few seconds elsewhere."""
+        """Bytes of a stage: a live line with rate and time left on a terminal, a line every few
+        seconds elsewhere.
+        """
         if self.mode == "quiet" or total < 50_000_000:
             return
         now = time.monotonic()
@@ -77,14 +81,25 @@ class Sink:
         rate = done / max(now - self._begun, 1e-6)
         left = show_seconds((total - done) / rate) if rate else "?"
         line = f"{stage} {show_bytes(done)} of {show_bytes(total)} ({100 * done // total} %), {show_bytes(rate)}/s, {left} left"
-        print(f"\r\033[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\033[K{line}" if self._tty else line,
+            end="" if self._tty else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def either(self, stage: str, done: int, total: int) -> None:
         """Bytes while writing, steps while text goes through a model."""
-        (self.steps if stage.startswith(("eval", "profile", "propagate")) and "head" not in stage else self.progress)(stage, done, total)
+        (
+            self.steps
+            if stage.startswith(("eval", "profile", "propagate")) and "head" not in stage
+            else self.progress
+        )(stage, done, total)
 
     def steps(self, stage: str, done: int, total: int) -> None:
-        """Layers of a walk: a live line with rate and time left on a terminal, a line every few seconds elsewhere."""
+        """Layers of a walk: a live line with rate and time left on a terminal, a line every few
+        seconds elsewhere.
+        """
         if self.mode == "quiet":
             return
         now = time.monotonic()
@@ -97,7 +112,12 @@ class Sink:
         each = (now - self._begun) / done if done else 0.0
         left = f", {each:.1f}s a layer, {show_seconds(each * (total - done))} left" if done else ""
         line = f"{stage} layer {done} of {total}{left}"
-        print(f"\r\033[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\033[K{line}" if self._tty else line,
+            end="" if self._tty else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _end_line(self) -> None:
         if self._tty and self._stage:

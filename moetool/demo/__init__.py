@@ -1,4 +1,6 @@
-"""A tiny trained Llama (0.9 M parameters, bfloat16) that ships with moetool, so that the first command needs no download."""
+"""A tiny trained Llama (0.9 M parameters, bfloat16) that ships with moetool, so that the first
+command needs no download.
+"""
 
 from __future__ import annotations
 

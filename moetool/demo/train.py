@@ -1,6 +1,8 @@
-"""How the embedded checkpoint was made: `python -m moetool.demo.train OUT` (about four minutes on one core).
+"""How the embedded checkpoint was made: `python -m moetool.demo.train OUT` (about four minutes on
+one core).
 
-Text: passages of the King James Bible (public domain), text.txt. Byte-level BPE of 512 tokens, Llama with 4 layers of width 128.
+Text: passages of the King James Bible (public domain), text.txt. Byte-level BPE of 512 tokens,
+Llama with 4 layers of width 128.
 """
 
 from __future__ import annotations
@@ -22,8 +24,15 @@ def tokenizer(text: str) -> Any:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator([text], trainers.BpeTrainer(vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")  # noqa: S106 - names, not secrets
+    raw.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")  # noqa: S106
 
 
 def train(out: Path) -> float:
@@ -36,9 +45,17 @@ def train(out: Path) -> float:
     words = tokenizer(text)
     ids = torch.tensor(words(text)["input_ids"])
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     model = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, STEPS, pct_start=0.05)

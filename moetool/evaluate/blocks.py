@@ -1,4 +1,6 @@
-"""FFN against MoE block on random activations, in float32, one matrix in memory at a time; transformers is not asked."""
+"""FFN against MoE block on random activations, in float32, one matrix in memory at a time;
+transformers is not asked.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TOKENS = 32
 
 @dataclass(frozen=True)
 class Error:
-    """One layer: largest difference, relative to the largest dense output; coverage is sum over experts of w * scale."""
+    """One layer: largest difference, relative to the largest dense output; coverage is sum over
+    experts of w * scale.
+    """
 
     layer: int
     relative: float
@@ -24,7 +28,9 @@ class Error:
 
 @dataclass(frozen=True)
 class Side:
-    """One model seen as layers: its layout, the part of the config that speaks of text, its name prefix."""
+    """One model seen as layers: its layout, the part of the config that speaks of text, its name
+    prefix.
+    """
 
     checkpoint: Checkpoint
     layout: Layout
@@ -41,7 +47,9 @@ class Side:
         return self._named(slot.name, layer, expert) if slot else None
 
     def _named(self, template: str, layer: int, expert: int | None = None) -> Stored | None:
-        return self.checkpoint.tensors.get(self.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert)))
+        return self.checkpoint.tensors.get(
+            self.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+        )
 
     def tensor(self, piece: Piece, dtype: str) -> Any:
         """A piece as float32."""
@@ -61,7 +69,9 @@ class Side:
             _, double, hidden = both.shape
             slab = double * hidden
             yield self.tensor(Piece(both.name, (double // 2, hidden), expert * slab), both.dtype)
-            yield self.tensor(Piece(both.name, (double // 2, hidden), expert * slab + slab // 2), both.dtype)
+            yield self.tensor(
+                Piece(both.name, (double // 2, hidden), expert * slab + slab // 2), both.dtype
+            )
             yield self.tensor(Piece(down.name, down.shape[1:], expert * slab // 2), down.dtype)
             return
         for role in ("gate", "up", "down"):
@@ -71,7 +81,9 @@ class Side:
 
 
 def compare(source: Checkpoint, out: Checkpoint, *, seed: int = 0) -> Iterator[Error]:
-    """One Error a MoE layer. Every layer's FFN is read alone: memory is one block's widest matrices."""
+    """One Error a MoE layer. Every layer's FFN is read alone: memory is one block's widest
+    matrices.
+    """
     import torch
 
     from moetool.kernels import moe
@@ -80,15 +92,23 @@ def compare(source: Checkpoint, out: Checkpoint, *, seed: int = 0) -> Iterator[E
     act = moe.activation(_act(sparse))
     for layer in sorted(sparse.layout.moe_layers(sparse.config)):
         gate, up, down = _dense(dense, layer)
-        x = torch.randn(TOKENS, gate.shape[1], generator=torch.Generator().manual_seed(seed + layer))
+        x = torch.randn(
+            TOKENS, gate.shape[1], generator=torch.Generator().manual_seed(seed + layer)
+        )
         expected = moe.ffn(x, gate, up, down, act)
         del gate, up, down
         weights = _weights(sparse, layer, x)
         made = _shared(sparse, layer, x, act)
         for expert in range(weights.shape[1]):
             if weights[:, expert].any():
-                made = made + weights[:, expert : expert + 1] * _run(x, sparse.expert(layer, expert), act)
-        yield Error(layer, float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30)), float(weights.sum(-1).mean()))
+                made = made + weights[:, expert : expert + 1] * _run(
+                    x, sparse.expert(layer, expert), act
+                )
+        yield Error(
+            layer,
+            float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30)),
+            float(weights.sum(-1).mean()),
+        )
 
 
 def _run(x: Any, matrices: Iterator[Any], act: Any) -> Any:
@@ -124,7 +144,15 @@ def _weights(side: Side, layer: int, x: Any) -> Any:
     field = side.layout.fields.get("renorm", "")
     renorm = law["renorm"] == "always" or (law["renorm"] == "field" and bool(text.get(field)))
     scale = float(text.get(side.layout.fields.get("routed_scale", ""), 1.0) or 1.0)
-    return moe.route(x, side.whole(router), score=law["score"], renorm=renorm, top_k=int(side.layout.field("top_k", side.config)), scale=scale, bias=side.whole(bias) if bias else None)
+    return moe.route(
+        x,
+        side.whole(router),
+        score=law["score"],
+        renorm=renorm,
+        top_k=int(side.layout.field("top_k", side.config)),
+        scale=scale,
+        bias=side.whole(bias) if bias else None,
+    )
 
 
 def _shared(side: Side, layer: int, x: Any, act: Any) -> Any:
@@ -132,7 +160,9 @@ def _shared(side: Side, layer: int, x: Any, act: Any) -> Any:
 
     from moetool.kernels import moe
 
-    gate, up, down, switch = (side.stored(f"shared.{r}", layer) for r in ("gate", "up", "down", "switch"))
+    gate, up, down, switch = (
+        side.stored(f"shared.{r}", layer) for r in ("gate", "up", "down", "switch")
+    )
     if gate is None or up is None or down is None or not down.shape[1]:
         return torch.zeros_like(x)
     made = moe.ffn(x, side.whole(gate), side.whole(up), side.whole(down), act)

@@ -1,4 +1,6 @@
-"""Does stock transformers load it, with nothing missing, and does it give the same logits? (float32)"""
+"""Does stock transformers load it, with nothing missing, and does it give the same logits?
+(float32)
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def available() -> bool:
 
 
 def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
-    """The model in float32; VerificationFailed when the loading info is not empty (random weights hide there)."""
+    """The model in float32; VerificationFailed when the loading info is not empty (random weights
+    hide there).
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
@@ -35,25 +39,50 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, info = cls.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-        except Exception as problem:  # noqa: BLE001 - whatever transformers raises, the checkpoint does not load
-            raise VerificationFailed(f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}", file=checkpoint.folder, hint="make the output again; if it stays, report this as a bug of moetool") from None
+            model, info = cls.from_pretrained(
+                checkpoint.folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except Exception as problem:  # noqa: BLE001
+            raise VerificationFailed(
+                f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}",
+                file=checkpoint.folder,
+                hint="make the output again; if it stays, report this as a bug of moetool",
+            ) from None
     wrong = {k: sorted(map(str, v))[:4] for k, v in info.items() if v}
     if wrong:
-        raise VerificationFailed("transformers loads it with keys missing, unexpected or mismatched", file=checkpoint.folder, expected="empty loading info", found=wrong, hint="those tensors would be random: make the output again")
+        raise VerificationFailed(
+            "transformers loads it with keys missing, unexpected or mismatched",
+            file=checkpoint.folder,
+            expected="empty loading info",
+            found=wrong,
+            hint="those tensors would be random: make the output again",
+        )
     return model.eval().to(device)
 
 
-def compare_logits(source: Checkpoint, out: Checkpoint, *, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Largest logit difference relative to the largest logit, on random ids, and whether the greedy continuations agree."""
+def compare_logits(
+    source: Checkpoint, out: Checkpoint, *, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Largest logit difference relative to the largest logit, on random ids, and whether the
+    greedy continuations agree.
+    """
     import torch
 
     def run(checkpoint: Checkpoint) -> tuple[Any, Any]:
         model = load(checkpoint, device)
         text = checkpoint.config.get("text_config") or checkpoint.config
         vocab = int(text.get("vocab_size") or model.get_input_embeddings().num_embeddings)
-        ids = torch.randint(min(10, vocab - 1), vocab, (2, TOKENS), generator=torch.Generator().manual_seed(seed)).to(device)
-        special = {v for k, v in checkpoint.config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+        ids = torch.randint(
+            min(10, vocab - 1), vocab, (2, TOKENS), generator=torch.Generator().manual_seed(seed)
+        ).to(device)
+        special = {
+            v
+            for k, v in checkpoint.config.items()
+            if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
+        }
         for token in special:
             ids[ids == token] = (max(special) + 1) % vocab
         with torch.no_grad():
@@ -65,7 +94,12 @@ def compare_logits(source: Checkpoint, out: Checkpoint, *, device: str = "cpu", 
 
     expected, words = run(source)
     made, others = run(out)
-    return {"relative": float((made - expected).abs().max() / expected.abs().max()), "max_logit": float(expected.abs().max()), "same_greedy": bool((words == others).all()), "greedy_tokens": GREEDY}
+    return {
+        "relative": float((made - expected).abs().max() / expected.abs().max()),
+        "max_logit": float(expected.abs().max()),
+        "same_greedy": bool((words == others).all()),
+        "greedy_tokens": GREEDY,
+    }
 
 
 def _greedy(model: Any, ids: Any) -> Any:

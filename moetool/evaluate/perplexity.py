@@ -1,4 +1,6 @@
-"""Perplexity of a model on text, and how far it is from a reference: one layer in memory at a time, whatever the model's size."""
+"""Perplexity of a model on text, and how far it is from a reference: one layer in memory at a
+time, whatever the model's size.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +37,41 @@ class Sums:
             setattr(self, name, getattr(self, name) + value)
 
     def row(self, with_reference: bool) -> dict[str, Any]:
-        """What is reported: perplexity; with a reference KL(reference || model) in nats, top-1 agreement, and flips, the share of places
-        where exactly one of the two predicts the right token (arXiv 2407.09141).
+        """What is reported: perplexity; with a reference KL(reference || model) in nats, top-1
+        agreement, and flips, the share of places where exactly one of the two predicts the right
+        token (arXiv 2407.09141).
         """
         n = max(1, self.predictions)
-        found: dict[str, Any] = {"tokens": self.predictions, "perplexity": math.exp(self.loss / n), "accuracy": self.right / n}
+        found: dict[str, Any] = {
+            "tokens": self.predictions,
+            "perplexity": math.exp(self.loss / n),
+            "accuracy": self.right / n,
+        }
         if with_reference:
             found |= {
-                "reference_perplexity": math.exp(self.reference_loss / n), "perplexity_increase": math.exp((self.loss - self.reference_loss) / n) - 1.0,
-                "kl": self.kl / n, "top1_agreement": self.same / n, "flips": self.flips / n,
-            }  # fmt: skip
+                "reference_perplexity": math.exp(self.reference_loss / n),
+                "perplexity_increase": math.exp((self.loss - self.reference_loss) / n) - 1.0,
+                "kl": self.kl / n,
+                "top1_agreement": self.same / n,
+                "flips": self.flips / n,
+            }
         return found
 
 
-def evaluate(model: Checkpoint, calibration: Calibration, *, reference: Checkpoint | None = None, memory: int | None = None, folder: Path | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> dict[str, Any]:
-    """Perplexity for each file and over all; with a reference also KL, top-1 agreement and flips. Sequences are scored one by one from
-    their second token on. Raises MoetoolError when the two models do not share a vocabulary.
+def evaluate(
+    model: Checkpoint,
+    calibration: Calibration,
+    *,
+    reference: Checkpoint | None = None,
+    memory: int | None = None,
+    folder: Path | None = None,
+    device: str = "cpu",
+    tell: Tell = lambda *a: None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Perplexity for each file and over all; with a reference also KL, top-1 agreement and flips.
+    Sequences are scored one by one from their second token on. Raises MoetoolError when the two
+    models do not share a vocabulary.
     """
     from moetool.forward.walk import Budget, Walk
 
@@ -59,7 +80,17 @@ def evaluate(model: Checkpoint, calibration: Calibration, *, reference: Checkpoi
     for name, checkpoint in (("reference", reference), ("model", model)):
         if checkpoint is not None:
             at = None if folder is None else folder / name
-            walks.append(Walk(checkpoint, batches, Budget(memory, at, device), extra=2 * LOGIT_BYTES + sum(w.retained for w in walks), tell=tell, stop=stop, name=f"eval {name}"))
+            walks.append(
+                Walk(
+                    checkpoint,
+                    batches,
+                    Budget(memory, at, device),
+                    extra=2 * LOGIT_BYTES + sum(w.retained for w in walks),
+                    tell=tell,
+                    stop=stop,
+                    name=f"eval {name}",
+                )
+            )
             walks[-1].run()
     sums = [Sums() for _ in batches.files]
     total = sum(b.ids.size for b in batches.batches)
@@ -73,8 +104,18 @@ def evaluate(model: Checkpoint, calibration: Calibration, *, reference: Checkpoi
     everything = Sums()
     for s in sums:
         everything.add(s)
-    rows = [{"file": n, **s.row(reference is not None)} for n, s in zip(batches.files, sums, strict=True)]
-    return {"files": rows, **everything.row(reference is not None), "seq_len": batches.seq_len, "data_sha256": batches.digest, "notes": list(batches.notes), "peak_memory": max(w.peak for w in walks)}
+    rows = [
+        {"file": n, **s.row(reference is not None)}
+        for n, s in zip(batches.files, sums, strict=True)
+    ]
+    return {
+        "files": rows,
+        **everything.row(reference is not None),
+        "seq_len": batches.seq_len,
+        "data_sha256": batches.digest,
+        "notes": list(batches.notes),
+        "peak_memory": max(w.peak for w in walks),
+    }
 
 
 def _batch(walks: list[Any], number: int) -> Sums:
@@ -93,7 +134,14 @@ def _batch(walks: list[Any], number: int) -> Sums:
         counted = (torch.arange(start, stop)[None, :] + 1 < lengths[:, None]).reshape(-1)
         if not bool(counted.any()):
             break
-        answers = [w.logits(number, start, stop).reshape(-1, vocab_of(w, vocab))[counted].float().log_softmax(-1).cpu() for w in walks]
+        answers = [
+            w.logits(number, start, stop)
+            .reshape(-1, vocab_of(w, vocab))[counted]
+            .float()
+            .log_softmax(-1)
+            .cpu()
+            for w in walks
+        ]
         sums.add(_compare(answers, ids[:, start + 1 : stop + 1].reshape(-1)[counted]))
     return sums
 
@@ -102,7 +150,13 @@ def vocab_of(walk: Any, expected: int) -> int:
     """A model's number of logits; MoetoolError when it is not the other's."""
     found = int(walk.shell.model.get_output_embeddings().weight.shape[0])
     if found != expected:
-        raise MoetoolError("model and reference do not share a vocabulary", file=walk.source.folder, expected=f"{expected} tokens", found=found, hint="give the model it was made from")
+        raise MoetoolError(
+            "model and reference do not share a vocabulary",
+            file=walk.source.folder,
+            expected=f"{expected} tokens",
+            found=found,
+            hint="give the model it was made from",
+        )
     return found
 
 
@@ -110,7 +164,9 @@ def _compare(answers: list[Any], right: Any) -> Sums:
     mine = answers[-1]
     top = mine.argmax(-1)
     hit = top == right
-    sums = Sums(len(right), float(-mine.gather(-1, right[:, None]).double().sum()), right=int(hit.sum()))
+    sums = Sums(
+        len(right), float(-mine.gather(-1, right[:, None]).double().sum()), right=int(hit.sum())
+    )
     if len(answers) > 1:
         theirs = answers[0]
         other = theirs.argmax(-1)

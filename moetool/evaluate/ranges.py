@@ -1,4 +1,6 @@
-"""Every byte of an output against its sources: copied ranges compared, computed tensors made again and compared."""
+"""Every byte of an output against its sources: copied ranges compared, computed tensors made again
+and compared.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,26 @@ from moetool.surgery.spec import Piece
 _BLOCK = 8 << 20
 
 
-def compare_bytes(plan: Plan, sources: Sequence[Checkpoint], out: Checkpoint, *, named: int | None = None, sealed: Mapping[str, str] | None = None, device: str = "cpu", tell: Callable[[str, int, int], None] = lambda *a: None) -> dict[str, Any]:
-    """Walk the plan and compare; returns counts and a sha256 over all copied bytes. Raises VerificationFailed at the first difference.
+def compare_bytes(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    out: Checkpoint,
+    *,
+    named: int | None = None,
+    sealed: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    tell: Callable[[str, int, int], None] = lambda *a: None,
+) -> dict[str, Any]:
+    """Walk the plan and compare; returns counts and a sha256 over all copied bytes. Raises
+    VerificationFailed at the first difference.
 
-    What came from sources beyond the first `named` (they do not travel with an output) is compared with its recorded seal.
+    What came from sources beyond the first `named` (they do not travel with an output) is compared
+    with its recorded seal.
     """
     total, done, kept = plan.size, 0, 0
-    beyond = {id(t) for t in plan.tasks if named is not None and any(p.source >= named for p in t.inputs)}
+    beyond = {
+        id(t) for t in plan.tasks if named is not None and any(p.source >= named for p in t.inputs)
+    }
     for task in plan.tasks:
         if id(task) in beyond:
             for made in task.outputs:
@@ -46,11 +61,20 @@ def compare_bytes(plan: Plan, sources: Sequence[Checkpoint], out: Checkpoint, *,
                 continue
             for piece, data in engine.computed(job, number, task):
                 if bytes(out.read(piece)) != bytes(data):
-                    raise _different(out, piece, f"{task.op} of {', '.join(p.name for p in task.inputs) or 'a seed'}")
+                    raise _different(
+                        out,
+                        piece,
+                        f"{task.op} of {', '.join(p.name for p in task.inputs) or 'a seed'}",
+                    )
                 computed += 1
                 done += len(data)
                 tell("compare", done, total)
-    return {"copied_ranges": copied, "copied_sha256": seal.hexdigest(), "computed_tensors": computed, "bytes_compared": done} | ({"sealed_tensors": kept} if kept else {})
+    return {
+        "copied_ranges": copied,
+        "copied_sha256": seal.hexdigest(),
+        "computed_tensors": computed,
+        "bytes_compared": done,
+    } | ({"sealed_tensors": kept} if kept else {})
 
 
 def _compare_copy(source: Checkpoint, piece: Piece, out: Checkpoint, made: Piece, seal: Any) -> int:
@@ -81,4 +105,11 @@ def _compare_zeros(out: Checkpoint, made: Piece) -> None:
 
 def _different(out: Checkpoint, piece: Piece, expected: str) -> VerificationFailed:
     file = out.tensors[piece.name].file if piece.name in out.tensors else ""
-    return VerificationFailed("bytes are not what the plan makes", file=f"{out.folder}/{file}", tensor=piece.name, expected=f"the bytes of {expected}", found="other bytes", hint="the output was changed or damaged: make it again")
+    return VerificationFailed(
+        "bytes are not what the plan makes",
+        file=f"{out.folder}/{file}",
+        tensor=piece.name,
+        expected=f"the bytes of {expected}",
+        found="other bytes",
+        hint="the output was changed or damaged: make it again",
+    )

@@ -16,15 +16,29 @@ EXACT = 1e-4
 ROUNDED = 2e-2  # where the certificate says that weights were rounded to 16 bits
 
 
-def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, memory: int = 8_000_000_000, device: str = "cpu", tell: Callable[[str, int, int], None] = lambda *a: None) -> dict[str, Any]:
-    """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed (exit code 4).
+def verify(
+    out: str,
+    *,
+    against: Sequence[str] = (),
+    load: bool | None = None,
+    memory: int = 8_000_000_000,
+    device: str = "cpu",
+    tell: Callable[[str, int, int], None] = lambda *a: None,
+) -> dict[str, Any]:
+    """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed
+    (exit code 4).
 
-    Without `against`: structure only (plus, with `load`, stock transformers). With the sources: every byte, every FFN on
-    random activations, and logits where both models fit into `memory` in float32.
+    Without `against`: structure only (plus, with `load`, stock transformers). With the sources:
+    every byte, every FFN on random activations, and logits where both models fit into `memory` in
+    float32.
     """
     checkpoint = Checkpoint.open(source.locate(out))
     record = structure.recorded(checkpoint.folder)
-    result: dict[str, Any] = {"path": checkpoint.folder, "certificate": record["report"]["certificate"], "structure": structure.check_structure(checkpoint, record)}
+    result: dict[str, Any] = {
+        "path": checkpoint.folder,
+        "certificate": record["report"]["certificate"],
+        "structure": structure.check_structure(checkpoint, record),
+    }
     if not against:
         if load:
             logits.load(checkpoint, device)
@@ -34,13 +48,29 @@ def verify(out: str, *, against: Sequence[str] = (), load: bool | None = None, m
     _same_sources(sources, record)
     plan, made = _plan_again(sources, record, out)
     if plan.digest != record["report"]["plan_digest"]:
-        raise VerificationFailed("the same command now makes another plan", file=checkpoint.folder, expected=record["report"]["plan_digest"], found=plan.digest, hint="another version of moetool wrote it: verify with that version, or make it again")
-    result["bytes"] = ranges.compare_bytes(plan, [*sources, *_extra(record)], checkpoint, named=len(sources), sealed=record.get("sealed", {}), device=device, tell=tell)
+        raise VerificationFailed(
+            "the same command now makes another plan",
+            file=checkpoint.folder,
+            expected=record["report"]["plan_digest"],
+            found=plan.digest,
+            hint="another version of moetool wrote it: verify with that version, or make it again",
+        )
+    result["bytes"] = ranges.compare_bytes(
+        plan,
+        [*sources, *_extra(record)],
+        checkpoint,
+        named=len(sources),
+        sealed=record.get("sealed", {}),
+        device=device,
+        tell=tell,
+    )
     result["accounted"] = _account(sources, plan, made)
     level = record["report"]["certificate"]["level"]
     if record["method"] == "upcycle" and record["report"]["expert_sources"]:
         result |= _function(sources, checkpoint, record, level, load, memory, device)
-    return result | {"verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"}
+    return result | {
+        "verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"
+    }
 
 
 def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
@@ -52,7 +82,13 @@ def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
 def _same_sources(sources: Sequence[Checkpoint], record: dict[str, Any]) -> None:
     for number, (checkpoint, known) in enumerate(zip(sources, record["sources"], strict=True)):
         if checkpoint.fingerprint() != known["files"]:
-            raise VerificationFailed("this is not the source it was made from", file=checkpoint.folder, expected=f"the headers of {known['name']}", found="other headers or sizes", hint="give the original " + ("SRC" if number == 0 else f"--from number {number}"))
+            raise VerificationFailed(
+                "this is not the source it was made from",
+                file=checkpoint.folder,
+                expected=f"the headers of {known['name']}",
+                found="other headers or sizes",
+                hint="give the original " + ("SRC" if number == 0 else f"--from number {number}"),
+            )
 
 
 def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], out: str) -> tuple[Any, Any]:
@@ -60,16 +96,27 @@ def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], out: str)
     from moetool.methods.contract import Decisions, Settings
 
     method = methods.make(record["method"], record["options"])
-    made = method.plan(sources, Decisions(tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)), Settings(seed=record["seed"], max_shard=record["max_shard"]))
+    made = method.plan(
+        sources,
+        Decisions(
+            tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)
+        ),
+        Settings(seed=record["seed"], max_shard=record["max_shard"]),
+    )
     return made.plan, made
 
 
 def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
     """Sources that did not travel with the output, by their headers alone."""
     return tuple(
-        Checkpoint("", {}, {n: Stored(n, d, tuple(s), f, a, b) for n, d, s, f, a, b in e["tensors"]}, {name: (size, seal) for name, size, seal in e["files"]})
+        Checkpoint(
+            "",
+            {},
+            {n: Stored(n, d, tuple(s), f, a, b) for n, d, s, f, a, b in e["tensors"]},
+            {name: (size, seal) for name, size, seal in e["files"]},
+        )
         for e in record.get("extra", ())
-    )  # fmt: skip
+    )
 
 
 def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, int]:
@@ -77,22 +124,60 @@ def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, i
     used = {p.name for t in plan.tasks for p in t.inputs if p.source == 0}
     lost = sorted(set(sources[0].tensors) - used - set(plan.dropped))
     if lost and len(sources) == 1:
-        raise VerificationFailed("a source tensor is neither used nor dropped by name", file=sources[0].folder, tensor=lost[0], found=f"{len(lost)} such tensors", hint="report this as a bug of moetool")
-    return {"tensors_used": len(used), "tensors_dropped": len(plan.dropped), "fields_dropped": len(made.dropped_fields)}
+        raise VerificationFailed(
+            "a source tensor is neither used nor dropped by name",
+            file=sources[0].folder,
+            tensor=lost[0],
+            found=f"{len(lost)} such tensors",
+            hint="report this as a bug of moetool",
+        )
+    return {
+        "tensors_used": len(used),
+        "tensors_dropped": len(plan.dropped),
+        "fields_dropped": len(made.dropped_fields),
+    }
 
 
-def _function(sources: Sequence[Checkpoint], out: Checkpoint, record: dict[str, Any], level: str, load: bool | None, memory: int, device: str) -> dict[str, Any]:
+def _function(
+    sources: Sequence[Checkpoint],
+    out: Checkpoint,
+    record: dict[str, Any],
+    level: str,
+    load: bool | None,
+    memory: int,
+    device: str,
+) -> dict[str, Any]:
     measured = [asdict(e) for e in blocks.compare(sources[0], out)]
     result: dict[str, Any] = {"blocks": measured}
     exact = level in ("exact", "exact_if")
     limit = ROUNDED if "rounded" in record["report"]["certificate"]["why"] else EXACT
     worst = max(measured, key=lambda e: e["relative"], default=None)
     if exact and worst and worst["relative"] > limit:
-        raise VerificationFailed("a MoE block does not compute what its FFN did", file=out.folder, tensor=f"layer {worst['layer']}", expected=f"relative error at most {limit:g}", found=f"{worst['relative']:.3g}", hint="report this as a bug of moetool")
+        raise VerificationFailed(
+            "a MoE block does not compute what its FFN did",
+            file=out.folder,
+            tensor=f"layer {worst['layer']}",
+            expected=f"relative error at most {limit:g}",
+            found=f"{worst['relative']:.3g}",
+            hint="report this as a bug of moetool",
+        )
     fits = 4 * 2 * record["report"]["parameters"] < memory
     if load is False or not logits.available() or not (fits or load):
-        return result | {"logits": None, "logits_skipped": "transformers is not installed" if not logits.available() else f"the model does not fit into {memory:,} bytes in float32" if load is None else "not asked for"}
+        return result | {
+            "logits": None,
+            "logits_skipped": "transformers is not installed"
+            if not logits.available()
+            else f"the model does not fit into {memory:,} bytes in float32"
+            if load is None
+            else "not asked for",
+        }
     result["logits"] = logits.compare_logits(sources[0], out, device=device)
     if exact and result["logits"]["relative"] > limit:
-        raise VerificationFailed("logits are not those of the source", file=out.folder, expected=f"relative difference at most {limit:g}", found=f"{result['logits']['relative']:.3g}", hint="report this as a bug of moetool")
+        raise VerificationFailed(
+            "logits are not those of the source",
+            file=out.folder,
+            expected=f"relative difference at most {limit:g}",
+            found=f"{result['logits']['relative']:.3g}",
+            hint="report this as a bug of moetool",
+        )
     return result

@@ -1,1 +1,3 @@
-"""Text through a model, one layer in memory at a time: documents, batches, the walk, and what it sees of the experts."""
+"""Text through a model, one layer in memory at a time: documents, batches, the walk, and what it
+sees of the experts.
+"""

@@ -1,7 +1,9 @@
-"""The one door to transformers' loading internals: a model without memory, its decoder layers filled and emptied one at a time.
+"""The one door to transformers' loading internals: a model without memory, its decoder layers
+filled and emptied one at a time.
 
-`get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` are what from_pretrained itself calls
-(transformers.core_model_loading, 5.10 to 5.23), so names, transpositions and merged tensors are read just as stock loading reads them.
+`get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` are
+what from_pretrained itself calls (transformers.core_model_loading, 5.10 to 5.23), so names,
+transpositions and merged tensors are read just as stock loading reads them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from moetool.surgery.layout import home
 from moetool.surgery.spec import rows, whole
 
 _STACKS = ("layers", "h", "blocks", "block")
-# Configs of checkpoints with other expert counts in each layer; the walk gives every block its own weights, so the shell needs none of it.
+# Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
+# weights, so the shell needs none of it.
 _RAGGED = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
 
@@ -37,14 +40,20 @@ def quiet() -> Any:
 
 
 class Shell:
-    """A causal language model whose parameters have no memory until they are filled from the checkpoint, in float32.
+    """A causal language model whose parameters have no memory until they are filled from the
+    checkpoint, in float32.
 
-    With `only` (n, mixture) it is the model with the first n experts of each layer: small enough to hold a family's own block beside ours.
+    With `only` (n, mixture) it is the model with the first n experts of each layer: small enough
+    to hold a family's own block beside ours.
     """
 
-    def __init__(self, source: Checkpoint, device: str = "cpu", only: tuple[int, Mixture] | None = None) -> None:
+    def __init__(
+        self, source: Checkpoint, device: str = "cpu", only: tuple[int, Mixture] | None = None
+    ) -> None:
         self.source, self.device, self._only = source, device, only
-        self.config = source.config if only is None else only[1].config_with(only[1].fields(only[0]))
+        self.config = (
+            source.config if only is None else only[1].config_with(only[1].fields(only[0]))
+        )
         self.model = _build(quiet(), source, self.config)
         self.stack, self.base = self._find_stack()
         self._places = self._map_names()
@@ -61,18 +70,33 @@ class Shell:
         at = home(self.source.config)
         count = at.layout.field("layers", at.config)
         found = [
-            (name, module) for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count and name.rpartition(".")[2] in _STACKS and not any(w in name for w in ("visual", "vision", "audio", "encoder."))
-        ]  # fmt: skip
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and name.rpartition(".")[2] in _STACKS
+            and not any(w in name for w in ("visual", "vision", "audio", "encoder."))
+        ]
         if not found:
-            raise MoetoolError(f"{at.layout.model_type} has no plain stack of decoder layers", file=self.source.folder, expected=f"{count} layers in a row", hint="text cannot be sent through this family yet; methods without text work")
+            raise MoetoolError(
+                f"{at.layout.model_type} has no plain stack of decoder layers",
+                file=self.source.folder,
+                expected=f"{count} layers in a row",
+                hint="text cannot be sent through this family yet; methods without text work",
+            )
         name = min(found, key=lambda f: len(f[0]))[0]
-        return name, self.model.get_submodule(name.rpartition(".")[0]) if "." in name else self.model
+        return name, self.model.get_submodule(
+            name.rpartition(".")[0]
+        ) if "." in name else self.model
 
     def _map_names(self) -> dict[int | None, list[str]]:
         """Layer number (None: outside the stack) -> names on disk."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
 
         self._mapping = get_model_conversion_mapping(self.model)
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
@@ -84,7 +108,9 @@ class Shell:
         for name in self.source.tensors:
             if self._beyond(name):
                 continue
-            there, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            there, pattern = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, state
+            )
             if there not in state and name in state:
                 there, pattern = name, None
             if there not in state:
@@ -96,7 +122,11 @@ class Shell:
 
     def _beyond(self, name: str) -> bool:
         """Whether a tensor belongs to an expert that is left out."""
-        if self._only is None or (counted := self._only[1].counted.get(name)) is None or counted.expert is None:
+        if (
+            self._only is None
+            or (counted := self._only[1].counted.get(name)) is None
+            or counted.expert is None
+        ):
             return False
         count, mixture = self._only
         return count <= counted.expert < mixture.experts
@@ -110,36 +140,61 @@ class Shell:
         return [first.replace(converter.target_patterns[0], t) for t in converter.target_patterns]
 
     def check_complete(self, own: Sequence[str]) -> None:
-        """Refuse a checkpoint that leaves a parameter unfilled (it would be random); `own` are prefixes that moetool reads itself."""
+        """Refuse a checkpoint that leaves a parameter unfilled (it would be random); `own` are
+        prefixes that moetool reads itself.
+        """
         lost = sorted(n for n in self._missing if not n.startswith(tuple(own)))
         if lost:
-            raise MoetoolError("a tensor that the model needs is missing", file=self.source.folder, tensor=lost[0], expected=f"all of {len(self._places)} groups of tensors", found=f"{len(lost)} parameters without a tensor", hint="the checkpoint is incomplete: download or make it again")
+            raise MoetoolError(
+                "a tensor that the model needs is missing",
+                file=self.source.folder,
+                tensor=lost[0],
+                expected=f"all of {len(self._places)} groups of tensors",
+                found=f"{len(lost)} parameters without a tensor",
+                hint="the checkpoint is incomplete: download or make it again",
+            )
 
     def names(self, layer: int | None) -> list[str]:
         """Names on disk of a layer (None: embeddings, last norm, head)."""
         return self._places.get(layer, [])
 
     def fill(self, layer: int | None, *, skip: Sequence[str] = ()) -> None:
-        """Read a layer's tensors into the model. `skip`: names left on disk (the experts, which moetool reads itself)."""
+        """Read a layer's tensors into the model. `skip`: names left on disk (the experts, which
+        moetool reads itself).
+        """
         import torch
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         leave = set(skip)
         tensors = {self._renamed(n): self._read(n) for n in self.names(layer) if n not in leave}
-        settings = LoadStateDictConfig(device_map={"": self.device}, dtype=torch.float32, weight_mapping=self._mapping)
+        settings = LoadStateDictConfig(
+            device_map={"": self.device}, dtype=torch.float32, weight_mapping=self._mapping
+        )
         with _patient():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
-            wrong = next(iter([*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs]))
-            raise MoetoolError("a tensor does not fit its place in the model", file=self.source.folder, tensor=str(wrong)[:200], hint="config.json and the weights do not belong together: restore them from the original model")
+            wrong = next(
+                iter([*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs])
+            )
+            raise MoetoolError(
+                "a tensor does not fit its place in the model",
+                file=self.source.folder,
+                tensor=str(wrong)[:200],
+                hint="config.json and the weights do not belong together: restore them from the original model",
+            )
         if layer is None:
             self.model.tie_weights()
 
     def _renamed(self, name: str) -> str:
         """Identity experts (LongCat) follow the last expert that is there."""
         counted = self._only[1].counted.get(name) if self._only else None
-        if self._only is None or counted is None or counted.expert is None or counted.expert < self._only[1].experts:
+        if (
+            self._only is None
+            or counted is None
+            or counted.expert is None
+            or counted.expert < self._only[1].experts
+        ):
             return name
         return counted.named(counted.expert - self._only[1].experts + self._only[0])
 
@@ -154,11 +209,32 @@ class Shell:
             return codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
         count, mixture = self._only
         axis = len(stored.shape) - 1 if counted.flat else 0
-        tensor = codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape) if axis else codec.decode(self.source.read(rows(stored, 0, count * counted.rows)), stored.dtype, (count * counted.rows, *stored.shape[1:]))
+        tensor = (
+            codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+            if axis
+            else codec.decode(
+                self.source.read(rows(stored, 0, count * counted.rows)),
+                stored.dtype,
+                (count * counted.rows, *stored.shape[1:]),
+            )
+        )
         extra = stored.shape[axis] - mixture.experts * counted.rows
         if axis:
             return torch.cat([tensor[..., :count], tensor[..., mixture.experts :]], -1)
-        return torch.cat([tensor, codec.decode(self.source.read(rows(stored, stored.shape[0] - extra, stored.shape[0])), stored.dtype, (extra, *stored.shape[1:]))]) if extra else tensor
+        return (
+            torch.cat(
+                [
+                    tensor,
+                    codec.decode(
+                        self.source.read(rows(stored, stored.shape[0] - extra, stored.shape[0])),
+                        stored.dtype,
+                        (extra, *stored.shape[1:]),
+                    ),
+                ]
+            )
+            if extra
+            else tensor
+        )
 
     def empty(self, layer: int) -> None:
         """Give a layer's memory back."""
@@ -167,7 +243,9 @@ class Shell:
         for module in self.layers[layer].modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not parameter.is_meta:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                    module._parameters[name] = torch.nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
         _trim()
 
 
@@ -178,17 +256,30 @@ def _trim() -> None:
 
 
 def _build(transformers: Any, source: Checkpoint, given: dict[str, Any]) -> Any:
-    """The class of the checkpoint, with parameters on the meta device and real buffers (rotary tables are computed, not stored)."""
+    """The class of the checkpoint, with parameters on the meta device and real buffers (rotary
+    tables are computed, not stored).
+    """
     import torch
     from accelerate import init_empty_weights
 
     raw = {k: v for k, v in given.items() if k not in _RAGGED}
     if raw.get("quantization_config"):
-        raise MoetoolError("the checkpoint is quantized", file=f"{source.folder}/config.json", found="quantization_config", expected="float weights", hint="text goes through float weights for now: dequantize it first")
+        raise MoetoolError(
+            "the checkpoint is quantized",
+            file=f"{source.folder}/config.json",
+            found="quantization_config",
+            expected="float weights",
+            hint="text goes through float weights for now: dequantize it first",
+        )
     try:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     except KeyError:
-        raise MoetoolError(f"transformers does not know {raw.get('model_type')!r}", file=f"{source.folder}/config.json", expected="a model type of the installed transformers", hint="upgrade transformers; custom code is not run") from None
+        raise MoetoolError(
+            f"transformers does not know {raw.get('model_type')!r}",
+            file=f"{source.folder}/config.json",
+            expected="a model type of the installed transformers",
+            hint="upgrade transformers; custom code is not run",
+        ) from None
     name = (raw.get("architectures") or [""])[0]
     cls = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
     config.use_cache = False

@@ -1,4 +1,6 @@
-"""Documents -> token ids -> batches of one length each. Right padding is exact in a causal model and never counted."""
+"""Documents -> token ids -> batches of one length each. Right padding is exact in a causal model
+and never counted.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """What goes through the model. `notes` are for the user; `digest` names the token ids themselves."""
+    """What goes through the model. `notes` are for the user; `digest` names the token ids
+    themselves.
+    """
 
     batches: tuple[Batch, ...] = field(repr=False)
     files: tuple[str, ...]
@@ -51,8 +55,9 @@ class Batches:
 
 @dataclass(frozen=True)
 class Cut:
-    """How text becomes sequences. `pack`: documents joined (an end-of-text token between them where the tokenizer has one) and cut into
-    whole sequences; otherwise each document is one sequence, cut off at seq_len. `shuffle`: documents in an order drawn from `seed`.
+    """How text becomes sequences. `pack`: documents joined (an end-of-text token between them
+    where the tokenizer has one) and cut into whole sequences; otherwise each document is one
+    sequence, cut off at seq_len. `shuffle`: documents in an order drawn from `seed`.
     """
 
     tokens: int = 262_144
@@ -63,15 +68,21 @@ class Cut:
     batch_tokens: int = 4096
 
 
-def make(corpora: Sequence[Corpus], model: str | Path, cut: Cut, *, vocab: int, longest: int | None) -> Batches:
-    """Tokenise with the model's own tokenizer and cut. `longest`: positions the model has; a longer seq_len is lowered, and said.
+def make(
+    corpora: Sequence[Corpus], model: str | Path, cut: Cut, *, vocab: int, longest: int | None
+) -> Batches:
+    """Tokenise with the model's own tokenizer and cut. `longest`: positions the model has; a
+    longer seq_len is lowered, and said.
 
-    Raises MoetoolError when there is no tokenizer for text, an id is outside the vocabulary, or nothing remains.
+    Raises MoetoolError when there is no tokenizer for text, an id is outside the vocabulary, or
+    nothing remains.
     """
     notes = []
     seq_len = cut.seq_len
     if longest and seq_len > longest:
-        notes.append(f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used")
+        notes.append(
+            f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used"
+        )
         seq_len = longest
     words = _Words(Path(model))
     batches: list[Batch] = []
@@ -81,18 +92,39 @@ def make(corpora: Sequence[Corpus], model: str | Path, cut: Cut, *, vocab: int, 
         rows = list(_sequences(corpus, words, cut, seq_len, wanted))
         for row in rows:
             if int(row.max()) >= vocab:
-                raise MoetoolError("a token id is outside the model's vocabulary", file=corpus.name, expected=f"below {vocab}", found=int(row.max()), hint="the ids were made with another tokenizer")
+                raise MoetoolError(
+                    "a token id is outside the model's vocabulary",
+                    file=corpus.name,
+                    expected=f"below {vocab}",
+                    found=int(row.max()),
+                    hint="the ids were made with another tokenizer",
+                )
             seal.update(number.to_bytes(4, "little") + row.astype("<i4").tobytes())
         counts.append(sum(len(r) for r in rows))
         if counts[-1] < 0.9 * wanted:
             notes.append(f"{corpus.name} gave {counts[-1]:,} of the {wanted:,} tokens wanted")
         batches += _group(rows, number, max(1, cut.batch_tokens // seq_len))
     if not sum(counts):
-        raise MoetoolError("the text gave no tokens", file=", ".join(c.name for c in corpora), expected="at least two tokens", found=0, hint="give more text")
-    return Batches(tuple(batches), tuple(c.name for c in corpora), tuple(counts), seq_len, seal.hexdigest(), tuple(notes))
+        raise MoetoolError(
+            "the text gave no tokens",
+            file=", ".join(c.name for c in corpora),
+            expected="at least two tokens",
+            found=0,
+            hint="give more text",
+        )
+    return Batches(
+        tuple(batches),
+        tuple(c.name for c in corpora),
+        tuple(counts),
+        seq_len,
+        seal.hexdigest(),
+        tuple(notes),
+    )
 
 
-def _sequences(corpus: Corpus, words: _Words, cut: Cut, seq_len: int, wanted: int) -> Iterator[np.ndarray]:
+def _sequences(
+    corpus: Corpus, words: _Words, cut: Cut, seq_len: int, wanted: int
+) -> Iterator[np.ndarray]:
     documents: Sequence[Document] = corpus.documents
     if cut.shuffle:
         documents = [documents[i] for i in draw.permutation(len(documents), cut.seed, "documents")]
@@ -124,7 +156,9 @@ def _group(rows: list[np.ndarray], file: int, size: int) -> Iterator[Batch]:
     for start in range(0, len(ordered), size):
         part = ordered[start : start + size]
         length = len(part[0])
-        ids = np.stack([np.concatenate([r, np.full(length - len(r), r[-1])]) for r in part]).astype(np.int64)
+        ids = np.stack([np.concatenate([r, np.full(length - len(r), r[-1])]) for r in part]).astype(
+            np.int64
+        )
         yield Batch(ids, np.array([len(r) for r in part], np.int64), file)
 
 
@@ -142,8 +176,17 @@ class _Words:
         tokenizer = self._load(document)
         if document.messages is not None:
             if not getattr(tokenizer, "chat_template", None):
-                raise MoetoolError("the text is a chat, but the model's tokenizer has no chat template", file=document.where, hint="give plain text, or a model with a chat template")
-            return np.array(tokenizer.apply_chat_template(list(document.messages), tokenize=True, return_dict=True)["input_ids"], np.int64)
+                raise MoetoolError(
+                    "the text is a chat, but the model's tokenizer has no chat template",
+                    file=document.where,
+                    hint="give plain text, or a model with a chat template",
+                )
+            return np.array(
+                tokenizer.apply_chat_template(
+                    list(document.messages), tokenize=True, return_dict=True
+                )["input_ids"],
+                np.int64,
+            )
         return np.array(tokenizer(document.text, verbose=False)["input_ids"], np.int64)
 
     def _load(self, document: Document) -> Any:
@@ -152,9 +195,16 @@ class _Words:
 
             transformers = quiet()
             try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    self._folder, local_files_only=True
+                )
             except (OSError, ValueError, KeyError, TypeError) as problem:
-                raise MoetoolError(f"the model has no tokenizer that loads: {str(problem).strip().splitlines()[0][:200]}", file=self._folder, expected="tokenizer.json beside the weights", hint='copy it from the original model, or give token ids: {"input_ids": [...]} a line') from None
+                raise MoetoolError(
+                    f"the model has no tokenizer that loads: {str(problem).strip().splitlines()[0][:200]}",
+                    file=self._folder,
+                    expected="tokenizer.json beside the weights",
+                    hint='copy it from the original model, or give token ids: {"input_ids": [...]} a line',
+                ) from None
             ends = self._tokenizer.eos_token_id
             self.between = np.array([ends] if isinstance(ends, int) else [], np.int64)
         return self._tokenizer

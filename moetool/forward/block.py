@@ -1,4 +1,6 @@
-"""One MoE block in memory, read through the layout: router, experts and shared expert, for the kernels of kernels/moe.py."""
+"""One MoE block in memory, read through the layout: router, experts and shared expert, for the
+kernels of kernels/moe.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """A MoE block: router [experts + identity, hidden] and bias in float32, experts as stored or widened, the shared expert in float32."""
+    """A MoE block: router [experts + identity, hidden] and bias in float32, experts as stored or
+    widened, the shared expert in float32.
+    """
 
     router: Tensor
     bias: Tensor | None
@@ -33,7 +37,9 @@ class Block:
         """x [tokens, hidden] -> where they go."""
         return moe.select(x, self.router, self.law, self.bias)
 
-    def routed(self, x: Tensor, routing: moe.Routing, look: Callable[[moe.Seen], None] | None = None) -> Tensor:
+    def routed(
+        self, x: Tensor, routing: moe.Routing, look: Callable[[moe.Seen], None] | None = None
+    ) -> Tensor:
         """The routed experts' output [tokens, hidden]."""
         return moe.mix(x, routing, self.experts, self.law, look)
 
@@ -41,39 +47,75 @@ class Block:
         """The shared expert's output, if there is one."""
         if "down" not in self.shared:
             return None
-        made = moe.ffn(x, self.shared["gate"], self.shared["up"], self.shared["down"], self.experts.act)
-        return made * torch.sigmoid(x @ self.shared["switch"].T) if "switch" in self.shared else made
+        made = moe.ffn(
+            x, self.shared["gate"], self.shared["up"], self.shared["down"], self.experts.act
+        )
+        return (
+            made * torch.sigmoid(x @ self.shared["switch"].T) if "switch" in self.shared else made
+        )
 
     def with_experts(self, keep: list[int]) -> Block:
         """The block with only these experts, in this order; identity experts stay last."""
         e = self.experts
         order = torch.tensor(keep, device=self.router.device)
-        with_identity = torch.cat([order, torch.arange(e.count, e.count + self.identity, device=order.device)])
+        with_identity = torch.cat(
+            [order, torch.arange(e.count, e.count + self.identity, device=order.device)]
+        )
         law = replace(self.law, top_k=min(self.law.top_k, len(with_identity)))
         pick = lambda t: None if t is None else t[order]  # noqa: E731
-        chosen = replace(e, gate_up=e.gate_up[order], down=e.down[order], gate_up_bias=pick(e.gate_up_bias), down_bias=pick(e.down_bias))
+        chosen = replace(
+            e,
+            gate_up=e.gate_up[order],
+            down=e.down[order],
+            gate_up_bias=pick(e.gate_up_bias),
+            down_bias=pick(e.down_bias),
+        )
         bias = None if self.bias is None else self.bias[with_identity]
         return replace(self, router=self.router[with_identity], bias=bias, experts=chosen, law=law)
 
 
-def read(mixture: Mixture, layer: int, *, device: str = "cpu", widen: bool = True, only: int | None = None) -> Block:
-    """Read a layer's block, or its first `only` experts. With `widen` the experts are held in float32 (faster), else as stored (half the memory).
+def read(
+    mixture: Mixture,
+    layer: int,
+    *,
+    device: str = "cpu",
+    widen: bool = True,
+    only: int | None = None,
+) -> Block:
+    """Read a layer's block, or its first `only` experts. With `widen` the experts are held in
+    float32 (faster), else as stored (half the memory).
 
     Raises MoetoolError for quantized experts and for families whose experts are no gated FFNs.
     """
     if not mixture.plain:
-        raise MoetoolError(f"the experts of {mixture.layout.model_type} here cannot be computed with", file=mixture.source.folder, expected="gate, up and down in floating point", found=sorted({c.role for c in mixture.counted.values() if c.kind == "expert"})[:6], hint="methods that need no text work: --method router-distance or random")
+        raise MoetoolError(
+            f"the experts of {mixture.layout.model_type} here cannot be computed with",
+            file=mixture.source.folder,
+            expected="gate, up and down in floating point",
+            found=sorted({c.role for c in mixture.counted.values() if c.kind == "expert"})[:6],
+            hint="methods that need no text work: --method router-distance or random",
+        )
     router = mixture.side(layer, "router")
     if router is None:
-        raise MoetoolError("a MoE layer has no router", file=mixture.source.folder, tensor=f"layer {layer}", hint="the checkpoint is incomplete: download it again")
+        raise MoetoolError(
+            "a MoE layer has no router",
+            file=mixture.source.folder,
+            tensor=f"layer {layer}",
+            hint="the checkpoint is incomplete: download it again",
+        )
     bias = mixture.side(layer, "router.bias")
     act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
     kept = list(range(min(only or count, count))) + list(range(count, count + mixture.identity))
     return Block(
-        router=_whole(mixture.source, router.stored, device)[kept], bias=None if bias is None else _whole(mixture.source, bias.stored, device).reshape(-1)[kept],
-        experts=_experts(mixture, layer, min(only or count, count), act, device, widen), law=moe.Law(**mixture.law()),
-        shared={r: _whole(mixture.source, s, device) for r, s in mixture.shared(layer).items()}, identity=mixture.identity,
-    )  # fmt: skip
+        router=_whole(mixture.source, router.stored, device)[kept],
+        bias=None
+        if bias is None
+        else _whole(mixture.source, bias.stored, device).reshape(-1)[kept],
+        experts=_experts(mixture, layer, min(only or count, count), act, device, widen),
+        law=moe.Law(**mixture.law()),
+        shared={r: _whole(mixture.source, s, device) for r, s in mixture.shared(layer).items()},
+        identity=mixture.identity,
+    )
 
 
 def _whole(source: Checkpoint, stored: Stored, device: str) -> Tensor:
@@ -82,24 +124,42 @@ def _whole(source: Checkpoint, stored: Stored, device: str) -> Tensor:
     return made
 
 
-def _experts(mixture: Mixture, layer: int, count: int, act: Any, device: str, widen: bool) -> moe.Experts:
+def _experts(
+    mixture: Mixture, layer: int, count: int, act: Any, device: str, widen: bool
+) -> moe.Experts:
     """The first `count` experts of a layer, one read at a time into the stack."""
     lie = mixture.orientation(layer)
     stack: dict[str, Tensor] = {}
     for expert in range(count):
         pieces = mixture.pieces(layer, expert)
-        parts = form.canonical({r: _part(mixture, p, device) for r, p in pieces.items()}, transposed=lie["transposed"], interleaved=lie["interleaved"])
+        parts = form.canonical(
+            {r: _part(mixture, p, device) for r, p in pieces.items()},
+            transposed=lie["transposed"],
+            interleaved=lie["interleaved"],
+        )
         for name, tensor in parts.items():
             if name not in stack:
-                stack[name] = torch.empty((count, *tensor.shape), dtype=torch.float32 if widen else tensor.dtype, device=device)
+                stack[name] = torch.empty(
+                    (count, *tensor.shape),
+                    dtype=torch.float32 if widen else tensor.dtype,
+                    device=device,
+                )
             stack[name][expert].copy_(tensor)
-    return moe.Experts(stack["gate_up"], stack["down"], act, stack.get("gate_up_bias"), stack.get("down_bias"))
+    return moe.Experts(
+        stack["gate_up"], stack["down"], act, stack.get("gate_up_bias"), stack.get("down_bias")
+    )
 
 
 def _part(mixture: Mixture, piece: Piece, device: str) -> Tensor:
-    factors = mixture.source.parts.get(piece.name) if isinstance(mixture.source, Factored) and mixture.source.parts else None
+    factors = (
+        mixture.source.parts.get(piece.name)
+        if isinstance(mixture.source, Factored) and mixture.source.parts
+        else None
+    )
     if factors:
         base, u, v = (_whole(mixture.source, f, device) for f in factors)
         return base + u @ v
-    made: Tensor = codec.decode(mixture.source.read(piece), mixture.source.tensor(piece.name).dtype, piece.shape, device)
+    made: Tensor = codec.decode(
+        mixture.source.read(piece), mixture.source.tensor(piece.name).dtype, piece.shape, device
+    )
     return made

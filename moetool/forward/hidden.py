@@ -1,6 +1,8 @@
-"""Hidden states between two layers: in memory while they fit, beyond that in a file; kept on disk after each layer for resuming.
+"""Hidden states between two layers: in memory while they fit, beyond that in a file; kept on disk
+after each layer for resuming.
 
-The file is read and written at its offsets, not mapped: mapped pages would count against the memory promise.
+The file is read and written at its offsets, not mapped: mapped pages would count against the
+memory promise.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from moetool.forward.batches import Batch
 
 
 class Hidden:
-    """float32 [tokens incl. padding, hidden] of all batches, one after another. `folder` None: memory only, nothing to resume from."""
+    """float32 [tokens incl. padding, hidden] of all batches, one after another. `folder` None:
+    memory only, nothing to resume from.
+    """
 
-    def __init__(self, batches: Sequence[Batch], width: int, *, folder: Path | None, spill: bool) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], width: int, *, folder: Path | None, spill: bool
+    ) -> None:
         sizes = [b.ids.size for b in batches]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.shape = (int(self.starts[-1]), width)
@@ -30,7 +36,9 @@ class Hidden:
         self._read = self._write = -1  # descriptors of the spilled input and output
 
     def resume(self) -> int:
-        """Take up the input of the latest layer that an earlier run left; returns that layer (0: nothing there)."""
+        """Take up the input of the latest layer that an earlier run left; returns that layer (0:
+        nothing there).
+        """
         found = sorted(self.folder.glob("hidden-*.bin")) if self.folder else []
         whole = [f for f in found if f.stat().st_size == 4 * self.shape[0] * self.shape[1]]
         for stale in [*found, *(self.folder.glob("hidden-*.tmp") if self.folder else [])]:
@@ -50,7 +58,11 @@ class Hidden:
         if self.spill:
             assert self.folder is not None
             self._close_write()
-            self._write = os.open(self.folder / f"hidden-{self.layer + 1:05d}.tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._write = os.open(
+                self.folder / f"hidden-{self.layer + 1:05d}.tmp",
+                os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+                0o666,
+            )
             os.ftruncate(self._write, 4 * self.shape[0] * self.shape[1])
         elif self._now is None:
             self._now = np.empty(self.shape, np.float32)
@@ -66,18 +78,26 @@ class Hidden:
         if self._now is not None:
             return self._now[start:stop]
         wide = 4 * self.shape[1]
-        return np.frombuffer(os.pread(self._read, (stop - start) * wide, start * wide), np.float32).reshape(-1, self.shape[1])
+        return np.frombuffer(
+            os.pread(self._read, (stop - start) * wide, start * wide), np.float32
+        ).reshape(-1, self.shape[1])
 
     def write(self, number: int, rows: np.ndarray) -> None:
         """A batch's rows for the next layer."""
         start, stop = (int(n) for n in self.starts[number : number + 2])
         if self.spill:
-            os.pwrite(self._write, np.ascontiguousarray(rows, np.float32).data.cast("B"), 4 * start * self.shape[1])
+            os.pwrite(
+                self._write,
+                np.ascontiguousarray(rows, np.float32).data.cast("B"),
+                4 * start * self.shape[1],
+            )
         elif self._now is not None:
             self._now[start:stop] = rows
 
     def end(self, *, keep: bool) -> None:
-        """The layer is through. `keep`: leave its output on disk so that a later run can go on from here."""
+        """The layer is through. `keep`: leave its output on disk so that a later run can go on
+        from here.
+        """
         before, self.layer = self.layer, self.layer + 1
         if self.folder is None:
             return

@@ -1,4 +1,6 @@
-"""Make a profile: the walk with a `Profiler` looking on, into a folder that can be taken up again after each layer."""
+"""Make a profile: the walk with a `Profiler` looking on, into a folder that can be taken up again
+after each layer.
+"""
 
 from __future__ import annotations
 
@@ -37,42 +39,104 @@ class Calibration:
         at = home(source.config)
         words = at.layout.text(at.config)
         longest = words.get("max_position_embeddings")
-        return batching.make(text.read(self.specs, field=self.field), source.folder, self.cut, vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31), longest=longest if isinstance(longest, int) else None)
+        return batching.make(
+            text.read(self.specs, field=self.field),
+            source.folder,
+            self.cut,
+            vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31),
+            longest=longest if isinstance(longest, int) else None,
+        )
 
 
 def digest(source: Checkpoint, batches: batching.Batches, wanted: Wanted, extra: str = "") -> str:
-    """Names everything that decides the numbers of a walk; a work folder with another digest is not taken up."""
-    body = json.dumps([SCHEMA, source.fingerprint(), source.config, batches.digest, batches.seq_len, asdict(wanted), extra], sort_keys=True)
+    """Names everything that decides the numbers of a walk; a work folder with another digest is
+    not taken up.
+    """
+    body = json.dumps(
+        [
+            SCHEMA,
+            source.fingerprint(),
+            source.config,
+            batches.digest,
+            batches.seq_len,
+            asdict(wanted),
+            extra,
+        ],
+        sort_keys=True,
+    )
     return hashlib.sha256(body.encode()).hexdigest()
 
 
 def claim(folder: Path, seal: str) -> None:
-    """Make `folder` the work folder of the walk with this digest: what another walk left there is removed."""
+    """Make `folder` the work folder of the walk with this digest: what another walk left there is
+    removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "walk.json"
     if not mark.exists() or mark.read_text() != seal:
-        for left in [*folder.glob("hidden-*"), *folder.glob("layer-*"), *folder.glob("solved-*"), *folder.glob("decision-*"), *folder.glob("done.json"), *folder.glob("profile.json")]:
+        for left in [
+            *folder.glob("hidden-*"),
+            *folder.glob("layer-*"),
+            *folder.glob("solved-*"),
+            *folder.glob("decision-*"),
+            *folder.glob("done.json"),
+            *folder.glob("profile.json"),
+        ]:
             left.unlink()
         temporary = folder / "walk.json.tmp"
         temporary.write_text(seal)
         os.replace(temporary, mark)
 
 
-def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, wanted: Wanted, *, replace: bool = False, buffers: int = 0, memory: int | None = None, device: str = "cpu", tell: Tell = lambda *a: None, stop: threading.Event | None = None) -> Profile:
-    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are kept. Returns the finished profile.
+def make(
+    source: Checkpoint,
+    name: str,
+    folder: Path,
+    calibration: Calibration,
+    wanted: Wanted,
+    *,
+    replace: bool = False,
+    buffers: int = 0,
+    memory: int | None = None,
+    device: str = "cpu",
+    tell: Tell = lambda *a: None,
+    stop: threading.Event | None = None,
+) -> Profile:
+    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are
+    kept. Returns the finished profile.
 
-    A finished profile of something else is refused, unless `replace` (a work folder). `buffers`: bytes that whoever decides on it will hold beside a layer; part of the promise.
+    A finished profile of something else is refused, unless `replace` (a work folder). `buffers`:
+    bytes that whoever decides on it will hold beside a layer; part of the promise.
     """
     begun = time.perf_counter()
     mixture = Mixture.of(source)
     batches = calibration.read(source)  # bad text is said before anything heavy is imported
-    wanted = Wanted(len(batches.files), min(wanted.sample, batches.total), wanted.dense, wanted.covariance)
+    wanted = Wanted(
+        len(batches.files), min(wanted.sample, batches.total), wanted.dense, wanted.covariance
+    )
     seal = digest(source, batches, wanted)
-    strangers = [p.name for p in folder.iterdir() if p.suffix != ".tmp"] if folder.exists() and not (folder / "walk.json").exists() else []
+    strangers = (
+        [p.name for p in folder.iterdir() if p.suffix != ".tmp"]
+        if folder.exists() and not (folder / "walk.json").exists()
+        else []
+    )
     if strangers:
-        raise MoetoolError("the folder for the statistics is not empty", file=folder, found=strangers[0], hint="choose another folder")
-    if (folder / "profile.json").exists() and not replace and (folder / "walk.json").read_text() != seal:
-        raise MoetoolError("the folder holds the statistics of another model, text or setting", file=folder, hint="choose another folder, or remove this one")
+        raise MoetoolError(
+            "the folder for the statistics is not empty",
+            file=folder,
+            found=strangers[0],
+            hint="choose another folder",
+        )
+    if (
+        (folder / "profile.json").exists()
+        and not replace
+        and (folder / "walk.json").read_text() != seal
+    ):
+        raise MoetoolError(
+            "the folder holds the statistics of another model, text or setting",
+            file=folder,
+            hint="choose another folder, or remove this one",
+        )
     claim(folder, seal)
     if (folder / "profile.json").exists():
         return Profile.open(folder)
@@ -80,10 +144,24 @@ def make(source: Checkpoint, name: str, folder: Path, calibration: Calibration, 
 
     profiler = Profiler(wanted, folder)
     hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), _width(mixture)
-    walk = Walk(source, batches, Budget(memory, folder, device), extra=wanted.memory(mixture.experts, hidden, width) + buffers, tell=tell, stop=stop, name="profile")
+    walk = Walk(
+        source,
+        batches,
+        Budget(memory, folder, device),
+        extra=wanted.memory(mixture.experts, hidden, width) + buffers,
+        tell=tell,
+        stop=stop,
+        name="profile",
+    )
     walk.run(profiler)
-    facts = describe(source, name, mixture, batches, wanted, calibration) | {"peak_memory": walk.peak, "seconds": round(time.perf_counter() - begun, 3)}
-    facts["warnings"] = [*batches.notes, *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n))]
+    facts = describe(source, name, mixture, batches, wanted, calibration) | {
+        "peak_memory": walk.peak,
+        "seconds": round(time.perf_counter() - begun, 3),
+    }
+    facts["warnings"] = [
+        *batches.notes,
+        *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n)),
+    ]
     temporary = folder / "profile.json.tmp"
     temporary.write_text(json.dumps(facts, indent=1) + "\n")
     os.replace(temporary, folder / "profile.json")
@@ -97,14 +175,33 @@ def _width(mixture: Mixture) -> int:
     return down.count // int(hidden)
 
 
-def describe(source: Checkpoint, name: str, mixture: Mixture, batches: batching.Batches, wanted: Wanted, calibration: Calibration) -> dict[str, Any]:
+def describe(
+    source: Checkpoint,
+    name: str,
+    mixture: Mixture,
+    batches: batching.Batches,
+    wanted: Wanted,
+    calibration: Calibration,
+) -> dict[str, Any]:
     """profile.json, without what only a finished walk knows."""
     files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
     return {
-        "schema": SCHEMA, "model": {"name": name, "family": mixture.layout.model_type, "files": source.fingerprint()}, "layers": list(mixture.layers), "experts": mixture.experts,
-        "top_k": mixture.top_k, "tokens": batches.total, "files": files, "data_sha256": batches.digest, "seq_len": batches.seq_len, "pack": calibration.cut.pack, "shuffle": calibration.cut.shuffle,
-        "seed": calibration.cut.seed, "sample": wanted.sample, "dense": wanted.dense, "covariance": wanted.covariance,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "model": {"name": name, "family": mixture.layout.model_type, "files": source.fingerprint()},
+        "layers": list(mixture.layers),
+        "experts": mixture.experts,
+        "top_k": mixture.top_k,
+        "tokens": batches.total,
+        "files": files,
+        "data_sha256": batches.digest,
+        "seq_len": batches.seq_len,
+        "pack": calibration.cut.pack,
+        "shuffle": calibration.cut.shuffle,
+        "seed": calibration.cut.seed,
+        "sample": wanted.sample,
+        "dense": wanted.dense,
+        "covariance": wanted.covariance,
+    }
 
 
 def few_tokens(mixture: Mixture, layer: Callable[[int], LayerStats], least: int = FEW) -> list[str]:
@@ -116,11 +213,15 @@ def few_tokens(mixture: Mixture, layer: Callable[[int], LayerStats], least: int 
     if not found:
         return []
     number, expert, count = min(found, key=lambda f: f[2])
-    return [f"{len(found)} experts saw fewer than {least} tokens (layer {number}, expert {expert}: {count}): give more text, or text of the kind they are for"]
+    return [
+        f"{len(found)} experts saw fewer than {least} tokens (layer {number}, expert {expert}: {count}): give more text, or text of the kind they are for"
+    ]
 
 
 def domains(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each file: its share of tokens, and how far its use of experts is from the mix's (total variation, mean over layers; 0 same, 1 disjoint)."""
+    """For each file: its share of tokens, and how far its use of experts is from the mix's (total
+    variation, mean over layers; 0 same, 1 disjoint).
+    """
     apart = [0.0] * len(names)
     layers = profile.facts["layers"]
     for number in layers:
@@ -129,4 +230,7 @@ def domains(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
         for i, row in enumerate(count):
             apart[i] += 0.5 * float(abs(row / max(1.0, row.sum()) - mix).sum()) / len(layers)
     total = max(1, profile.facts["tokens"])
-    return [{"file": n, "share": f["tokens"] / total, "apart": a} for n, f, a in zip(names, profile.facts["files"], apart, strict=True)]
+    return [
+        {"file": n, "share": f["tokens"] / total, "apart": a}
+        for n, f, a in zip(names, profile.facts["files"], apart, strict=True)
+    ]

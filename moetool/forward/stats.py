@@ -1,8 +1,10 @@
-"""What a walk sees of a layer's experts, in float64 sums: small enough to keep, enough for every method.
+"""What a walk sees of a layer's experts, in float64 sums: small enough to keep, enough for every
+method.
 
-`Profiler` is the onlooker; it leaves one safetensors file a layer, so a profile can be taken up again where it stopped, and `Profile` reads
-them. Sources of the statistics: REAP arXiv 2510.13999, EASY-EP arXiv 2504.06792, HC-SMoE arXiv 2410.08589, MoNE arXiv 2507.00390,
-super experts arXiv 2507.23279, STUN arXiv 2409.06211, Wanda arXiv 2306.11695.
+`Profiler` is the onlooker; it leaves one safetensors file a layer, so a profile can be taken up
+again where it stopped, and `Profile` reads them. Sources of the statistics: REAP arXiv 2510.13999,
+EASY-EP arXiv 2504.06792, HC-SMoE arXiv 2410.08589, MoNE arXiv 2507.00390, super experts arXiv
+2507.23279, STUN arXiv 2409.06211, Wanda arXiv 2306.11695.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ DENSE_BYTES = 128 << 20  # of expert outputs held at once while all experts run 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How much to keep. `sample`: tokens of a layer whose block inputs are kept (0: none); `dense`: run all experts on them."""
+    """How much to keep. `sample`: tokens of a layer whose block inputs are kept (0: none);
+    `dense`: run all experts on them.
+    """
 
     files: int = 1
     sample: int = 0
@@ -39,19 +43,27 @@ class Wanted:
         """Bytes held for a layer."""
         sums = 8 * experts * (4 * hidden + 2 * width + 3 * experts + 8 * self.files)
         extra = 4 * self.sample * hidden * 2 + (2 * DENSE_BYTES if self.dense else 0)
-        return sums + extra + (8 * (hidden * hidden + experts * width * width) if self.covariance else 0)
+        return (
+            sums
+            + extra
+            + (8 * (hidden * hidden + experts * width * width) if self.covariance else 0)
+        )
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's statistics as numpy arrays; E experts (identity experts, where there are any, come last in `count`, `gate`, `prob`).
+    """One layer's statistics as numpy arrays; E experts (identity experts, where there are any,
+    come last in `count`, `gate`, `prob`).
 
-    count, gate, reap [files, E]: tokens routed, sum of gate weights, sum of gate * |output|. prob [E]: sum of router scores over all tokens.
-    norm, norm2 [E]: sums of |output| and |output|^2. out_sum, out_sq [E, hidden]: sums of outputs and their squares.
-    max_in, max_out [E]: largest |input of down_proj| and |output|. easy [E]: sum of gate * |output| * (1 - cos(stream before, after)).
-    in_sq [E, hidden], mid_sq [E, width]: sums of squared inputs of gate/up and of down. together [E, E]: tokens that chose both.
-    With `dense`: cosine, gram [E, E] and mean [E, hidden] over `sampled` tokens. With `sample`: x [sampled, hidden].
-    With `covariance`: in_cov [hidden, hidden], mid_cov [E, width, width] (sums of outer products over routed tokens, gate-weighted squared).
+    count, gate, reap [files, E]: tokens routed, sum of gate weights, sum of gate * |output|. prob
+    [E]: sum of router scores over all tokens. norm, norm2 [E]: sums of |output| and |output|^2.
+    out_sum, out_sq [E, hidden]: sums of outputs and their squares. max_in, max_out [E]: largest
+    |input of down_proj| and |output|. easy [E]: sum of gate * |output| * (1 - cos(stream before,
+    after)). in_sq [E, hidden], mid_sq [E, width]: sums of squared inputs of gate/up and of down.
+    together [E, E]: tokens that chose both. With `dense`: cosine, gram [E, E] and mean [E, hidden]
+    over `sampled` tokens. With `sample`: x [sampled, hidden]. With `covariance`: in_cov [hidden,
+    hidden], mid_cov [E, width, width] (sums of outer products over routed tokens, gate-weighted
+    squared).
     """
 
     layer: int
@@ -64,7 +76,12 @@ class LayerStats:
             return arrays[name]  # type: ignore[no-any-return]
         if name.startswith("__"):
             raise AttributeError(name)
-        raise MoetoolError(f"the statistics do not hold {name!r}", tensor=f"layer {self.layer}", found=", ".join(sorted(arrays)), hint="make them again with `moetool profile` and the options that the method names (--covariance, --sample)")
+        raise MoetoolError(
+            f"the statistics do not hold {name!r}",
+            tensor=f"layer {self.layer}",
+            found=", ".join(sorted(arrays)),
+            hint="make them again with `moetool profile` and the options that the method names (--covariance, --sample)",
+        )
 
     def has(self, name: str) -> bool:
         """Whether a statistic was kept."""
@@ -79,13 +96,25 @@ class LayerStats:
         value = self.arrays[name]
         value = value.sum(0) if name in ("gate", "reap") else value
         seen = self.total("count")[: len(value)]
-        return np.divide(value, seen.reshape(-1, *[1] * (value.ndim - 1)), out=np.zeros(value.shape), where=seen.reshape(-1, *[1] * (value.ndim - 1)) > 0)
+        return np.divide(
+            value,
+            seen.reshape(-1, *[1] * (value.ndim - 1)),
+            out=np.zeros(value.shape),
+            where=seen.reshape(-1, *[1] * (value.ndim - 1)) > 0,
+        )
 
 
 class Profiler:
-    """Looks at every MoE layer and keeps `LayerStats`; with a folder, one file a layer, else in `layers`."""
+    """Looks at every MoE layer and keeps `LayerStats`; with a folder, one file a layer, else in
+    `layers`.
+    """
 
-    def __init__(self, wanted: Wanted, folder: Path | None = None, done: Callable[[LayerStats], None] | None = None) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        folder: Path | None = None,
+        done: Callable[[LayerStats], None] | None = None,
+    ) -> None:
         self.wanted, self.folder, self.done = wanted, folder, done
         self.layers: dict[int, LayerStats] = {}
 
@@ -96,10 +125,21 @@ class Profiler:
         self._layer, self._block, self._expected, self._seen = layer, block, tokens, 0
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         self._sums: dict[str, Tensor] = {
-            "count": zeros(files, everyone), "gate": zeros(files, everyone), "reap": zeros(files, e), "prob": zeros(everyone), "norm": zeros(e), "norm2": zeros(e),
-            "out_sum": zeros(e, hidden), "out_sq": zeros(e, hidden), "max_in": zeros(e), "max_out": zeros(e), "easy": zeros(e), "in_sq": zeros(e, hidden), "mid_sq": zeros(e, width),
+            "count": zeros(files, everyone),
+            "gate": zeros(files, everyone),
+            "reap": zeros(files, e),
+            "prob": zeros(everyone),
+            "norm": zeros(e),
+            "norm2": zeros(e),
+            "out_sum": zeros(e, hidden),
+            "out_sq": zeros(e, hidden),
+            "max_in": zeros(e),
+            "max_out": zeros(e),
+            "easy": zeros(e),
+            "in_sq": zeros(e, hidden),
+            "mid_sq": zeros(e, width),
             "together": zeros(everyone, everyone),
-        }  # fmt: skip
+        }
         if self.wanted.covariance:
             self._sums |= {"in_cov": zeros(hidden, hidden), "mid_cov": zeros(e, width, width)}
         self._sample: list[Tensor] = []
@@ -110,7 +150,9 @@ class Profiler:
         everyone = sums["prob"].shape[0]
         flat = index.reshape(-1)
         sums["count"][file] += torch.bincount(flat, minlength=everyone).double().cpu()
-        sums["gate"][file] += torch.bincount(flat, routing.weight.reshape(-1).double(), minlength=everyone).cpu()
+        sums["gate"][file] += torch.bincount(
+            flat, routing.weight.reshape(-1).double(), minlength=everyone
+        ).cpu()
         sums["prob"] += routing.scores.sum(0, dtype=torch.float64).cpu()
         hot = torch.zeros(len(x), everyone, device=x.device).scatter_(1, index, 1.0)
         sums["together"] += (hot.T @ hot).double().cpu()
@@ -181,19 +223,27 @@ class Profiler:
 
 
 def dense(x: Tensor, block: Block) -> dict[str, np.ndarray]:
-    """All experts on all of x [tokens, hidden]: mean cosine and inner product of every pair of outputs [E, E], mean output [E, hidden]."""
+    """All experts on all of x [tokens, hidden]: mean cosine and inner product of every pair of
+    outputs [E, E], mean output [E, hidden].
+    """
     experts, hidden = block.experts.count, x.shape[1]
     cosine = torch.zeros(experts, experts, dtype=torch.float64)
     gram, mean = torch.zeros_like(cosine), torch.zeros(experts, hidden, dtype=torch.float64)
     step = max(1, DENSE_BYTES // (4 * experts * hidden))
     for start in range(0, len(x), step):
-        out = moe.every(x[start : start + step], block.experts).transpose(0, 1)  # [tokens, E, hidden]
+        out = moe.every(x[start : start + step], block.experts).transpose(
+            0, 1
+        )  # [tokens, E, hidden]
         inner = out @ out.transpose(1, 2)
         length = inner.diagonal(dim1=1, dim2=2).clamp_min(1e-30).sqrt()
         gram += inner.sum(0).double().cpu()
         cosine += (inner / (length[:, :, None] * length[:, None, :])).sum(0).double().cpu()
         mean += out.sum(0).double().cpu()
-    return {"cosine": (cosine / len(x)).numpy(), "gram": (gram / len(x)).numpy(), "mean": (mean / len(x)).numpy()}
+    return {
+        "cosine": (cosine / len(x)).numpy(),
+        "gram": (gram / len(x)).numpy(),
+        "mean": (mean / len(x)).numpy(),
+    }
 
 
 def save(folder: Path, stats: LayerStats) -> None:
@@ -202,12 +252,21 @@ def save(folder: Path, stats: LayerStats) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"layer-{stats.layer:05d}.safetensors"
-    save_file({f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v)) for k, v in stats.arrays.items()}, name.with_suffix(".tmp"), metadata={"tokens": str(stats.tokens)})
+    save_file(
+        {
+            f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v))
+            for k, v in stats.arrays.items()
+        },
+        name.with_suffix(".tmp"),
+        metadata={"tokens": str(stats.tokens)},
+    )
     os.replace(name.with_suffix(".tmp"), name)
 
 
 def _shipped(name: str, value: np.ndarray) -> np.ndarray:
-    """As it is kept on disk: the sample in float16, second moments (large) in float32, sums in float64."""
+    """As it is kept on disk: the sample in float16, second moments (large) in float32, sums in
+    float64.
+    """
     if name == "x":
         return np.clip(value, -65504, 65504).astype(np.float16)
     return value.astype(np.float32) if name in ("in_cov", "mid_cov") else value
@@ -225,20 +284,46 @@ class Profile:
         """Read profile.json; MoetoolError when the folder is none, or its profile was not finished."""
         folder = Path(path)
         if not (folder / "profile.json").is_file():
-            left = "an unfinished profile: run the same command again to finish it" if list(folder.glob("layer-*.safetensors")) else "make it with `moetool profile MOE DIR --calibrate FILE`"
-            raise MoetoolError("no statistics here", file=folder, expected="profile.json", found="nothing" if not folder.exists() else "a folder without it", hint=left)
+            left = (
+                "an unfinished profile: run the same command again to finish it"
+                if list(folder.glob("layer-*.safetensors"))
+                else "make it with `moetool profile MOE DIR --calibrate FILE`"
+            )
+            raise MoetoolError(
+                "no statistics here",
+                file=folder,
+                expected="profile.json",
+                found="nothing" if not folder.exists() else "a folder without it",
+                hint=left,
+            )
         try:
             facts = json.loads((folder / "profile.json").read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-            raise MoetoolError(f"profile.json is not readable: {problem}", file=folder / "profile.json", hint="make the profile again") from None
+            raise MoetoolError(
+                f"profile.json is not readable: {problem}",
+                file=folder / "profile.json",
+                hint="make the profile again",
+            ) from None
         if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
-            raise MoetoolError("these statistics are of another version", file=folder / "profile.json", expected=f"schema {SCHEMA}", found=facts.get("schema") if isinstance(facts, dict) else facts, hint="make the profile again")
+            raise MoetoolError(
+                "these statistics are of another version",
+                file=folder / "profile.json",
+                expected=f"schema {SCHEMA}",
+                found=facts.get("schema") if isinstance(facts, dict) else facts,
+                hint="make the profile again",
+            )
         return cls(folder, facts)
 
     def check_model(self, fingerprint: list[list[Any]], name: str) -> None:
         """Refuse statistics of another model."""
         if self.facts["model"]["files"] != fingerprint:
-            raise MoetoolError("these statistics are of another model", file=self.folder, expected=f"the headers of {name}", found=self.facts["model"]["name"], hint="give the profile of this model, or --calibrate")
+            raise MoetoolError(
+                "these statistics are of another model",
+                file=self.folder,
+                expected=f"the headers of {name}",
+                found=self.facts["model"]["name"],
+                hint="give the profile of this model, or --calibrate",
+            )
 
     def layer(self, number: int) -> LayerStats:
         """One layer's statistics."""
@@ -252,6 +337,14 @@ def load_layer(folder: Path, number: int) -> LayerStats:
     name = folder / f"layer-{number:05d}.safetensors"
     try:
         with safe_open(name, "np") as handle:
-            return LayerStats(number, int(handle.metadata()["tokens"]), {k.partition(".")[2]: handle.get_tensor(k) for k in handle.keys()})  # noqa: SIM118 - not a dict
+            return LayerStats(
+                number,
+                int(handle.metadata()["tokens"]),
+                {k.partition(".")[2]: handle.get_tensor(k) for k in handle.keys()},  # noqa: SIM118
+            )
     except (OSError, SafetensorError, KeyError, TypeError) as problem:
-        raise MoetoolError(f"the statistics of a layer are not readable: {problem}", file=name, hint="make the profile again") from None
+        raise MoetoolError(
+            f"the statistics of a layer are not readable: {problem}",
+            file=name,
+            hint="make the profile again",
+        ) from None

@@ -1,5 +1,5 @@
-"""Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard input, each with a share of the mix; `demo` is the
-embedded text.
+"""Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard
+input, each with a share of the mix; `demo` is the embedded text.
 
 Whatever is wrong with a file is said with its name and line. Nothing here needs torch.
 """
@@ -45,19 +45,36 @@ class Corpus:
 
 
 def read(specs: Sequence[str], *, field: str = "") -> list[Corpus]:
-    """Read every spec (`PATH[:SHARE]`). Shares are parts of the whole; files without one divide what is left.
+    """Read every spec (`PATH[:SHARE]`). Shares are parts of the whole; files without one divide
+    what is left.
 
-    Raises UsageError for shares that do not add up, MoetoolError naming file and line for anything unreadable.
+    Raises UsageError for shares that do not add up, MoetoolError naming file and line for anything
+    unreadable.
     """
     if not specs:
-        raise UsageError("no text given", hint="--calibrate FILE or --text FILE (.txt, .jsonl, .parquet, a Hub dataset, or - for standard input)")
+        raise UsageError(
+            "no text given",
+            hint="--calibrate FILE or --text FILE (.txt, .jsonl, .parquet, a Hub dataset, or - for standard input)",
+        )
     named = [_split(s) for s in specs]
     given = sum(share for _, share in named if share is not None)
     free = sum(share is None for _, share in named)
     if given > 1 + 1e-9 and free:
-        raise UsageError("the shares leave nothing for the other files", expected="shares that add up to less than 1", found=f"{given:g}", hint="lower the shares, or give one to every file")
+        raise UsageError(
+            "the shares leave nothing for the other files",
+            expected="shares that add up to less than 1",
+            found=f"{given:g}",
+            hint="lower the shares, or give one to every file",
+        )
     total = given if not free else 1.0
-    return [Corpus(path, (share if share is not None else (1.0 - given) / free) / total, tuple(_documents(path, field))) for path, share in named]
+    return [
+        Corpus(
+            path,
+            (share if share is not None else (1.0 - given) / free) / total,
+            tuple(_documents(path, field)),
+        )
+        for path, share in named
+    ]
 
 
 def _split(spec: str) -> tuple[str, float | None]:
@@ -65,32 +82,62 @@ def _split(spec: str) -> tuple[str, float | None]:
     if found is None or Path(spec).exists():
         return spec, None
     if float(found["share"]) <= 0:
-        raise UsageError(f"the share of {found['path']} is not positive", found=found["share"], hint="leave the file out instead")
+        raise UsageError(
+            f"the share of {found['path']} is not positive",
+            found=found["share"],
+            hint="leave the file out instead",
+        )
     return found["path"], float(found["share"])
 
 
 def _documents(name: str, field: str) -> list[Document]:
     found = list(_read(name, field))
     if not found:
-        raise MoetoolError("there is no text here", file=name, expected="at least one document", found="nothing", hint="give a file with text in it")
+        raise MoetoolError(
+            "there is no text here",
+            file=name,
+            expected="at least one document",
+            found="nothing",
+            hint="give a file with text in it",
+        )
     return found
 
 
 def _read(name: str, field: str) -> Iterator[Document]:
     if name == "-":
         data = stdin()
-        yield from _jsonl("<stdin>", data.split(b"\n"), field) if data.lstrip()[:1] == b"{" else _plain("<stdin>", data)
+        yield from (
+            _jsonl("<stdin>", data.split(b"\n"), field)
+            if data.lstrip()[:1] == b"{"
+            else _plain("<stdin>", data)
+        )
         return
     path = Path(name).expanduser()
     if name == "demo" and not path.exists():
         path = TEXT
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".parquet"))
-        raise MoetoolError("this is a folder, not a file with text", file=path, expected=".txt, .jsonl or .parquet", found=", ".join(inside[:4]) or "no such file in it", hint="name the files, one --calibrate each")
+        inside = sorted(
+            p.name for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".parquet")
+        )
+        raise MoetoolError(
+            "this is a folder, not a file with text",
+            file=path,
+            expected=".txt, .jsonl or .parquet",
+            found=", ".join(inside[:4]) or "no such file in it",
+            hint="name the files, one --calibrate each",
+        )
     if not path.exists():
         hub = _HUB_ID.fullmatch(name)
-        if hub is None or name.startswith((".", os.sep)) or path.suffix in (".txt", ".jsonl", ".parquet", ".json"):
-            raise MoetoolError("there is no such file", file=name, hint="check the path; a Hub dataset is written org/name[@revision]")
+        if (
+            hub is None
+            or name.startswith((".", os.sep))
+            or path.suffix in (".txt", ".jsonl", ".parquet", ".json")
+        ):
+            raise MoetoolError(
+                "there is no such file",
+                file=name,
+                hint="check the path; a Hub dataset is written org/name[@revision]",
+            )
         for file in _download(hub["repo"], hub["revision"]):
             yield from _file(file, field)
         return
@@ -113,7 +160,11 @@ def _file(path: Path, field: str) -> Iterator[Document]:
         else:
             yield from _plain(str(path), path.read_bytes())
     except OSError as problem:
-        raise MoetoolError(f"cannot read the text: {problem.strerror or problem}", file=path, hint="check the path and its permissions") from None
+        raise MoetoolError(
+            f"cannot read the text: {problem.strerror or problem}",
+            file=path,
+            hint="check the path and its permissions",
+        ) from None
 
 
 def _lines(path: Path, handle: Any) -> Iterator[bytes]:
@@ -121,7 +172,13 @@ def _lines(path: Path, handle: Any) -> Iterator[bytes]:
     while line := handle.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            raise MoetoolError("a line is too long to be one document", file=f"{path}:{number}", expected=f"at most {MAX_LINE >> 20} MiB", found="more", hint="split it: one document a line")
+            raise MoetoolError(
+                "a line is too long to be one document",
+                file=f"{path}:{number}",
+                expected=f"at most {MAX_LINE >> 20} MiB",
+                found="more",
+                hint="split it: one document a line",
+            )
         yield line
 
 
@@ -136,7 +193,13 @@ def _decode(data: bytes, name: str, line: int) -> str:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as problem:
         at = line + data[: problem.start].count(b"\n")
-        raise MoetoolError("the text is not UTF-8", file=f"{name}:{at}", expected="UTF-8", found=f"byte 0x{data[problem.start]:02x}", hint=f"convert it: iconv -f LATIN1 -t UTF-8 {name} > new, or give the right file") from None
+        raise MoetoolError(
+            "the text is not UTF-8",
+            file=f"{name}:{at}",
+            expected="UTF-8",
+            found=f"byte 0x{data[problem.start]:02x}",
+            hint=f"convert it: iconv -f LATIN1 -t UTF-8 {name} > new, or give the right file",
+        ) from None
 
 
 def _jsonl(name: str, lines: Any, field: str) -> Iterator[Document]:
@@ -148,9 +211,21 @@ def _jsonl(name: str, lines: Any, field: str) -> Iterator[Document]:
             row = json.loads(_decode(line, name, number))
         except (json.JSONDecodeError, RecursionError) as problem:
             reason = getattr(problem, "msg", "nested too deeply")
-            raise MoetoolError(f"a line is not JSON ({reason})", file=where, expected='a JSON object like {"text": "..."}', found=_short(line), hint="repair that line; plain text belongs into a .txt file") from None
+            raise MoetoolError(
+                f"a line is not JSON ({reason})",
+                file=where,
+                expected='a JSON object like {"text": "..."}',
+                found=_short(line),
+                hint="repair that line; plain text belongs into a .txt file",
+            ) from None
         if not isinstance(row, dict):
-            raise MoetoolError("a line is not a JSON object", file=where, expected='{"text": "..."}', found=_short(line), hint="one object a line")
+            raise MoetoolError(
+                "a line is not a JSON object",
+                file=where,
+                expected='{"text": "..."}',
+                found=_short(line),
+                hint="one object a line",
+            )
         yield from _row(row, where, field)
 
 
@@ -158,17 +233,40 @@ def _row(row: dict[str, Any], where: str, field: str) -> Iterator[Document]:
     names = (field,) if field else FIELDS
     name = next((n for n in names if row.get(n) is not None), None)
     if name is None:
-        raise MoetoolError("there is no text field", file=where, expected=" or ".join(names), found=", ".join(map(str, row)) or "an empty object", hint="name the field: --text-field NAME")
+        raise MoetoolError(
+            "there is no text field",
+            file=where,
+            expected=" or ".join(names),
+            found=", ".join(map(str, row)) or "an empty object",
+            hint="name the field: --text-field NAME",
+        )
     value = row[name]
     if isinstance(value, str):
         if value.strip():
             yield Document(where, value)
     elif isinstance(value, list) and value and all(isinstance(v, int) and v >= 0 for v in value):
         yield Document(where, ids=tuple(value))
-    elif isinstance(value, list) and value and all(isinstance(v, dict) and isinstance(v.get("content"), str) and isinstance(v.get("role"), str) for v in value):
-        yield Document(where, messages=tuple({"role": v["role"], "content": v["content"]} for v in value))
+    elif (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(v, dict)
+            and isinstance(v.get("content"), str)
+            and isinstance(v.get("role"), str)
+            for v in value
+        )
+    ):
+        yield Document(
+            where, messages=tuple({"role": v["role"], "content": v["content"]} for v in value)
+        )
     else:
-        raise MoetoolError("the text field holds no text", file=where, expected="a string, a list of token ids, or a list of {role, content}", found=f"{name}: {_short(repr(value).encode())}", hint="name another field: --text-field NAME")
+        raise MoetoolError(
+            "the text field holds no text",
+            file=where,
+            expected="a string, a list of token ids, or a list of {role, content}",
+            found=f"{name}: {_short(repr(value).encode())}",
+            hint="name another field: --text-field NAME",
+        )
 
 
 def _short(data: bytes) -> str:
@@ -180,13 +278,23 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UsageError("reading .parquet needs pyarrow", file=path, hint="pip install 'moetool[parquet]', or convert the file to .jsonl") from None
+        raise UsageError(
+            "reading .parquet needs pyarrow",
+            file=path,
+            hint="pip install 'moetool[parquet]', or convert the file to .jsonl",
+        ) from None
     try:
         table = parquet.ParquetFile(path)
         known = table.schema_arrow.names
         wanted = [n for n in ((field,) if field else FIELDS) if n in known]
         if not wanted:
-            raise MoetoolError("there is no text column", file=path, expected=field or " or ".join(FIELDS), found=", ".join(known[:8]), hint="name the column: --text-field NAME")
+            raise MoetoolError(
+                "there is no text column",
+                file=path,
+                expected=field or " or ".join(FIELDS),
+                found=", ".join(known[:8]),
+                hint="name the column: --text-field NAME",
+            )
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=wanted[:1]):
             for row in batch.to_pylist():
@@ -194,7 +302,11 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
                 if row[wanted[0]] is not None:
                     yield from _row(row, f"{path}:{number}", field)
     except arrow.ArrowException as problem:
-        raise MoetoolError(f"this is not a whole parquet file: {str(problem).splitlines()[0]}", file=path, hint="download it again") from None
+        raise MoetoolError(
+            f"this is not a whole parquet file: {str(problem).splitlines()[0]}",
+            file=path,
+            hint="download it again",
+        ) from None
 
 
 def _download(repo: str, revision: str | None) -> list[Path]:
@@ -202,11 +314,33 @@ def _download(repo: str, revision: str | None) -> list[Path]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=["*.jsonl", "*.parquet", "*.txt", "**/*.jsonl", "**/*.parquet"]))
+        folder = Path(
+            snapshot_download(
+                repo,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=["*.jsonl", "*.parquet", "*.txt", "**/*.jsonl", "**/*.parquet"],
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise MoetoolError(f"{repo} is no local file, and the Hub does not give it: {reason}", expected="a file, or a dataset org/name[@revision]", hint="check the spelling, your network, and `hf auth login` for gated data") from None
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".jsonl", ".parquet", ".txt") and not p.name.lower().startswith("readme"))
+        reason = (
+            str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        )
+        raise MoetoolError(
+            f"{repo} is no local file, and the Hub does not give it: {reason}",
+            expected="a file, or a dataset org/name[@revision]",
+            hint="check the spelling, your network, and `hf auth login` for gated data",
+        ) from None
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix in (".jsonl", ".parquet", ".txt") and not p.name.lower().startswith("readme")
+    )
     if not files:
-        raise MoetoolError("the dataset holds no file that moetool reads", file=repo, expected=".jsonl, .parquet or .txt", hint="export it: datasets.load_dataset(...).to_json(...)")
+        raise MoetoolError(
+            "the dataset holds no file that moetool reads",
+            file=repo,
+            expected=".jsonl, .parquet or .txt",
+            hint="export it: datasets.load_dataset(...).to_json(...)",
+        )
     return files

@@ -1,7 +1,7 @@
 """The walk: every batch through one layer, then the next; one layer's weights in memory at a time.
 
-A MoE block's input is caught and the block computed by kernels/moe.py, which shows each expert at work; on the first batch of the
-first MoE layer the family's own block must agree.
+A MoE block's input is caught and the block computed by kernels/moe.py, which shows each expert at
+work; on the first batch of the first MoE layer the family's own block must agree.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ from moetool.surgery.layout import home
 
 Tensor = torch.Tensor
 COMPARED = 256  # tokens on which the family's own block is asked
-AGREE = 2e-4  # largest difference from the family's own block, relative to its largest output, float32
-RESERVE = 460_000_000  # python, numpy, torch, transformers and accelerate imported and a model built, measured
-PER_TOKEN = 16  # float32 vectors of the hidden size that a token in work holds, beside attention's own
+AGREE = (
+    2e-4  # largest difference from the family's own block, relative to its largest output, float32
+)
+# python, numpy, torch, transformers and accelerate imported and a model built, measured
+RESERVE = 460_000_000
+PER_TOKEN = (
+    16  # float32 vectors of the hidden size that a token in work holds, beside attention's own
+)
 
 
 class Look(Protocol):
@@ -54,7 +59,9 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """What the walk may hold, and where it may spill and resume. `memory` None: as much as it needs."""
+    """What the walk may hold, and where it may spill and resume. `memory` None: as much as it
+    needs.
+    """
 
     memory: int | None = None
     folder: Path | None = None
@@ -63,8 +70,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Needs:
-    """Promised bytes: `floor` whatever is done, the widest layer's experts as `stored` and `widened`, what comparing with the family's own
-    block takes before a layer is there (`compared`), and `hidden` for all hidden states.
+    """Promised bytes: `floor` whatever is done, the widest layer's experts as `stored` and
+    `widened`, what comparing with the family's own block takes before a layer is there
+    (`compared`), and `hidden` for all hidden states.
     """
 
     floor: int
@@ -75,12 +83,23 @@ class Needs:
     outside: int  # embeddings, last norm and head, which stay
 
     def fit(self, memory: int | None) -> tuple[bool, bool, int]:
-        """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even the least does not fit."""
+        """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even
+        the least does not fit.
+        """
         for widen, spill in ((True, False), (True, True), (False, False), (False, True)):
-            peak = self.floor + max(self.compared, self.widened if widen else self.stored) + (0 if spill else self.hidden)
+            peak = (
+                self.floor
+                + max(self.compared, self.widened if widen else self.stored)
+                + (0 if spill else self.hidden)
+            )
             if memory is None or peak <= memory:
                 return widen, spill, peak
-        raise MoetoolError("sending text through the model does not fit into --memory", expected=f"at least {peak:,} bytes", found=f"{memory:,} bytes", hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text")
+        raise MoetoolError(
+            "sending text through the model does not fit into --memory",
+            expected=f"at least {peak:,} bytes",
+            found=f"{memory:,} bytes",
+            hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text",
+        )
 
 
 def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
@@ -99,28 +118,63 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
             sizes[layer] = sizes.get(layer, 0) + elements
         else:
             found = at.layout.match(name.removeprefix(at.prefix))
-            layer_ = found.layer if found and found.layer is not None and found.layer < count else None
-            others[layer_] = others.get(layer_, 0) + elements * (4 // max(1, elements // max(1, int(np.prod(stored.shape)))))
+            layer_ = (
+                found.layer if found and found.layer is not None and found.layer < count else None
+            )
+            others[layer_] = others.get(layer_, 0) + elements * (
+                4 // max(1, elements // max(1, int(np.prod(stored.shape))))
+            )
     widest = max(sizes.values(), default=0)
     outside = others.pop(None, 0)
     tokens = max(b.ids.size for b in batches.batches)
-    one = widest // max(1, mixture.experts) if mixture else 0  # an expert as stored; in float32 twice that
-    compared = 2 * 4 * one * compared_experts(mixture) if mixture else 0  # theirs: listed, stacked, joined; then ours
-    floor = RESERVE + outside + 2 * max(others.values(), default=0) + extra + PER_TOKEN * 4 * width * tokens + 1500 * len(source.tensors)
+    one = (
+        widest // max(1, mixture.experts) if mixture else 0
+    )  # an expert as stored; in float32 twice that
+    compared = (
+        2 * 4 * one * compared_experts(mixture) if mixture else 0
+    )  # theirs: listed, stacked, joined; then ours
+    floor = (
+        RESERVE
+        + outside
+        + 2 * max(others.values(), default=0)
+        + extra
+        + PER_TOKEN * 4 * width * tokens
+        + 1500 * len(source.tensors)
+    )
     hidden = 4 * width * sum(b.ids.size for b in batches.batches)
     return Needs(floor, widest + 8 * one, 2 * widest + 8 * one, compared, hidden, outside)
 
 
 def compared_experts(mixture: Mixture) -> int:
-    """How many experts of a layer are compared with the family's own block: a few more than run, as many in each router group."""
+    """How many experts of a layer are compared with the family's own block: a few more than run,
+    as many in each router group.
+    """
     return min(mixture.experts, -(-(mixture.top_k + 2) // mixture.groups) * mixture.groups)
 
 
 class Walk:
-    """One model and its text. `run` sends everything through; afterwards `logits` gives the head's answer batch by batch."""
+    """One model and its text. `run` sends everything through; afterwards `logits` gives the head's
+    answer batch by batch.
+    """
 
-    def __init__(self, source: Checkpoint, batches: Batches, budget: Budget, *, extra: int = 0, tell: Tell = lambda *a: None, stop: threading.Event | None = None, name: str = "layers") -> None:
-        self.source, self.batches, self.budget, self.tell, self.name = source, batches, budget, tell, name
+    def __init__(
+        self,
+        source: Checkpoint,
+        batches: Batches,
+        budget: Budget,
+        *,
+        extra: int = 0,
+        tell: Tell = lambda *a: None,
+        stop: threading.Event | None = None,
+        name: str = "layers",
+    ) -> None:
+        self.source, self.batches, self.budget, self.tell, self.name = (
+            source,
+            batches,
+            budget,
+            tell,
+            name,
+        )
         self.stop = stop or threading.Event()
         at = home(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
@@ -130,7 +184,9 @@ class Walk:
         self.width = int(at.layout.field("hidden", at.config) or 0)
         self.shell = Shell(source, budget.device)
         self._experts = self._own() if self.mixture else {}
-        self.shell.check_complete([f"{self.shell.stack}.{layer}.{self._block_name(layer)}." for layer in self._experts])
+        self.shell.check_complete(
+            [f"{self.shell.stack}.{layer}.{self._block_name(layer)}." for layer in self._experts]
+        )
         self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=spill)
         self.calls = _Calls(self.shell, budget.device)
         self._checked = False
@@ -138,24 +194,40 @@ class Walk:
     def _own(self) -> dict[int, list[str]]:
         """layer -> names of a MoE block's tensors, which are read here and not by transformers."""
         assert self.mixture is not None
-        return {n: [*(c.stored.name for c in self.mixture.by_layer[n]), *(s.name for s in self.mixture.shared(n).values())] for n in self.mixture.layers}
+        return {
+            n: [
+                *(c.stored.name for c in self.mixture.by_layer[n]),
+                *(s.name for s in self.mixture.shared(n).values()),
+            ]
+            for n in self.mixture.layers
+        }
 
     def _block_name(self, layer: int) -> str:
         """The layer's submodule that holds router and experts."""
         for name, module in self.shell.layers[layer].named_modules():
             if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
                 return name.rpartition(".")[0]
-        raise MoetoolError("a layer should hold experts, but its class has none", file=self.source.folder, tensor=f"layer {layer}", hint="config.json and the weights do not belong together")
+        raise MoetoolError(
+            "a layer should hold experts, but its class has none",
+            file=self.source.folder,
+            tensor=f"layer {layer}",
+            hint="config.json and the weights do not belong together",
+        )
 
     @torch.no_grad()
     def run(self, look: Look | None = None, change: Change | None = None) -> None:
-        """Send every batch through all layers. `change` may give a layer another block after it was looked at; the layers above
-        then see its output. With a folder the walk goes on where an earlier one stopped.
+        """Send every batch through all layers. `change` may give a layer another block after it
+        was looked at; the layers above then see its output. With a folder the walk goes on where
+        an earlier one stopped.
         """
         try:
             self._run(look, change)
         except OSError as problem:
-            raise MoetoolError(f"a walk cannot go on: {problem.strerror or problem}", file=problem.filename or self.budget.folder or self.source.folder, hint="mend the cause (free space?) and run the same command again; layers that are done are kept") from None
+            raise MoetoolError(
+                f"a walk cannot go on: {problem.strerror or problem}",
+                file=problem.filename or self.budget.folder or self.source.folder,
+                hint="mend the cause (free space?) and run the same command again; layers that are done are kept",
+            ) from None
 
     def _run(self, look: Look | None, change: Change | None) -> None:
         self.shell.fill(None)
@@ -186,7 +258,11 @@ class Walk:
             return
         assert self.mixture is not None
         own = module.get_submodule(self._block_name(layer))
-        if not self._checked and self.mixture.count_in(layer) == self.mixture.experts and not isinstance(self.source, Factored):
+        if (
+            not self._checked
+            and self.mixture.count_in(layer) == self.mixture.experts
+            and not isinstance(self.source, Factored)
+        ):
             self._compare(layer)
             self._checked = True
         block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
@@ -214,8 +290,14 @@ class Walk:
             if store:
                 self.hidden.write(number, made.reshape(-1, self.width).cpu().numpy())
 
-    def _one(self, layer: int, module: nn.Module, batch: Batch, number: int, catch: _Catch | None) -> Tensor:
-        x = torch.from_numpy(np.array(self.hidden.read(number))).to(self.budget.device).reshape(*batch.ids.shape, self.width)
+    def _one(
+        self, layer: int, module: nn.Module, batch: Batch, number: int, catch: _Catch | None
+    ) -> Tensor:
+        x = (
+            torch.from_numpy(np.array(self.hidden.read(number)))
+            .to(self.budget.device)
+            .reshape(*batch.ids.shape, self.width)
+        )
         args, kwargs = self.calls.of(batch, layer)
         made = module(x, *args, **kwargs)
         out: Tensor = made[0] if isinstance(made, tuple) else made
@@ -224,9 +306,11 @@ class Walk:
         return out
 
     def _compare(self, layer: int) -> None:
-        """Our block against the family's own, with the layer's first experts on the first tokens; a difference is a loud error.
+        """Our block against the family's own, with the layer's first experts on the first tokens;
+        a difference is a loud error.
 
-        Few experts are enough to show law, orientation and activation, and the family's merged copy of them stays small.
+        Few experts are enough to show law, orientation and activation, and the family's merged
+        copy of them stays small.
         """
         assert self.mixture is not None
         few = compared_experts(self.mixture)
@@ -237,7 +321,15 @@ class Walk:
         tokens = min(COMPARED, int(first.lengths[0]))
         batch = Batch(first.ids[:1, :tokens], np.array([tokens]), first.file)
         caught: list[tuple[Tensor, Tensor]] = []
-        own.register_forward_hook(lambda m, args, kwargs, out: caught.append(((args or tuple(kwargs.values()))[0].detach(), (out[0] if isinstance(out, tuple) else out).detach())), with_kwargs=True)
+        own.register_forward_hook(
+            lambda m, args, kwargs, out: caught.append(
+                (
+                    (args or tuple(kwargs.values()))[0].detach(),
+                    (out[0] if isinstance(out, tuple) else out).detach(),
+                )
+            ),
+            with_kwargs=True,
+        )
         x = torch.from_numpy(self.hidden.read(0)[:tokens].copy()).to(self.budget.device)[None]
         args, kwargs = self.calls.of(batch, layer)
         shell.layers[layer](x, *args, **kwargs)
@@ -248,22 +340,41 @@ class Walk:
         mine = mine if always is None else mine + always
         apart = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not apart <= AGREE:
-            raise MoetoolError(f"moetool computes a MoE block of {self.mixture.layout.model_type} otherwise than transformers does", file=self.source.folder, tensor=f"layer {layer}", expected=f"a relative difference of at most {AGREE:g}", found=f"{apart:.3g}", hint="nothing was decided on wrong numbers; please report it. Methods without text still work")
+            raise MoetoolError(
+                f"moetool computes a MoE block of {self.mixture.layout.model_type} otherwise than transformers does",
+                file=self.source.folder,
+                tensor=f"layer {layer}",
+                expected=f"a relative difference of at most {AGREE:g}",
+                found=f"{apart:.3g}",
+                hint="nothing was decided on wrong numbers; please report it. Methods without text still work",
+            )
 
     def _maybe_stop(self) -> None:
         if self.stop.is_set():
-            raise Stopped("stopped while text went through the model", file=self.budget.folder, hint="run the same command again; layers that are done are kept")
+            raise Stopped(
+                "stopped while text went through the model",
+                file=self.budget.folder,
+                hint="run the same command again; layers that are done are kept",
+            )
 
     @torch.no_grad()
     def logits(self, number: int, start: int, stop: int) -> Tensor:
-        """The head's answer [sequences, stop - start, vocabulary] for a batch after `run`, places start:stop only."""
+        """The head's answer [sequences, stop - start, vocabulary] for a batch after `run`, places
+        start:stop only.
+        """
         batch = self.batches.batches[number]
-        x = torch.from_numpy(np.array(self.hidden.read(number))).to(self.budget.device).reshape(*batch.ids.shape, self.width)
+        x = (
+            torch.from_numpy(np.array(self.hidden.read(number)))
+            .to(self.budget.device)
+            .reshape(*batch.ids.shape, self.width)
+        )
         return self.calls.leave(batch, x, torch.arange(start, stop))
 
 
 class _Catch:
-    """Stands in for a MoE block's forward: routes, runs the experts, and lets an onlooker see them; padding is left out."""
+    """Stands in for a MoE block's forward: routes, runs the experts, and lets an onlooker see
+    them; padding is left out.
+    """
 
     def __init__(self, own: nn.Module, block: Block, look: Look | None) -> None:
         self.own, self.block, self.look = own, block, look
@@ -285,7 +396,11 @@ class _Catch:
         valid = torch.from_numpy(self.batch.valid).to(flat.device) if padded else None
         x = flat[valid] if valid is not None else flat
         routing = self.block.route(x)
-        made = self.block.routed(x, routing, self.look.batch(self.batch.file, x, routing) if self.look is not None else None)
+        made = self.block.routed(
+            x,
+            routing,
+            self.look.batch(self.batch.file, x, routing) if self.look is not None else None,
+        )
         always = self.block.always(x)
         made = made if always is None else made + always
         whole = made
@@ -310,7 +425,9 @@ _RETURN_TWO = {"Llama4TextMoe", "GptOssMLP"}
 
 
 class _Calls:
-    """What each decoder layer is called with. Asked once for each batch shape, with recorders in the layers' place."""
+    """What each decoder layer is called with. Asked once for each batch shape, with recorders in
+    the layers' place.
+    """
 
     def __init__(self, shell: Shell, device: str) -> None:
         self.shell, self.device = shell, device
@@ -324,7 +441,11 @@ class _Calls:
         calls = [(a, k) for _, a, k in seen]
         known = self._known.setdefault(batch.ids.shape, calls)
         if not _same(known, calls):
-            raise UsageError("this family passes its layers something that depends on the text itself", found=type(self.shell.base).__name__, hint="text cannot be sent through it layer by layer yet; methods without text work")
+            raise UsageError(
+                "this family passes its layers something that depends on the text itself",
+                found=type(self.shell.base).__name__,
+                hint="text cannot be sent through it layer by layer yet; methods without text work",
+            )
         return seen[0][0]
 
     def of(self, batch: Batch, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -336,7 +457,11 @@ class _Calls:
     def leave(self, batch: Batch, x: Tensor, places: Tensor) -> Tensor:
         """Last norm, head, and whatever the class does to logits."""
         with self._stand_ins(lambda h, a, k: x):
-            out = self.shell.model(input_ids=torch.from_numpy(batch.ids).to(self.device), use_cache=False, logits_to_keep=places.to(self.device))
+            out = self.shell.model(
+                input_ids=torch.from_numpy(batch.ids).to(self.device),
+                use_cache=False,
+                logits_to_keep=places.to(self.device),
+            )
         made: Tensor = out.logits
         return made
 

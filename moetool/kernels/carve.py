@@ -1,6 +1,7 @@
 """Cut one FFN matrix into the matrices of its experts, and make the copies differ.
 
-A neuron is row j of gate and up and column j of down, so one function serves all three: `axis` says where neurons lie.
+A neuron is row j of gate and up and column j of down, so one function serves all three: `axis`
+says where neurons lie.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ Tensor = torch.Tensor
 
 
 def experts(
-    matrix: Tensor, shapes: Sequence[tuple[int, ...]], *, axis: int, parts: int = 1, order: list[int] | None = None, first: int = 0,
-    scale: float = 1.0, permute: str | None = None, noise: dict[str, Any] | None = None, redraw: dict[str, Any] | None = None, seed: int = 0, name: str = "",
-) -> Iterator[Tensor]:  # fmt: skip
-    """Yield len(shapes) expert matrices; expert e holds part (first+e) % parts of the neurons, taken in `order`.
+    matrix: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    axis: int,
+    parts: int = 1,
+    order: list[int] | None = None,
+    first: int = 0,
+    scale: float = 1.0,
+    permute: str | None = None,
+    noise: dict[str, Any] | None = None,
+    redraw: dict[str, Any] | None = None,
+    seed: int = 0,
+    name: str = "",
+) -> Iterator[Tensor]:
+    """Yield len(shapes) expert matrices; expert e holds part (first+e) % parts of the neurons,
+    taken in `order`.
 
-    matrix [neurons, hidden] for axis 0, [hidden, neurons] for axis 1. `permute`, `noise` and `redraw` name per-expert
-    streams of random numbers; `scale` multiplies last. Arithmetic in float32 (float64 for float64 sources), one cast at the end.
+    matrix [neurons, hidden] for axis 0, [hidden, neurons] for axis 1. `permute`, `noise` and
+    `redraw` name per-expert streams of random numbers; `scale` multiplies last. Arithmetic in
+    float32 (float64 for float64 sources), one cast at the end.
     """
     width = matrix.shape[axis] // parts
     plain = permute is None and noise is None and redraw is None
@@ -36,9 +50,13 @@ def experts(
             continue
         piece = _part(matrix, axis, part, width, order)
         if permute is not None:
-            piece = piece.index_select(axis, _index(draw.permutation(width, seed, f"{permute}/{expert}/permute"), piece))
+            piece = piece.index_select(
+                axis, _index(draw.permutation(width, seed, f"{permute}/{expert}/permute"), piece)
+            )
         if not plain or scale != 1.0:
-            work = piece.to(torch.float64 if piece.dtype == torch.float64 else torch.float32, copy=True)  # changed in place below
+            work = piece.to(
+                torch.float64 if piece.dtype == torch.float64 else torch.float32, copy=True
+            )  # changed in place below
             if redraw is not None:
                 work = redrawn(work, axis, **redraw, seed=seed, name=name, expert=expert)
             if noise is not None:
@@ -52,24 +70,34 @@ def experts(
 def _part(matrix: Tensor, axis: int, part: int, width: int, order: list[int] | None) -> Tensor:
     if order is None:
         return matrix.narrow(axis, part * width, width)
-    return matrix.index_select(axis, torch.tensor(order[part * width : (part + 1) * width], dtype=torch.int64, device=matrix.device))
+    return matrix.index_select(
+        axis,
+        torch.tensor(
+            order[part * width : (part + 1) * width], dtype=torch.int64, device=matrix.device
+        ),
+    )
 
 
 def _index(values: Any, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device)
 
 
-def redrawn(work: Tensor, axis: int, *, ratio: float, same: str | None, seed: int, name: str, expert: int) -> Tensor:
-    """Re-draw (in place) floor(ratio * neurons) neurons from N(mean, std) of the entries they replace (Drop-Upcycling, arXiv 2502.19261).
+def redrawn(
+    work: Tensor, axis: int, *, ratio: float, same: str | None, seed: int, name: str, expert: int
+) -> Tensor:
+    """Re-draw (in place) floor(ratio * neurons) neurons from N(mean, std) of the entries they
+    replace (Drop-Upcycling, arXiv 2502.19261).
 
-    `same` names an index stream shared by gate, up and down (whole neurons are re-drawn); None draws an index set for each
-    matrix, as the reference code does.
+    `same` names an index stream shared by gate, up and down (whole neurons are re-drawn); None
+    draws an index set for each matrix, as the reference code does.
     """
     neurons = work.shape[axis]
     count = int(neurons * ratio)
     if count == 0:
         return work
-    chosen = _index(draw.permutation(neurons, seed, f"{same or name}/{expert}/redraw")[:count].copy(), work)
+    chosen = _index(
+        draw.permutation(neurons, seed, f"{same or name}/{expert}/redraw")[:count].copy(), work
+    )
     old = work.index_select(axis, chosen)
     std = old.std(correction=0) if old.numel() else old.sum()
     mean = old.mean()
@@ -86,4 +114,12 @@ def _normal(like: Tensor, seed: int, name: str) -> Tensor:
     """Standard normal values of the same shape and dtype; on the meta device nothing is drawn."""
     if like.is_meta:
         return torch.empty_like(like)
-    return torch.from_numpy(draw.normal(like.numel(), seed, name, np.float64 if like.dtype == torch.float64 else np.float32)).to(like.device).reshape(like.shape)
+    return (
+        torch.from_numpy(
+            draw.normal(
+                like.numel(), seed, name, np.float64 if like.dtype == torch.float64 else np.float32
+            )
+        )
+        .to(like.device)
+        .reshape(like.shape)
+    )

@@ -1,4 +1,6 @@
-"""Clustering with clusters of one size. scikit-learn finds the centres; the balanced assignment is ours (it has none)."""
+"""Clustering with clusters of one size. scikit-learn finds the centres; the balanced assignment is
+ours (it has none).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,23 @@ import numpy as np
 
 
 def balanced_kmeans(points: Any, clusters: int, seed: int, *, rounds: int = 8) -> np.ndarray:
-    """Labels [n] in 0..clusters-1, each used n/clusters times. points [n, d]; n must be a multiple of clusters.
+    """Labels [n] in 0..clusters-1, each used n/clusters times. points [n, d]; n must be a multiple
+    of clusters.
 
-    k-means centres (scikit-learn), then rounds of balanced assignment and new centres until nothing moves. Used for
-    LLaMA-MoE's clustering split (pjlab-sys4nlp/llama-moe, utils/expert_construction).
+    k-means centres (scikit-learn), then rounds of balanced assignment and new centres until
+    nothing moves. Used for LLaMA-MoE's clustering split (pjlab-sys4nlp/llama-moe,
+    utils/expert_construction).
     """
     from sklearn.cluster import KMeans
 
     data = np.asarray(points, dtype=np.float32)
     if len(data) % clusters:
         raise ValueError(f"{len(data)} points cannot fill {clusters} equal clusters")
-    centres = KMeans(clusters, n_init=1, max_iter=20, random_state=seed, algorithm="lloyd").fit(data).cluster_centers_
+    centres = (
+        KMeans(clusters, n_init=1, max_iter=20, random_state=seed, algorithm="lloyd")
+        .fit(data)
+        .cluster_centers_
+    )
     labels = assign_evenly(_distances(data, centres))
     for _ in range(rounds):
         centres = np.stack([data[labels == c].mean(0) for c in range(clusters)])
@@ -35,7 +43,9 @@ def _distances(data: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def assign_evenly(cost: np.ndarray) -> np.ndarray:
-    """Labels [n] with equal counts and low total cost [n, k]: place points by regret, then swap pairs while it pays."""
+    """Labels [n] with equal counts and low total cost [n, k]: place points by regret, then swap
+    pairs while it pays.
+    """
     n, k = cost.shape
     room = np.full(k, n // k)
     labels = np.full(n, -1)
@@ -52,13 +62,18 @@ def assign_evenly(cost: np.ndarray) -> np.ndarray:
 
 
 def _swap(cost: np.ndarray, labels: np.ndarray, k: int) -> bool:
-    """One pass over all pairs of clusters: exchange the members that gain most from it, one pair for one."""
+    """One pass over all pairs of clusters: exchange the members that gain most from it, one pair
+    for one.
+    """
     moved = False
     for a in range(k):
         for b in range(a + 1, k):
             left, right = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
             gain_left, gain_right = cost[left, a] - cost[left, b], cost[right, b] - cost[right, a]
-            order_left, order_right = np.argsort(-gain_left, kind="stable"), np.argsort(-gain_right, kind="stable")
+            order_left, order_right = (
+                np.argsort(-gain_left, kind="stable"),
+                np.argsort(-gain_right, kind="stable"),
+            )
             pays = gain_left[order_left] + gain_right[order_right] > 1e-6
             count = int(pays.argmin()) if not pays.all() else len(pays)
             if count:
@@ -68,7 +83,9 @@ def _swap(cost: np.ndarray, labels: np.ndarray, k: int) -> bool:
 
 
 def agglomerative(distance: np.ndarray, clusters: int, linkage: str) -> np.ndarray:
-    """Labels [n] of hierarchical clustering on a distance matrix [n, n]: `average`, `complete` or `ward` (Euclidean distances), by scipy."""
+    """Labels [n] of hierarchical clustering on a distance matrix [n, n]: `average`, `complete` or
+    `ward` (Euclidean distances), by scipy.
+    """
     from scipy.cluster.hierarchy import cut_tree
     from scipy.cluster.hierarchy import linkage as link
     from scipy.spatial.distance import squareform
@@ -83,7 +100,9 @@ def agglomerative(distance: np.ndarray, clusters: int, linkage: str) -> np.ndarr
 
 
 def embed(gram: np.ndarray) -> np.ndarray:
-    """Points [n, n] with these inner products [n, n]: distances between them are those of the (much longer) vectors behind the Gram matrix."""
+    """Points [n, n] with these inner products [n, n]: distances between them are those of the
+    (much longer) vectors behind the Gram matrix.
+    """
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
@@ -96,21 +115,29 @@ def distances(points: np.ndarray) -> np.ndarray:
 
 
 def kmeans(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """Labels [n] of k-means (k-means++ starts, the best of 10), by scikit-learn; every cluster holds a point."""
+    """Labels [n] of k-means (k-means++ starts, the best of 10), by scikit-learn; every cluster
+    holds a point.
+    """
     from sklearn.cluster import KMeans
 
     if clusters >= len(points):
         return np.arange(len(points))
     found = KMeans(clusters, n_init=10, random_state=seed).fit(points)
     labels = np.asarray(found.labels_)
-    for empty in sorted(set(range(clusters)) - set(labels.tolist())):  # duplicates of a point can leave centres without points
+    for empty in sorted(
+        set(range(clusters)) - set(labels.tolist())
+    ):  # duplicates of a point can leave centres without points
         crowded = np.bincount(labels, minlength=clusters).argmax()
         labels[np.nonzero(labels == crowded)[0][-1]] = empty
     return labels
 
 
-def nearest_member(points: np.ndarray, members: list[int], weights: np.ndarray | None = None) -> int:
-    """The member nearest the (weighted) mean of a cluster; the first where several are as near (but for rounding)."""
+def nearest_member(
+    points: np.ndarray, members: list[int], weights: np.ndarray | None = None
+) -> int:
+    """The member nearest the (weighted) mean of a cluster; the first where several are as near
+    (but for rounding).
+    """
     centre = np.average(points[members], axis=0, weights=weights)
     apart = ((points[members] - centre) ** 2).sum(1)
     near = apart.min() + 1e-9 * (points[members] ** 2).sum(1).max()

@@ -6,7 +6,20 @@ from typing import Any
 
 import numpy as np
 
-_TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 def torch_dtype(name: str) -> Any:
@@ -52,5 +65,11 @@ def _numpy_bytes(value: np.ndarray, dtype: str) -> np.ndarray:
 def as_float64(data: bytes | bytearray, dtype: str) -> np.ndarray:
     """Bytes of a floating dtype -> float64 array, without torch (F64, F32, BF16, F16)."""
     if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, {"F32": np.float32, "F64": np.float64, "F16": np.float16}[dtype]).astype(np.float64)
+        return (
+            (np.frombuffer(data, np.uint16).astype(np.uint32) << 16)
+            .view(np.float32)
+            .astype(np.float64)
+        )
+    return np.frombuffer(
+        data, {"F32": np.float32, "F64": np.float64, "F16": np.float16}[dtype]
+    ).astype(np.float64)

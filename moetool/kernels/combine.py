@@ -10,7 +10,9 @@ Tensor = torch.Tensor
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i weights[i] * tensors[i], all of one shape and dtype; a lone weight of 1 gives that tensor bit for bit."""
+    """sum_i weights[i] * tensors[i], all of one shape and dtype; a lone weight of 1 gives that
+    tensor bit for bit.
+    """
     kept = [(t, w) for t, w in zip(tensors, weights, strict=True) if w != 0.0]
     if len(kept) == 1 and kept[0][1] == 1.0:
         return kept[0][0]
@@ -27,8 +29,9 @@ def affine(tensor: Tensor, scale: float, shift: float) -> Tensor:
 
 
 def reindex(ids: Tensor, to: Sequence[int], experts: int) -> Tensor:
-    """Expert ids [tokens, top_k] after experts went: `to[old]` is the new id. Where two ids of a token become one, the later takes the
-    next id that the token does not have yet, so that a token keeps top_k different experts.
+    """Expert ids [tokens, top_k] after experts went: `to[old]` is the new id. Where two ids of a
+    token become one, the later takes the next id that the token does not have yet, so that a token
+    keeps top_k different experts.
     """
     if ids.is_meta:
         return torch.empty_like(ids)

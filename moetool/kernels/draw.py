@@ -1,7 +1,9 @@
-"""Random numbers that depend only on (seed, name): same bytes on every machine, thread count and output order.
+"""Random numbers that depend only on (seed, name): same bytes on every machine, thread count and
+output order.
 
-Philox's raw 64-bit stream is fixed by its paper (Salmon et al., SC 2011) and by numpy's compatibility promise for bit
-generators; what is made of it is made here, since numpy's own distributions may change between versions.
+Philox's raw 64-bit stream is fixed by its paper (Salmon et al., SC 2011) and by numpy's
+compatibility promise for bit generators; what is made of it is made here, since numpy's own
+distributions may change between versions.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ _BLOCK = 1 << 16
 
 
 def _stream(seed: int, name: str) -> np.random.Philox:
-    return np.random.Philox(key=int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little"))
+    return np.random.Philox(
+        key=int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+    )
 
 
 def _open_unit(raw: np.ndarray) -> np.ndarray:
@@ -28,7 +32,9 @@ def uniform(count: int, seed: int, name: str) -> np.ndarray:
 
 
 def normal(count: int, seed: int, name: str, dtype: type = np.float64) -> np.ndarray:
-    """dtype [count], mean 0, variance 1: Box-Muller on blocks of 65,536 raw numbers, so that little more than the result is held."""
+    """dtype [count], mean 0, variance 1: Box-Muller on blocks of 65,536 raw numbers, so that
+    little more than the result is held.
+    """
     stream = _stream(seed, name)
     out: np.ndarray = np.empty(count, dtype)
     for start in range(0, count, _BLOCK):
@@ -44,10 +50,13 @@ def permutation(count: int, seed: int, name: str) -> np.ndarray:
     return np.argsort(_stream(seed, name).random_raw(count), kind="stable")
 
 
-def matrix(shape: tuple[int, ...], *, law: str, seed: int, name: str, sigma: float = 0.0, repeat: int = 1) -> np.ndarray:
-    """A router [experts, hidden], float32: `normal` (sigma), `kaiming` (U(-1/sqrt(hidden), 1/sqrt(hidden)), torch's Linear
-    default), `centred` (uniform of std sigma, mean taken out; Drop-Upcycling's `torch_rand_002`). With `repeat` G each of
-    the first experts/G rows stands G times in a row (virtual groups; Megatron-LM upcycling_utils).
+def matrix(
+    shape: tuple[int, ...], *, law: str, seed: int, name: str, sigma: float = 0.0, repeat: int = 1
+) -> np.ndarray:
+    """A router [experts, hidden], float32: `normal` (sigma), `kaiming` (U(-1/sqrt(hidden),
+    1/sqrt(hidden)), torch's Linear default), `centred` (uniform of std sigma, mean taken out;
+    Drop-Upcycling's `torch_rand_002`). With `repeat` G each of the first experts/G rows stands G
+    times in a row (virtual groups; Megatron-LM upcycling_utils).
     """
     rows = shape[0] // repeat
     count = rows * prod(shape[1:])

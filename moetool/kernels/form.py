@@ -1,6 +1,7 @@
 """One expert's matrices between the way a file holds them and one canonical form.
 
-Canonical: gate_up [2*width, hidden] with gate above up, down [hidden, width], gate_up_bias [2*width], down_bias [hidden].
+Canonical: gate_up [2*width, hidden] with gate above up, down [hidden, width], gate_up_bias
+[2*width], down_bias [hidden].
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import torch
 Tensor = torch.Tensor
 
 
-def canonical(parts: Mapping[str, Tensor], *, transposed: bool = False, interleaved: bool = False) -> dict[str, Tensor]:
+def canonical(
+    parts: Mapping[str, Tensor], *, transposed: bool = False, interleaved: bool = False
+) -> dict[str, Tensor]:
     """Parts as stored (`gate`, `up`, `down`, or `gate_up`, `down`, and biases) -> canonical.
 
-    transposed: matrices are used as x @ W (Llama 4, gpt-oss). interleaved: gate and up alternate (gpt-oss, Inkling).
+    transposed: matrices are used as x @ W (Llama 4, gpt-oss). interleaved: gate and up alternate
+    (gpt-oss, Inkling).
     """
     if "gate" in parts:
         return {"gate_up": torch.cat([parts["gate"], parts["up"]]), "down": parts["down"]}
-    made = {"gate_up": _turn(parts["gate_up"], transposed), "down": _turn(parts["down"], transposed)}
+    made = {
+        "gate_up": _turn(parts["gate_up"], transposed),
+        "down": _turn(parts["down"], transposed),
+    }
     made |= {r: parts[r] for r in ("gate_up_bias", "down_bias") if r in parts}
     if interleaved:
         for role in {"gate_up", "gate_up_bias"} & set(made):
@@ -27,7 +34,13 @@ def canonical(parts: Mapping[str, Tensor], *, transposed: bool = False, interlea
     return made
 
 
-def stored(made: Mapping[str, Tensor], roles: list[str], *, transposed: bool = False, interleaved: bool = False) -> list[Tensor]:
+def stored(
+    made: Mapping[str, Tensor],
+    roles: list[str],
+    *,
+    transposed: bool = False,
+    interleaved: bool = False,
+) -> list[Tensor]:
     """Canonical -> the tensors of these roles as the file holds them: the inverse of `canonical`."""
     out = []
     for role in roles:

@@ -1,4 +1,6 @@
-"""Mathematics of a gated FFN and of a MoE block, in the dtype it is given: every routing law of the layouts, experts on their own tokens."""
+"""Mathematics of a gated FFN and of a MoE block, in the dtype it is given: every routing law of
+the layouts, experts on their own tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Law:
-    """How a router's logits become experts and weights; plain numbers, read from a layout and a config (surgery/experts.py).
+    """How a router's logits become experts and weights; plain numbers, read from a layout and a
+    config (surgery/experts.py).
 
-    score: softmax | sigmoid | sparsemixer | sigmoid-on-input (Llama 4: the weight multiplies the expert's input). bias: choice (moves the
-    selection only, DeepSeek-V3) | logit (part of the logits, gpt-oss). groups > 1: only the best `group_top` groups are eligible,
-    by their best expert (group_rule max) or best two (sum2); ineligible scores become `group_fill`.
+    score: softmax | sigmoid | sparsemixer | sigmoid-on-input (Llama 4: the weight multiplies the
+    expert's input). bias: choice (moves the selection only, DeepSeek-V3) | logit (part of the
+    logits, gpt-oss). groups > 1: only the best `group_top` groups are eligible, by their best
+    expert (group_rule max) or best two (sum2); ineligible scores become `group_fill`.
     """
 
     top_k: int
@@ -35,7 +39,9 @@ class Law:
 
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go: index and weight [tokens, top_k]; logits and scores [tokens, experts] for those who look."""
+    """Where tokens go: index and weight [tokens, top_k]; logits and scores [tokens, experts] for
+    those who look.
+    """
 
     index: Tensor
     weight: Tensor
@@ -49,8 +55,9 @@ class Routing:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer, stacked: gate_up [experts, 2*width, hidden] (gate above up; only up [experts, width, hidden]
-    when `gated` is False), down [experts, hidden, width], biases [experts, ...] or None. Any float dtype: one expert at a time is widened.
+    """The experts of a layer, stacked: gate_up [experts, 2*width, hidden] (gate above up; only up
+    [experts, width, hidden] when `gated` is False), down [experts, hidden, width], biases
+    [experts, ...] or None. Any float dtype: one expert at a time is widened.
     """
 
     gate_up: Tensor
@@ -66,7 +73,11 @@ class Experts:
 
     def hidden(self, x: Tensor, expert: int) -> Tensor:
         """x [tokens, hidden] -> what down_proj of this expert sees [tokens, width]."""
-        mixed = functional.linear(x, self.gate_up[expert].to(x.dtype), None if self.gate_up_bias is None else self.gate_up_bias[expert].to(x.dtype))
+        mixed = functional.linear(
+            x,
+            self.gate_up[expert].to(x.dtype),
+            None if self.gate_up_bias is None else self.gate_up_bias[expert].to(x.dtype),
+        )
         if not self.gated:
             return self.act(mixed)
         gate, up = mixed.chunk(2, -1)
@@ -74,21 +85,34 @@ class Experts:
 
     def out(self, h: Tensor, expert: int) -> Tensor:
         """h [tokens, width] -> [tokens, hidden]."""
-        return functional.linear(h, self.down[expert].to(h.dtype), None if self.down_bias is None else self.down_bias[expert].to(h.dtype))
+        return functional.linear(
+            h,
+            self.down[expert].to(h.dtype),
+            None if self.down_bias is None else self.down_bias[expert].to(h.dtype),
+        )
 
 
 def activation(name: str, *, alpha: float = 1.702, limit: float = 7.0) -> Any:
-    """The function of a config's `hidden_act`; KeyError for one that is not known. `clamped-swiglu` (gpt-oss) takes gate and up together."""
+    """The function of a config's `hidden_act`; KeyError for one that is not known.
+    `clamped-swiglu` (gpt-oss) takes gate and up together.
+    """
     return {
-        "silu": functional.silu, "swish": functional.silu, "gelu": functional.gelu, "relu": functional.relu,
-        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"), "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu2": lambda x: functional.relu(x) ** 2, "clamped-swiglu": ClampedSwiglu(alpha, limit),
-    }[name]  # fmt: skip
+        "silu": functional.silu,
+        "swish": functional.silu,
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu2": lambda x: functional.relu(x) ** 2,
+        "clamped-swiglu": ClampedSwiglu(alpha, limit),
+    }[name]
 
 
 @dataclass(frozen=True)
 class ClampedSwiglu:
-    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit`, up within +-limit (transformers modeling_gpt_oss)."""
+    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit`, up within +-limit
+    (transformers modeling_gpt_oss).
+    """
 
     alpha: float
     limit: float
@@ -112,12 +136,15 @@ def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Any) -> Tensor:
     return hidden @ down.T
 
 
-def select(x: Tensor, router: Tensor, law: Law, bias: Tensor | None = None, allowed: Tensor | None = None) -> Routing:
-    """Which experts see which tokens, and how much they count. x [tokens, hidden], router [experts, hidden], bias [experts];
-    `allowed` [experts] bool routes as if the other experts were not there.
+def select(
+    x: Tensor, router: Tensor, law: Law, bias: Tensor | None = None, allowed: Tensor | None = None
+) -> Routing:
+    """Which experts see which tokens, and how much they count. x [tokens, hidden], router
+    [experts, hidden], bias [experts]; `allowed` [experts] bool routes as if the other experts were
+    not there.
 
-    Selection and weights follow transformers 5.23's modules; the families' laws are listed in archs/overlay.json. `sparsemixer` without
-    jitter weighs both of its experts 1 (PhiMoE).
+    Selection and weights follow transformers 5.23's modules; the families' laws are listed in
+    archs/overlay.json. `sparsemixer` without jitter weighs both of its experts 1 (PhiMoE).
     """
     logits = x @ router.to(x.dtype).T
     if bias is not None:
@@ -157,20 +184,38 @@ def _within_groups(choice: Tensor, law: Law) -> Tensor:
     """Scores outside the best groups replaced by `group_fill`."""
     tokens, experts = choice.shape
     grouped = choice.view(tokens, law.groups, experts // law.groups)
-    best = grouped.amax(-1) if law.group_rule == "max" else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(law.group_top, -1).indices, True)
+    best = (
+        grouped.amax(-1)
+        if law.group_rule == "max"
+        else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    )
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter(
+        -1, best.topk(law.group_top, -1).indices, True
+    )
     return choice.masked_fill(~kept.repeat_interleave(experts // law.groups, -1), law.group_fill)
 
 
-def route(x: Tensor, router: Tensor, *, score: str, renorm: bool, top_k: int, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-    """Combine weights [tokens, experts], zero where an expert is not selected (`select` in dense form)."""
+def route(
+    x: Tensor,
+    router: Tensor,
+    *,
+    score: str,
+    renorm: bool,
+    top_k: int,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Combine weights [tokens, experts], zero where an expert is not selected (`select` in dense
+    form).
+    """
     return select(x, router, Law(top_k, score, renorm, scale), bias).dense()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One expert at work on its own tokens: rows [n] of the batch, weight [n], h [n, width] (what down_proj sees), out [n, hidden]
-    (unweighted output; for `sigmoid-on-input` the output for the already weighted input).
+    """One expert at work on its own tokens: rows [n] of the batch, weight [n], h [n, width] (what
+    down_proj sees), out [n, hidden] (unweighted output; for `sigmoid-on-input` the output for the
+    already weighted input).
     """
 
     expert: int
@@ -181,8 +226,8 @@ class Seen:
 
 
 def visit(x: Tensor, routing: Routing, experts: Experts, law: Law) -> Iterator[Seen]:
-    """Each expert with the tokens routed to it, in expert order; experts without tokens are left out. Identity experts
-    (indices from `experts.count` on, LongCat) come as h = out = x.
+    """Each expert with the tokens routed to it, in expert order; experts without tokens are left
+    out. Identity experts (indices from `experts.count` on, LongCat) come as h = out = x.
     """
     flat = routing.index.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -199,20 +244,36 @@ def visit(x: Tensor, routing: Routing, experts: Experts, law: Law) -> Iterator[S
         if expert >= experts.count:
             yield Seen(expert, rows, weight, mine, mine)
             continue
-        h = experts.hidden(mine * weight[:, None] if law.score == "sigmoid-on-input" else mine, expert)
+        h = experts.hidden(
+            mine * weight[:, None] if law.score == "sigmoid-on-input" else mine, expert
+        )
         yield Seen(expert, rows, weight, h, experts.out(h, expert))
 
 
-def mix(x: Tensor, routing: Routing, experts: Experts, law: Law, look: Callable[[Seen], None] | None = None) -> Tensor:
-    """The routed output [tokens, hidden]: every expert on its own tokens, weighted and summed. `look` sees each expert at work."""
+def mix(
+    x: Tensor,
+    routing: Routing,
+    experts: Experts,
+    law: Law,
+    look: Callable[[Seen], None] | None = None,
+) -> Tensor:
+    """The routed output [tokens, hidden]: every expert on its own tokens, weighted and summed.
+    `look` sees each expert at work.
+    """
     made = torch.zeros_like(x)
     for seen in visit(x, routing, experts, law):
-        made.index_add_(0, seen.rows, seen.out if law.score == "sigmoid-on-input" else seen.out * seen.weight[:, None])
+        made.index_add_(
+            0,
+            seen.rows,
+            seen.out if law.score == "sigmoid-on-input" else seen.out * seen.weight[:, None],
+        )
         if look is not None:
             look(seen)
     return made
 
 
 def every(x: Tensor, experts: Experts) -> Tensor:
-    """All experts on all tokens: [experts, tokens, hidden]. For samples only: it costs experts / top_k times `mix`."""
+    """All experts on all tokens: [experts, tokens, hidden]. For samples only: it costs experts /
+    top_k times `mix`.
+    """
     return torch.stack([experts.out(experts.hidden(x, e), e) for e in range(experts.count)])

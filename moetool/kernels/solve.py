@@ -9,13 +9,25 @@ from moetool.kernels.moe import Experts, Law, Routing
 Tensor = torch.Tensor
 
 
-def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tensor, *, ridge: float = 0.01, sweeps: int = 3) -> tuple[Tensor, float, float]:
-    """New down matrices [experts, hidden, width] (float32) that bring the layer's output nearest to `target` [tokens, hidden] on x [tokens, hidden].
+def refit(
+    x: Tensor,
+    routing: Routing,
+    experts: Experts,
+    law: Law,
+    target: Tensor,
+    *,
+    ridge: float = 0.01,
+    sweeps: int = 3,
+) -> tuple[Tensor, float, float]:
+    """New down matrices [experts, hidden, width] (float32) that bring the layer's output nearest
+    to `target` [tokens, hidden] on x [tokens, hidden].
 
-    Minimises sum |target - sum_e w_e D_e h_e|^2 over all D_e by block Gauss-Seidel: one expert at a time against what the others leave, each step
-    damped by `ridge` (in units of the mean energy of h_e). Many sweeps reach the joint least-squares solution; few stay near the old
-    matrices where the text says little. One expert for each cluster with fixed gates is MergeMoE's least squares (arXiv 2510.14436). Normal
-    equations in float64. Returns (down, relative squared error before, after).
+    Minimises sum |target - sum_e w_e D_e h_e|^2 over all D_e by block Gauss-Seidel: one expert at
+    a time against what the others leave, each step damped by `ridge` (in units of the mean energy
+    of h_e). Many sweeps reach the joint least-squares solution; few stay near the old matrices
+    where the text says little. One expert for each cluster with fixed gates is MergeMoE's least
+    squares (arXiv 2510.14436). Normal equations in float64. Returns (down, relative squared error
+    before, after).
     """
     down = experts.down.float().clone()
     flat = routing.index.reshape(-1)
@@ -29,13 +41,18 @@ def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tenso
         start += count
         if not count:
             continue
-        rows, weight = torch.div(places, routing.index.shape[1], rounding_mode="floor"), routing.weight.reshape(-1)[places][:, None]
+        rows, weight = (
+            torch.div(places, routing.index.shape[1], rounding_mode="floor"),
+            routing.weight.reshape(-1)[places][:, None],
+        )
         on_input = law.score == "sigmoid-on-input"
         h = experts.hidden(x[rows] * weight if on_input else x[rows], expert)
         out = experts.out(h, expert)
         left.index_add_(0, rows, out if on_input else out * weight, alpha=-1)
         work.append((expert, rows, h if on_input else h * weight))
-    if experts.count < routing.scores.shape[1]:  # identity experts: what they add is not ours to change
+    if (
+        experts.count < routing.scores.shape[1]
+    ):  # identity experts: what they add is not ours to change
         for expert in range(experts.count, routing.scores.shape[1]):
             token, slot = torch.where(routing.index == expert)
             left.index_add_(0, token, x[token] * routing.weight[token, slot][:, None], alpha=-1)
@@ -51,12 +68,17 @@ def refit(x: Tensor, routing: Routing, experts: Experts, law: Law, target: Tenso
 
 
 def _factor(h: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of h'h + ridge, float64; the ridge grows until the matrix is positive definite."""
+    """Cholesky factor of h'h + ridge, float64; the ridge grows until the matrix is positive
+    definite.
+    """
     gram = (h.T @ h).double()
     scale = gram.diagonal().mean().clamp_min(1e-30)
     for grow in (1.0, 10.0, 100.0, 1e4):
         factor: Tensor
-        factor, bad = torch.linalg.cholesky_ex(gram + ridge * grow * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
+        factor, bad = torch.linalg.cholesky_ex(
+            gram
+            + ridge * grow * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        )
         if not int(bad):
             return factor
     raise ArithmeticError("the activations are not finite")

@@ -1,4 +1,6 @@
-"""Methods: what moetool can do to a checkpoint. One file a method; the name is looked up here and imported on use."""
+"""Methods: what moetool can do to a checkpoint. One file a method; the name is looked up here and
+imported on use.
+"""
 
 from __future__ import annotations
 
@@ -51,14 +53,34 @@ def _typed(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
         pass
     if isinstance(value, kind):
         return value
-    raise UsageError(f"{method}: {field.name}={value!r} is not {kind.__name__}", hint=str(field.metadata.get("help", "")))
+    raise UsageError(
+        f"{method}: {field.name}={value!r} is not {kind.__name__}",
+        hint=str(field.metadata.get("help", "")),
+    )
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Purpose and options of a method, from its class: {name, about, options: [{name, type, default, help}]}, and `methods`
-    [{name, text, about}] where it is a verb with several ways.
+    """Purpose and options of a method, from its class: {name, about, options: [{name, type,
+    default, help}]}, and `methods` [{name, text, about}] where it is a verb with several ways.
     """
     cls = load(name)
-    options = [{"name": f.name.replace("_", "-"), "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in dataclasses.fields(cls)]
-    ways = [{"name": n, "text": c.text, "about": " ".join((c.__doc__ or "").split())} for n, c in cls.known().items()] if hasattr(cls, "known") else []
-    return {"name": name, "about": (cls.__doc__ or "").strip(), "options": options} | ({"methods": ways} if ways else {})
+    options = [
+        {
+            "name": f.name.replace("_", "-"),
+            "type": str(f.type),
+            "default": f.default,
+            "help": f.metadata.get("help", ""),
+        }
+        for f in dataclasses.fields(cls)
+    ]
+    ways = (
+        [
+            {"name": n, "text": c.text, "about": " ".join((c.__doc__ or "").split())}
+            for n, c in cls.known().items()
+        ]
+        if hasattr(cls, "known")
+        else []
+    )
+    return {"name": name, "about": (cls.__doc__ or "").strip(), "options": options} | (
+        {"methods": ways} if ways else {}
+    )

@@ -1,4 +1,6 @@
-"""What every method gives the road in road.py: decisions small enough for JSON, then a plan with its certificate."""
+"""What every method gives the road in road.py: decisions small enough for JSON, then a plan with
+its certificate.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from moetool.surgery.spec import Piece, Target, Task
 
 @dataclass(frozen=True)
 class Certificate:
-    """How the result relates to its source. `coverage` is the value of the identity c_j + sum w_e m_e (1 = same function)."""
+    """How the result relates to its source. `coverage` is the value of the identity c_j + sum w_e
+    m_e (1 = same function).
+    """
 
     level: str  # exact | exact_if | expectation | none
     why: str
@@ -42,8 +46,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a look at the sources decided: `tables` of integers for the plan, and what to tell the user. `chosen` is plain data that
-    replays it; `extra` are sources beyond the named ones (statistics, tensors that deciding solved for).
+    """What a look at the sources decided: `tables` of integers for the plan, and what to tell the
+    user. `chosen` is plain data that replays it; `extra` are sources beyond the named ones
+    (statistics, tensors that deciding solved for).
     """
 
     tables: dict[str, list[int]] = field(default_factory=dict)
@@ -71,7 +76,9 @@ class Method(Protocol):
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions: ...
 
-    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made: ...
+    def plan(
+        self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings
+    ) -> Made: ...
 
 
 class Builder:
@@ -95,6 +102,15 @@ class Builder:
         """All of a tensor zero."""
         self.tasks.append(Task("zeros", (), (Piece(target.name, target.shape),)))
 
-    def task(self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], **params: Any) -> None:
+    def task(
+        self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], **params: Any
+    ) -> None:
         """Any other operation; parameters that are None are left out."""
-        self.tasks.append(Task(op, tuple(inputs), tuple(outputs), {k: v for k, v in params.items() if v is not None}))
+        self.tasks.append(
+            Task(
+                op,
+                tuple(inputs),
+                tuple(outputs),
+                {k: v for k, v in params.items() if v is not None},
+            )
+        )

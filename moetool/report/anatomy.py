@@ -26,11 +26,17 @@ class _Layer:
 
 
 def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Family, parameters (total and active), each layer's FFN, experts and router, dtypes, shards, ties, unknown names."""
+    """Family, parameters (total and active), each layer's FFN, experts and router, dtypes, shards,
+    ties, unknown names.
+    """
     model_type = checkpoint.config.get("model_type")
     layout = _layout(model_type)
     text_type = (checkpoint.config.get("text_config") or {}).get("model_type")
-    inner = _layout(text_type) if text_type and (layout is None or layout.role("router") is None) else None
+    inner = (
+        _layout(text_type)
+        if text_type and (layout is None or layout.role("router") is None)
+        else None
+    )
     layers: dict[int, _Layer] = defaultdict(_Layer)
     unknown: list[str] = []
     total = 0
@@ -43,19 +49,43 @@ def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
         elif found.layer is not None and not any(w in stored.name for w in ("visual", "vision")):
             _note(layers[found.layer], found, stored, count)
     home = inner or layout
-    top_k = home.field("top_k", checkpoint.config if home is layout else checkpoint.config["text_config"]) if home else None
+    top_k = (
+        home.field(
+            "top_k", checkpoint.config if home is layout else checkpoint.config["text_config"]
+        )
+        if home
+        else None
+    )
     rows = [_row(number, layers[number]) for number in sorted(layers)]
     idle = sum(_idle(layers[n], top_k) for n in layers)
-    text = home.text(checkpoint.config if home is layout else checkpoint.config.get("text_config") or {}) if home else {}
+    text = (
+        home.text(
+            checkpoint.config if home is layout else checkpoint.config.get("text_config") or {}
+        )
+        if home
+        else {}
+    )
     tied = [n for n in (layout.tied if layout else {}) if n not in checkpoint.tensors]
     return {
-        "path": checkpoint.folder, "family": model_type, "class": (checkpoint.config.get("architectures") or [None])[0], "known": layout is not None,
-        "kind": "moe" if any(r["experts"] for r in rows) else "dense", "parameters": total, "active_parameters": total - idle,
-        "bytes": sum(size for size, _ in checkpoint.files.values()), "tensors": len(checkpoint.tensors), "shards": len(checkpoint.files),
-        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())), "top_k": top_k if any(r["experts"] for r in rows) else None,
-        "hidden": text.get(home.fields.get("hidden", "")) if home else None, "vocab": text.get(home.fields.get("vocab", "")) if home else None,
-        "tied": tied, "law": (home.overlay.law or None) if home else None, "unknown_tensors": sorted(unknown), "layers": rows,
-    }  # fmt: skip
+        "path": checkpoint.folder,
+        "family": model_type,
+        "class": (checkpoint.config.get("architectures") or [None])[0],
+        "known": layout is not None,
+        "kind": "moe" if any(r["experts"] for r in rows) else "dense",
+        "parameters": total,
+        "active_parameters": total - idle,
+        "bytes": sum(size for size, _ in checkpoint.files.values()),
+        "tensors": len(checkpoint.tensors),
+        "shards": len(checkpoint.files),
+        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())),
+        "top_k": top_k if any(r["experts"] for r in rows) else None,
+        "hidden": text.get(home.fields.get("hidden", "")) if home else None,
+        "vocab": text.get(home.fields.get("vocab", "")) if home else None,
+        "tied": tied,
+        "law": (home.overlay.law or None) if home else None,
+        "unknown_tensors": sorted(unknown),
+        "layers": rows,
+    }
 
 
 def _layout(model_type: Any) -> Layout | None:
@@ -80,7 +110,11 @@ def _any_form(layout: Layout, name: str) -> Found | None:
     if found is None:
         for role, template in layout.fused().items():
             head, _, tail = template.partition("{layer}")
-            number = name[len(head) : len(name) - len(tail)] if name.startswith(head) and name.endswith(tail) else ""
+            number = (
+                name[len(head) : len(name) - len(tail)]
+                if name.startswith(head) and name.endswith(tail)
+                else ""
+            )
             slot = layout.role(f"expert.{'up' if role == 'gate_up' else 'down'}")
             if number.isdigit() and slot:
                 return Found(type(slot)(template, None, f"expert.{role}", "moe"), int(number))
@@ -116,9 +150,16 @@ def _note(layer: _Layer, found: Found, stored: Stored, count: int) -> None:
 
 def _row(number: int, layer: _Layer) -> dict[str, Any]:
     return {
-        "layer": number, "ffn": layer.ffn, "experts": len(layer.experts) or layer.stacked or 0, "stacked": layer.stacked is not None,
-        "expert_width": layer.expert_width, "shared": layer.shared, "router": layer.router, "router_bias": layer.router_bias, "parameters": layer.parameters,
-    }  # fmt: skip
+        "layer": number,
+        "ffn": layer.ffn,
+        "experts": len(layer.experts) or layer.stacked or 0,
+        "stacked": layer.stacked is not None,
+        "expert_width": layer.expert_width,
+        "shared": layer.shared,
+        "router": layer.router,
+        "router_bias": layer.router_bias,
+        "parameters": layer.parameters,
+    }
 
 
 def _idle(layer: _Layer, top_k: Any) -> int:

@@ -17,30 +17,65 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.
-_OF_THE_RUN = ("seconds", "peak_memory", "jobs", "free_disk", "resumed_shards", "ray_nodes", "out", "read_bytes", "stages", "peak_rss", "quality")
+_OF_THE_RUN = (
+    "seconds",
+    "peak_memory",
+    "jobs",
+    "free_disk",
+    "resumed_shards",
+    "ray_nodes",
+    "out",
+    "read_bytes",
+    "stages",
+    "peak_rss",
+    "quality",
+)
 
 
 def record(prepared: Prepared, report: dict[str, Any], written: Checkpoint | None = None) -> bytes:
-    """The file's bytes; the same command on the same sources gives the same bytes. `written`: the finished shards, where the plan read
-    more than the named sources (statistics, solved tensors): what came of those is sealed, since they do not travel with the output.
+    """The file's bytes; the same command on the same sources gives the same bytes. `written`: the
+    finished shards, where the plan read more than the named sources (statistics, solved tensors):
+    what came of those is sealed, since they do not travel with the output.
     """
     config = json.dumps(prepared.made.config, indent=2, ensure_ascii=False) + "\n"
     data = {
-        "schema": SCHEMA, "moetool": version_of("moetool"), "python": platform.python_version(), "command": prepared.options.command,
-        "method": prepared.options.method, "options": report["options"], "seed": prepared.options.seed, "max_shard": prepared.options.max_shard,
-        "sources": [{"name": n, "files": s.fingerprint()} for n, s in zip(prepared.names, prepared.sources, strict=False)],
+        "schema": SCHEMA,
+        "moetool": version_of("moetool"),
+        "python": platform.python_version(),
+        "command": prepared.options.command,
+        "method": prepared.options.method,
+        "options": report["options"],
+        "seed": prepared.options.seed,
+        "max_shard": prepared.options.max_shard,
+        "sources": [
+            {"name": n, "files": s.fingerprint()}
+            for n, s in zip(prepared.names, prepared.sources, strict=False)
+        ],
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        "report": {k: v for k, v in report.items() if k not in (*_OF_THE_RUN, "options", "seed", "method")},
-    }  # fmt: skip
+        "report": {
+            k: v for k, v in report.items() if k not in (*_OF_THE_RUN, "options", "seed", "method")
+        },
+    }
     if written is not None:
         extra = prepared.sources[len(prepared.names) :]
-        data["extra"] = [{"files": s.fingerprint(), "tensors": [[t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in s.tensors.values()]} for s in extra]
+        data["extra"] = [
+            {
+                "files": s.fingerprint(),
+                "tensors": [
+                    [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop]
+                    for t in s.tensors.values()
+                ],
+            }
+            for s in extra
+        ]
         data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
     chosen = data["report"].pop("decisions", None)  # long: a layer on a line
     head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
     if chosen is not None:
         head += f',\n "decisions": {render(chosen).rstrip()}'
-    tables = json.dumps(prepared.plan.tables, separators=(",", ":"))  # long lists of neuron numbers: one line
+    tables = json.dumps(
+        prepared.plan.tables, separators=(",", ":")
+    )  # long lists of neuron numbers: one line
     return f'{head},\n "tables": {tables}\n}}\n'.encode()
 
 
@@ -50,7 +85,9 @@ def sealed(plan: Plan, named: int, written: Checkpoint) -> dict[str, str]:
     for task in plan.tasks:
         if any(p.source >= named for p in task.inputs):
             for piece in task.outputs:
-                seals[f"{piece.name}@{piece.offset}"] = hashlib.sha256(written.read(piece)).hexdigest()
+                seals[f"{piece.name}@{piece.offset}"] = hashlib.sha256(
+                    written.read(piece)
+                ).hexdigest()
     return seals
 
 

@@ -1,1 +1,3 @@
-"""The tensor-surgery core: every checkpoint moetool writes goes through here. Knows no method by name."""
+"""The tensor-surgery core: every checkpoint moetool writes goes through here. Knows no method by
+name.
+"""

@@ -1,8 +1,10 @@
-"""Read a safetensors checkpoint without loading it: names, dtypes, shapes and byte ranges, all checked.
+"""Read a safetensors checkpoint without loading it: names, dtypes, shapes and byte ranges, all
+checked.
 
-A Checkpoint is a value (no open handle), so it can be pickled to a worker. Everything a hostile or broken file
-can say is checked here, once: header length, JSON, duplicate names, dtypes, shapes, overlapping or missing ranges,
-truncation, indexes that lead out of the folder, indexes and shards that disagree. Format: safetensors README.
+A Checkpoint is a value (no open handle), so it can be pickled to a worker. Everything a hostile or
+broken file can say is checked here, once: header length, JSON, duplicate names, dtypes, shapes,
+overlapping or missing ranges, truncation, indexes that lead out of the folder, indexes and shards
+that disagree. Format: safetensors README.
 """
 
 from __future__ import annotations
@@ -22,8 +24,28 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that are made anew for every output and so never travel.
-_OWN = {"config.json", "README.md", "moetool.json", "report.json", "decisions.json", "experts.json", "experts.jsonl", INDEX}
-_TRAVEL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".merges", ".py", ".md")
+_OWN = {
+    "config.json",
+    "README.md",
+    "moetool.json",
+    "report.json",
+    "decisions.json",
+    "experts.json",
+    "experts.jsonl",
+    INDEX,
+}
+_TRAVEL = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".tiktoken",
+    ".spm",
+    ".vocab",
+    ".merges",
+    ".py",
+    ".md",
+)
 _TRAVEL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
@@ -38,9 +60,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read headers and config of a folder, or of one `.safetensors` file with a config.json beside it.
+        """Read headers and config of a folder, or of one `.safetensors` file with a config.json
+        beside it.
 
-        Raises MoetoolError naming the file (and tensor) for anything that is not a whole, honest checkpoint.
+        Raises MoetoolError naming the file (and tensor) for anything that is not a whole, honest
+        checkpoint.
         """
         path = Path(path)
         if path.is_file():
@@ -51,7 +75,10 @@ class Checkpoint:
             folder = path
             shards, promised = _weight_files(path)
         else:
-            raise MoetoolError(f"{path} does not exist", hint="give a folder, a .safetensors file or a Hub id like org/name")
+            raise MoetoolError(
+                f"{path} does not exist",
+                hint="give a folder, a .safetensors file or a Hub id like org/name",
+            )
         config = read_json(folder / "config.json", what="model config")
         tensors: dict[str, Stored] = {}
         files: dict[str, tuple[int, str]] = {}
@@ -60,7 +87,13 @@ class Checkpoint:
             files[shard] = (size, digest)
             for tensor in stored:
                 if tensor.name in tensors:
-                    raise MoetoolError("the same tensor stands in two files", tensor=tensor.name, file=folder / shard, found=f"also in {tensors[tensor.name].file}", hint="delete the stale shard or its index entry")
+                    raise MoetoolError(
+                        "the same tensor stands in two files",
+                        tensor=tensor.name,
+                        file=folder / shard,
+                        found=f"also in {tensors[tensor.name].file}",
+                        hint="delete the stale shard or its index entry",
+                    )
                 tensors[tensor.name] = tensor
         if promised is not None:
             _compare_index(folder, promised, tensors)
@@ -80,20 +113,37 @@ class Checkpoint:
     def tensor(self, name: str) -> Stored:
         """The stored tensor of this name; MoetoolError when it is missing."""
         if name not in self.tensors:
-            raise MoetoolError("a tensor is missing", file=self.folder, tensor=name, expected="present", found="absent", hint="the checkpoint is incomplete: download or save it again")
+            raise MoetoolError(
+                "a tensor is missing",
+                file=self.folder,
+                tensor=name,
+                expected="present",
+                found="absent",
+                hint="the checkpoint is incomplete: download or save it again",
+            )
         return self.tensors[name]
 
     def fingerprint(self) -> list[list[Any]]:
-        """[file, bytes, header sha256] of every weight file: what a plan's digest knows of its source."""
+        """[file, bytes, header sha256] of every weight file: what a plan's digest knows of its
+        source.
+        """
         return [[name, *self.files[name]] for name in sorted(self.files)]
 
     def travelling(self) -> list[str]:
-        """Files that go with the weights byte for byte: tokenizer, chat template, generation and processor configs."""
+        """Files that go with the weights byte for byte: tokenizer, chat template, generation and
+        processor configs.
+        """
         out = []
         for entry in sorted(os.scandir(self.folder), key=lambda e: e.name):
             name = entry.name
             wanted = name.endswith(_TRAVEL) or name.startswith(_TRAVEL_NAMES)
-            if entry.is_file() and wanted and name not in _OWN and not name.endswith(".index.json") and not name.startswith("."):
+            if (
+                entry.is_file()
+                and wanted
+                and name not in _OWN
+                and not name.endswith(".index.json")
+                and not name.startswith(".")
+            ):
                 out.append(name)
         return out
 
@@ -103,7 +153,13 @@ class Checkpoint:
         bits = DTYPE_BITS[stored.dtype]
         start, count = piece.offset * bits // 8, piece.count * bits // 8
         if stored.start + start + count > stored.stop:
-            raise MoetoolError("a plan reads past the end of a tensor", tensor=piece.name, expected=f"at most {stored.stop - stored.start} bytes", found=start + count, hint="report this as a bug of moetool")
+            raise MoetoolError(
+                "a plan reads past the end of a tensor",
+                tensor=piece.name,
+                expected=f"at most {stored.stop - stored.start} bytes",
+                found=start + count,
+                hint="report this as a bug of moetool",
+            )
         return os.path.join(self.folder, stored.file), stored.start + start, count
 
     def read(self, piece: Piece) -> bytearray:
@@ -122,7 +178,13 @@ def read_range(path: str, start: int, count: int) -> bytearray:
         while done < count:
             got = os.preadv(handle, [view[done : done + (1 << 30)]], start + done)
             if got == 0:
-                raise MoetoolError("the file became shorter while it was read", file=path, expected=f"{start + count} bytes", found=f"{start + done} bytes", hint="do not change a source while moetool works on it")
+                raise MoetoolError(
+                    "the file became shorter while it was read",
+                    file=path,
+                    expected=f"{start + count} bytes",
+                    found=f"{start + done} bytes",
+                    hint="do not change a source while moetool works on it",
+                )
             done += got
     finally:
         os.close(handle)
@@ -130,21 +192,43 @@ def read_range(path: str, start: int, count: int) -> bytearray:
 
 
 def read_header(path: Path) -> tuple[list[Stored], str, int]:
-    """(tensors in file order, sha256 of the header, file size); every claim of the header is checked."""
+    """(tensors in file order, sha256 of the header, file size); every claim of the header is
+    checked.
+    """
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             raw = handle.read(8)
             if len(raw) < 8:
-                raise MoetoolError("the file is too short for a safetensors header", file=path, expected="at least 8 bytes", found=f"{size} bytes", hint="download or save it again")
+                raise MoetoolError(
+                    "the file is too short for a safetensors header",
+                    file=path,
+                    expected="at least 8 bytes",
+                    found=f"{size} bytes",
+                    hint="download or save it again",
+                )
             (length,) = struct.unpack("<Q", raw)
             if length > min(MAX_HEADER, size - 8):
-                raise MoetoolError("the header length is not possible", file=path, expected=f"at most {min(MAX_HEADER, size - 8)}", found=length, hint="this is no safetensors file, or it is truncated: download it again")
+                raise MoetoolError(
+                    "the header length is not possible",
+                    file=path,
+                    expected=f"at most {min(MAX_HEADER, size - 8)}",
+                    found=length,
+                    hint="this is no safetensors file, or it is truncated: download it again",
+                )
             body = handle.read(length)
     except FileNotFoundError:
-        raise MoetoolError("a weight file is missing", file=path, hint="download the missing shard, or correct the index") from None
+        raise MoetoolError(
+            "a weight file is missing",
+            file=path,
+            hint="download the missing shard, or correct the index",
+        ) from None
     except OSError as problem:
-        raise MoetoolError(f"cannot read the file: {problem.strerror}", file=path, hint="check the path and its permissions") from None
+        raise MoetoolError(
+            f"cannot read the file: {problem.strerror}",
+            file=path,
+            hint="check the path and its permissions",
+        ) from None
     return _parse_header(path, body, 8 + length, size), hashlib.sha256(raw + body).hexdigest(), size
 
 
@@ -154,30 +238,61 @@ def _parse_header(path: Path, body: bytes, base: int, size: int) -> list[Stored]
         if len(table) != len(pairs):
             names = [k for k, _ in pairs]
             twice = next(n for n in names if names.count(n) > 1)
-            raise MoetoolError("a name stands twice in the header", file=path, tensor=twice, hint="the file was written by a broken tool: save it again")
+            raise MoetoolError(
+                "a name stands twice in the header",
+                file=path,
+                tensor=twice,
+                hint="the file was written by a broken tool: save it again",
+            )
         return table
 
     try:
         header = json.loads(body)
         entries = len(header) - ("__metadata__" in header) if isinstance(header, dict) else 0
-        if body.count(b'"data_offsets"') != entries:  # a name twice, or an odd file: read it again, slowly and strictly
+        if (
+            body.count(b'"data_offsets"') != entries
+        ):  # a name twice, or an odd file: read it again, slowly and strictly
             header = json.loads(body, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
-        raise MoetoolError(f"the header is not JSON ({problem})", file=path, hint="this is no safetensors file, or it is damaged: download it again") from None
+        raise MoetoolError(
+            f"the header is not JSON ({problem})",
+            file=path,
+            hint="this is no safetensors file, or it is damaged: download it again",
+        ) from None
     if not isinstance(header, dict):
-        raise MoetoolError("the header is not a JSON object", file=path, hint="download the file again")
+        raise MoetoolError(
+            "the header is not a JSON object", file=path, hint="download the file again"
+        )
     header.pop("__metadata__", None)
     stored = [_entry(path, name, entry, base) for name, entry in header.items()]
     stored.sort(key=lambda t: (t.start, t.stop))
     position = base
     for tensor in stored:
         if tensor.start != position:
-            word = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-            raise MoetoolError(f"a tensor's range {word}", file=path, tensor=tensor.name, expected=f"start at byte {position - base}", found=tensor.start - base, hint="the header lies: save the file again")
+            word = (
+                "overlaps the tensor before it"
+                if tensor.start < position
+                else "leaves a hole before it"
+            )
+            raise MoetoolError(
+                f"a tensor's range {word}",
+                file=path,
+                tensor=tensor.name,
+                expected=f"start at byte {position - base}",
+                found=tensor.start - base,
+                hint="the header lies: save the file again",
+            )
         position = tensor.stop
     if position != size:
         word = "is truncated" if position > size else "has bytes after its last tensor"
-        raise MoetoolError(f"the file {word}", file=path, tensor=stored[-1].name if stored else None, expected=f"{position} bytes", found=f"{size} bytes", hint="download or save it again")
+        raise MoetoolError(
+            f"the file {word}",
+            file=path,
+            tensor=stored[-1].name if stored else None,
+            expected=f"{position} bytes",
+            found=f"{size} bytes",
+            hint="download or save it again",
+        )
     return stored
 
 
@@ -193,11 +308,32 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
     except (TypeError, KeyError, ValueError):
         honest = False
     if not honest:
-        raise MoetoolError("a header entry is malformed", file=path, tensor=name, expected="dtype, shape and data_offsets", found=json.dumps(entry)[:80], hint="save the file again")
+        raise MoetoolError(
+            "a header entry is malformed",
+            file=path,
+            tensor=name,
+            expected="dtype, shape and data_offsets",
+            found=json.dumps(entry)[:80],
+            hint="save the file again",
+        )
     if bits is None:
-        raise MoetoolError("unknown dtype in the header", file=path, tensor=name, expected=", ".join(DTYPE_BITS), found=dtype, hint="update moetool, or re-save the checkpoint in another dtype")
+        raise MoetoolError(
+            "unknown dtype in the header",
+            file=path,
+            tensor=name,
+            expected=", ".join(DTYPE_BITS),
+            found=dtype,
+            hint="update moetool, or re-save the checkpoint in another dtype",
+        )
     if stop - start != count * bits // 8:
-        raise MoetoolError("a tensor's byte range does not fit its shape", file=path, tensor=name, expected=f"{count * bits // 8} bytes for {dtype} {list(shape)}", found=f"{stop - start} bytes", hint="the header lies: save the file again")
+        raise MoetoolError(
+            "a tensor's byte range does not fit its shape",
+            file=path,
+            tensor=name,
+            expected=f"{count * bits // 8} bytes for {dtype} {list(shape)}",
+            found=f"{stop - start} bytes",
+            hint="the header lies: save the file again",
+        )
     return Stored(name, dtype, shape, path.name, base + start, base + stop)
 
 
@@ -206,13 +342,31 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise MoetoolError(f"the {what} is missing", file=path, hint="it belongs beside the weights: copy it from the original model") from None
+        raise MoetoolError(
+            f"the {what} is missing",
+            file=path,
+            hint="it belongs beside the weights: copy it from the original model",
+        ) from None
     except OSError as problem:
-        raise MoetoolError(f"cannot read the {what}: {problem.strerror}", file=path, hint="check the path and its permissions") from None
+        raise MoetoolError(
+            f"cannot read the {what}: {problem.strerror}",
+            file=path,
+            hint="check the path and its permissions",
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
-        raise MoetoolError(f"the {what} is not JSON ({problem})", file=path, hint="restore it from the original model") from None
+        raise MoetoolError(
+            f"the {what} is not JSON ({problem})",
+            file=path,
+            hint="restore it from the original model",
+        ) from None
     if not isinstance(data, dict):
-        raise MoetoolError(f"the {what} is not a JSON object", file=path, expected="an object", found=type(data).__name__, hint="restore it from the original model")
+        raise MoetoolError(
+            f"the {what} is not a JSON object",
+            file=path,
+            expected="an object",
+            found=type(data).__name__,
+            hint="restore it from the original model",
+        )
     return data
 
 
@@ -221,7 +375,11 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if index.exists():
         promised = read_json(index, what="weight index").get("weight_map")
         if not isinstance(promised, dict) or not all(isinstance(v, str) for v in promised.values()):
-            raise MoetoolError("the index has no weight_map", file=index, hint="restore the index from the original model")
+            raise MoetoolError(
+                "the index has no weight_map",
+                file=index,
+                hint="restore the index from the original model",
+            )
         for shard in sorted(set(promised.values())):
             _stay_inside(folder, shard, index)
         return sorted(set(promised.values())), promised
@@ -231,43 +389,99 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     for shard in found:
         _stay_inside(folder, shard, folder)
     if len(found) > 1 and "model.safetensors" not in found and not any("-of-" in f for f in found):
-        raise MoetoolError("several weight files but no index", file=folder, found=", ".join(found[:4]), hint=f"give one of the files, or add {INDEX}")
+        raise MoetoolError(
+            "several weight files but no index",
+            file=folder,
+            found=", ".join(found[:4]),
+            hint=f"give one of the files, or add {INDEX}",
+        )
     for name in found:
         total = name.rpartition("-of-")[2].removesuffix(".safetensors")
         if "-of-" in name and total.isdigit() and int(total) != sum("-of-" in f for f in found):
-            raise MoetoolError("a shard is missing and there is no index", file=folder, expected=f"{int(total)} shards", found=f"{len(found)}: {', '.join(found[:4])}", hint="download the missing shards")
+            raise MoetoolError(
+                "a shard is missing and there is no index",
+                file=folder,
+                expected=f"{int(total)} shards",
+                found=f"{len(found)}: {', '.join(found[:4])}",
+                hint="download the missing shards",
+            )
     return ["model.safetensors"] if "model.safetensors" in found else found, None
 
 
 def _stay_inside(folder: Path, shard: str, said_by: Path) -> None:
     """A shard must lie in its folder; the links of a Hub cache lead to its own `blobs`."""
     if shard in ("", ".", "..") or "/" in shard or "\\" in shard or os.path.isabs(shard):
-        raise MoetoolError("a shard name leads out of the folder", file=said_by, expected="a plain file name", found=shard, hint="do not use this checkpoint unless you trust it; correct the index")
+        raise MoetoolError(
+            "a shard name leads out of the folder",
+            file=said_by,
+            expected="a plain file name",
+            found=shard,
+            hint="do not use this checkpoint unless you trust it; correct the index",
+        )
     link = folder / shard
     if link.is_symlink():
         real = link.resolve()
         base = folder.resolve()
         blobs = base.parent.parent / "blobs" if base.parent.name == "snapshots" else None
         if real.parent != base and real.parent != blobs:
-            raise MoetoolError("a shard is a link that leads out of the folder", file=link, found=real, hint="copy the file into the folder, or give the folder the link leads to")
+            raise MoetoolError(
+                "a shard is a link that leads out of the folder",
+                file=link,
+                found=real,
+                hint="copy the file into the folder, or give the folder the link leads to",
+            )
 
 
 def _refuse_other(path: Path) -> None:
     names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir())
     pickles = [n for n in names if n.endswith(_PICKLES)]
     if pickles:
-        raise MoetoolError("only pickle weights here, and moetool never unpickles: it would run code from the file", file=path, found=", ".join(pickles[:3]), expected="*.safetensors", hint="in a sandbox: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), then use NEW")
+        raise MoetoolError(
+            "only pickle weights here, and moetool never unpickles: it would run code from the file",
+            file=path,
+            found=", ".join(pickles[:3]),
+            expected="*.safetensors",
+            hint="in a sandbox: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), then use NEW",
+        )
     if any(n.endswith(".gguf") for n in names):
-        raise MoetoolError("only GGUF weights here", file=path, expected="*.safetensors", hint="convert with transformers: from_pretrained(DIR, gguf_file=..., quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)")
-    raise MoetoolError("no weights here", file=path, expected="model.safetensors or its shards", found=", ".join(names[:4]) or "nothing", hint="check the path")
+        raise MoetoolError(
+            "only GGUF weights here",
+            file=path,
+            expected="*.safetensors",
+            hint="convert with transformers: from_pretrained(DIR, gguf_file=..., quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
+        )
+    raise MoetoolError(
+        "no weights here",
+        file=path,
+        expected="model.safetensors or its shards",
+        found=", ".join(names[:4]) or "nothing",
+        hint="check the path",
+    )
 
 
 def _compare_index(folder: Path, promised: dict[str, str], tensors: dict[str, Stored]) -> None:
     for name, shard in promised.items():
         if name not in tensors:
-            raise MoetoolError("the index names a tensor that its shard does not hold", file=folder / shard, tensor=name, hint="download the shard and the index again")
+            raise MoetoolError(
+                "the index names a tensor that its shard does not hold",
+                file=folder / shard,
+                tensor=name,
+                hint="download the shard and the index again",
+            )
         if tensors[name].file != shard:
-            raise MoetoolError("the index and the shards disagree", file=folder / INDEX, tensor=name, expected=shard, found=tensors[name].file, hint="download the index again")
+            raise MoetoolError(
+                "the index and the shards disagree",
+                file=folder / INDEX,
+                tensor=name,
+                expected=shard,
+                found=tensors[name].file,
+                hint="download the index again",
+            )
     for name, tensor in tensors.items():
         if name not in promised:
-            raise MoetoolError("a shard holds a tensor that the index does not name", file=folder / tensor.file, tensor=name, hint="download the index again")
+            raise MoetoolError(
+                "a shard holds a tensor that the index does not name",
+                file=folder / tensor.file,
+                tensor=name,
+                hint="download the index again",
+            )

@@ -1,6 +1,9 @@
-"""Make a plan's shards, on threads here or on a Ray cluster: one worker function of plain values serves both.
+"""Make a plan's shards, on threads here or on a Ray cluster: one worker function of plain values
+serves both.
 
-Bytes that are only moved go through `copy_file_range` or a small buffer (see Mover); computed tensors come one task at a time. Nothing is left under a shard's final name until the shard is whole.
+Bytes that are only moved go through `copy_file_range` or a small buffer (see Mover); computed
+tensors come one task at a time. Nothing is left under a shard's final name until the shard is
+whole.
 """
 
 from __future__ import annotations
@@ -23,12 +26,21 @@ from moetool.surgery.spec import Piece, Task
 
 Tell = Callable[[int], None]
 _STEP = 64 << 20  # between two looks at the stop flag
-_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_NO_RANGE_COPY = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EPERM,
+}
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A byte move, absolute positions. `first`: no other move of the job reads these bytes (so they are looked at once)."""
+    """A byte move, absolute positions. `first`: no other move of the job reads these bytes (so
+    they are looked at once).
+    """
 
     path: str
     start: int
@@ -49,14 +61,25 @@ class Job:
     tasks: tuple[Task, ...]
     dtypes: dict[str, str]
     starts: dict[str, int]  # where each tensor begins in the file
-    ranges: tuple[tuple[tuple[str, int, int, str], ...], ...]  # per task and input: file, from, count, dtype
+    ranges: tuple[
+        tuple[tuple[str, int, int, str], ...], ...
+    ]  # per task and input: file, from, count, dtype
     tables: dict[str, list[int]]
     device: str
     threads: int
     watch: bool = False  # look for NaN and inf in what is copied
 
 
-def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], folder: str, *, device: str = "cpu", threads: int = 1, watch: bool = False) -> Iterator[Job]:
+def jobs_of(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    shards: Sequence[Shard],
+    folder: str,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    watch: bool = False,
+) -> Iterator[Job]:
     """The work of the given shards; `threads` are dealt out by size, at least one each."""
     everything = sum(s.size for s in shards) or 1
     for shard in shards:
@@ -65,16 +88,36 @@ def jobs_of(plan: Plan, sources: Sequence[Checkpoint], shards: Sequence[Shard], 
         dtypes = {name: plan.targets[name].dtype for name in shard.offsets}
         tasks = [plan.tasks[i] for i in shard.tasks]
         computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
-        ranges = tuple(tuple((*sources[p.source].range_of(p), sources[p.source].tensor(p.name).dtype) for p in t.inputs) for t in computed)
+        ranges = tuple(
+            tuple(
+                (*sources[p.source].range_of(p), sources[p.source].tensor(p.name).dtype)
+                for p in t.inputs
+            )
+            for t in computed
+        )
         used = {key for t in computed for key in ops.tables_of(t)}
         yield Job(
-            os.path.join(folder, shard.name + ".tmp"), header, len(header) + shard.size,
-            tuple(_copies(tasks, sources, starts, dtypes)), computed, dtypes, starts, ranges,
-            {k: plan.tables[k] for k in used}, device, max(1, round(threads * shard.size / everything)), watch,
-        )  # fmt: skip
+            os.path.join(folder, shard.name + ".tmp"),
+            header,
+            len(header) + shard.size,
+            tuple(_copies(tasks, sources, starts, dtypes)),
+            computed,
+            dtypes,
+            starts,
+            ranges,
+            {k: plan.tables[k] for k in used},
+            device,
+            max(1, round(threads * shard.size / everything)),
+            watch,
+        )
 
 
-def _copies(tasks: Sequence[Task], sources: Sequence[Checkpoint], starts: dict[str, int], dtypes: dict[str, str]) -> Iterator[Copy]:
+def _copies(
+    tasks: Sequence[Task],
+    sources: Sequence[Checkpoint],
+    starts: dict[str, int],
+    dtypes: dict[str, str],
+) -> Iterator[Copy]:
     """Byte moves, neighbours of one dtype joined."""
     last: Copy | None = None
     seen: set[tuple[str, int]] = set()
@@ -86,10 +129,24 @@ def _copies(tasks: Sequence[Task], sources: Sequence[Checkpoint], starts: dict[s
             dtype = dtypes[out.name]
             offset, size = elements(out, dtype)
             if size != count:
-                raise MoetoolError("a copy changes size", tensor=out.name, expected=f"{size} bytes", found=f"{count} bytes", hint="report this as a bug of moetool")
-            move = Copy(path, start, starts[out.name] + offset, count, dtype, (path, start) not in seen)
+                raise MoetoolError(
+                    "a copy changes size",
+                    tensor=out.name,
+                    expected=f"{size} bytes",
+                    found=f"{count} bytes",
+                    hint="report this as a bug of moetool",
+                )
+            move = Copy(
+                path, start, starts[out.name] + offset, count, dtype, (path, start) not in seen
+            )
             seen.add((path, start))
-            if last and (last.path, last.start + last.count, last.to + last.count, last.dtype, last.first) == (path, start, move.to, dtype, move.first):
+            if last and (
+                last.path,
+                last.start + last.count,
+                last.to + last.count,
+                last.dtype,
+                last.first,
+            ) == (path, start, move.to, dtype, move.first):
                 last = replace(last, count=last.count + count)
                 continue
             if last:
@@ -99,8 +156,12 @@ def _copies(tasks: Sequence[Task], sources: Sequence[Checkpoint], starts: dict[s
         yield last
 
 
-def make_shard(job: Job, tell: Tell | None = None, stop: Callable[[], bool] = lambda: False) -> list[Suspect]:
-    """Write one shard under its temporary name; returns ranges with NaN or inf. Runs in a thread or in a Ray worker."""
+def make_shard(
+    job: Job, tell: Tell | None = None, stop: Callable[[], bool] = lambda: False
+) -> list[Suspect]:
+    """Write one shard under its temporary name; returns ranges with NaN or inf. Runs in a thread
+    or in a Ray worker.
+    """
     tell = tell or (lambda count: None)
     handle = os.open(job.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -117,7 +178,11 @@ def make_shard(job: Job, tell: Tell | None = None, stop: Callable[[], bool] = la
 
 
 def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> list[Suspect]:
-    moves = [replace(c, start=c.start + i, to=c.to + i, count=min(_STEP, c.count - i)) for c in job.copies for i in range(0, c.count, _STEP)]
+    moves = [
+        replace(c, start=c.start + i, to=c.to + i, count=min(_STEP, c.count - i))
+        for c in job.copies
+        for i in range(0, c.count, _STEP)
+    ]
     opened = {path: os.open(path, os.O_RDONLY) for path in sorted({m.path for m in moves})}
     mover = Mover(handle, watch=job.watch)
     try:
@@ -141,18 +206,22 @@ def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> li
 
 
 class Mover:
-    """Moves byte ranges into one file, in the kernel (`copy_file_range`) or through a buffer, whichever proves faster.
+    """Moves byte ranges into one file, in the kernel (`copy_file_range`) or through a buffer,
+    whichever proves faster.
 
-    Where blocks can be shared or a server copies (XFS, btrfs, NFS) the kernel wins by far; on ext4 its page-wise splice
-    takes a third longer than a small buffer (6.18, measured), and two threads on one file get in each other's way. So the
-    first large ranges are timed, one each way, and the faster way does the rest. The bytes are the same.
+    Where blocks can be shared or a server copies (XFS, btrfs, NFS) the kernel wins by far; on ext4
+    its page-wise splice takes a third longer than a small buffer (6.18, measured), and two threads
+    on one file get in each other's way. So the first large ranges are timed, one each way, and the
+    faster way does the rest. The bytes are the same.
     """
 
     _TIMED = 8 << 20
 
     def __init__(self, target: int, *, watch: bool = False) -> None:
         self._target, self._watch = target, watch
-        self._rates: dict[bool, float] = {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
+        self._rates: dict[bool, float] = (
+            {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
+        )
         self._local = threading.local()
         self.suspects: list[Suspect] = []
 
@@ -173,7 +242,9 @@ class Mover:
         if copy.count >= self._TIMED:
             self._rates.setdefault(in_kernel, copy.count / (time.perf_counter() - begun))
         if in_kernel and self._watch and copy.first:
-            self.suspects += scan.bad_ranges(copy.path, copy.start, copy.start + copy.count, copy.dtype)
+            self.suspects += scan.bad_ranges(
+                copy.path, copy.start, copy.start + copy.count, copy.dtype
+            )
 
     def _choose(self) -> bool:
         if len(self._rates) < 2:
@@ -183,7 +254,9 @@ class Mover:
     def _in_kernel(self, source: int, copy: Copy) -> None:
         done = 0
         while done < copy.count:
-            got = os.copy_file_range(source, self._target, copy.count - done, copy.start + done, copy.to + done)
+            got = os.copy_file_range(
+                source, self._target, copy.count - done, copy.start + done, copy.to + done
+            )
             _some(got, copy, done)
             done += got
 
@@ -200,13 +273,21 @@ class Mover:
                 got += more
             _pwrite(self._target, view[:got], copy.to + done)
             if watch and scan.bad_block(view[:got], copy.dtype):
-                self.suspects.append((copy.path, copy.start + done, copy.start + done + got, copy.dtype))
+                self.suspects.append(
+                    (copy.path, copy.start + done, copy.start + done + got, copy.dtype)
+                )
             done += got
 
 
 def _some(got: int, copy: Copy, done: int) -> None:
     if got == 0:
-        raise MoetoolError("the file became shorter while it was read", file=copy.path, expected=f"{copy.start + copy.count} bytes", found=f"{copy.start + done} bytes", hint="do not change a source while moetool works on it")
+        raise MoetoolError(
+            "the file became shorter while it was read",
+            file=copy.path,
+            expected=f"{copy.start + copy.count} bytes",
+            found=f"{copy.start + done} bytes",
+            hint="do not change a source while moetool works on it",
+        )
 
 
 def _pwrite(handle: int, data: Any, position: int) -> None:
@@ -217,10 +298,15 @@ def _pwrite(handle: int, data: Any, position: int) -> None:
 
 
 def computed(job: Job, number: int, task: Task) -> Iterator[tuple[Piece, Any]]:
-    """The outputs of a computed task, as bytes: what `make_shard` writes and what verification compares with."""
+    """The outputs of a computed task, as bytes: what `make_shard` writes and what verification
+    compares with.
+    """
     from moetool.kernels import codec
 
-    inputs = [codec.decode(read_range(path, start, count), dtype, piece.shape, job.device) for (path, start, count, dtype), piece in zip(job.ranges[number], task.inputs, strict=True)]
+    inputs = [
+        codec.decode(read_range(path, start, count), dtype, piece.shape, job.device)
+        for (path, start, count, dtype), piece in zip(job.ranges[number], task.inputs, strict=True)
+    ]
     for piece, value in ops.run_task(task, inputs, job.dtypes, job.tables):
         yield piece, codec.encode(value, job.dtypes[piece.name])
 
@@ -232,8 +318,17 @@ def _compute(job: Job, number: int, task: Task, handle: int, tell: Tell) -> None
         tell(size)
 
 
-def run_local(jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], *, workers: int, tell: Tell, stop: threading.Event) -> None:
-    """Make every job on threads; `done` gives a finished shard its name at once. The first failure stops the others."""
+def run_local(
+    jobs: Sequence[Job],
+    done: Callable[[Job, list[Suspect]], None],
+    *,
+    workers: int,
+    tell: Tell,
+    stop: threading.Event,
+) -> None:
+    """Make every job on threads; `done` gives a finished shard its name at once. The first failure
+    stops the others.
+    """
     failed = threading.Event()
 
     def stopping() -> bool:

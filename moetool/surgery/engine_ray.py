@@ -1,4 +1,6 @@
-"""The same worker on a Ray cluster whose nodes share a file system: `--engine ray [--ray-address ADDRESS]`."""
+"""The same worker on a Ray cluster whose nodes share a file system: `--engine ray [--ray-address
+ADDRESS]`.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,34 @@ from moetool.surgery.engine import Job, Tell, make_shard
 from moetool.surgery.scan import Suspect
 
 
-def run_ray(jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], *, address: str | None, tell: Tell, stop: threading.Event) -> list[str]:
+def run_ray(
+    jobs: Sequence[Job],
+    done: Callable[[Job, list[Suspect]], None],
+    *,
+    address: str | None,
+    tell: Tell,
+    stop: threading.Event,
+) -> list[str]:
     """Hand one shard at a time to the cluster's nodes; returns the node ids that worked.
 
-    Raises UsageError when Ray is not installed or the cluster cannot be reached; a failing shard's own error otherwise.
+    Raises UsageError when Ray is not installed or the cluster cannot be reached; a failing shard's
+    own error otherwise.
     """
     try:
         import ray
     except ImportError:
-        raise UsageError("Ray is not installed", hint="pip install 'moetool[ray]', or leave out --engine ray") from None
+        raise UsageError(
+            "Ray is not installed", hint="pip install 'moetool[ray]', or leave out --engine ray"
+        ) from None
     started = not ray.is_initialized()
     if started:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as problem:
-            raise UsageError(f"cannot reach the Ray cluster: {problem}", hint="check --ray-address, or start one with `ray start --head`") from None
+            raise UsageError(
+                f"cannot reach the Ray cluster: {problem}",
+                hint="check --ray-address, or start one with `ray start --head`",
+            ) from None
     try:
         return _drain(ray, jobs, done, tell, stop)
     finally:
@@ -34,7 +49,13 @@ def run_ray(jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], *, 
             ray.shutdown()
 
 
-def _drain(ray: Any, jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], None], tell: Tell, stop: threading.Event) -> list[str]:
+def _drain(
+    ray: Any,
+    jobs: Sequence[Job],
+    done: Callable[[Job, list[Suspect]], None],
+    tell: Tell,
+    stop: threading.Event,
+) -> list[str]:
     def work(job: Job) -> tuple[list[Suspect], str]:
         return make_shard(job), ray.get_runtime_context().get_node_id()
 
@@ -52,7 +73,15 @@ def _drain(ray: Any, jobs: Sequence[Job], done: Callable[[Job, list[Suspect]], N
             try:
                 found, node = ray.get(reference)
             except ray.exceptions.RayTaskError as problem:
-                raise problem.cause if isinstance(problem.cause, MoetoolError | OSError) else MoetoolError(f"a Ray worker failed: {problem.cause}", file=job.path, hint="see the Ray logs; finished shards are kept") from None
+                raise (
+                    problem.cause
+                    if isinstance(problem.cause, MoetoolError | OSError)
+                    else MoetoolError(
+                        f"a Ray worker failed: {problem.cause}",
+                        file=job.path,
+                        hint="see the Ray logs; finished shards are kept",
+                    )
+                ) from None
             nodes.add(node)
             tell(job.size)
             done(job, found)

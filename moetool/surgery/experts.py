@@ -1,8 +1,10 @@
-"""Where the experts of a mixture lie, and everything that must be cut with them; from headers and layout, without torch.
+"""Where the experts of a mixture lie, and everything that must be cut with them; from headers and
+layout, without torch.
 
-A tensor counts experts when its name holds an expert number, when a whole axis of it is the number of experts (stacked experts, router
-rows, selection biases, per-expert scales), or when its values are expert ids. Layers that a family keeps for predicting more tokens (MTP)
-are numbered on from the last one.
+A tensor counts experts when its name holds an expert number, when a whole axis of it is the number
+of experts (stacked experts, router rows, selection biases, per-expert scales), or when its values
+are expert ids. Layers that a family keeps for predicting more tokens (MTP) are numbered on from
+the last one.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ _SIDE = {"router", "router.bias", "router.scale"}
 
 @dataclass(frozen=True)
 class Counted:
-    """A tensor that counts experts. `expert`: its number, for one expert's own tensor; None when it holds a slab for each
-    (`rows` rows of the flattened first axes a slab). `kind`: expert | router | ids.
+    """A tensor that counts experts. `expert`: its number, for one expert's own tensor; None when
+    it holds a slab for each (`rows` rows of the flattened first axes a slab). `kind`: expert |
+    router | ids.
     """
 
     stored: Stored
@@ -43,7 +46,11 @@ class Counted:
         name = self.stored.name
         if self.expert is None:
             return name
-        return name[: len(name) - self.tail - len(str(self.expert))] + str(expert) + name[len(name) - self.tail :]
+        return (
+            name[: len(name) - self.tail - len(str(self.expert))]
+            + str(expert)
+            + name[len(name) - self.tail :]
+        )
 
     def slab(self, expert: int) -> Piece:
         """This tensor's part for one expert."""
@@ -52,7 +59,11 @@ class Counted:
         if self.flat:
             return Piece(self.stored.name, (1,), expert)
         piece = rows(self.stored, expert * self.rows, (expert + 1) * self.rows)
-        return Piece(piece.name, self.stored.shape[1:], piece.offset) if self.rows == 1 and (self.kind == "expert" or len(self.stored.shape) > 2) else piece
+        return (
+            Piece(piece.name, self.stored.shape[1:], piece.offset)
+            if self.rows == 1 and (self.kind == "expert" or len(self.stored.shape) > 2)
+            else piece
+        )
 
     def shape(self, experts: int) -> tuple[int, ...]:
         """Its shape with another number of experts."""
@@ -62,7 +73,9 @@ class Counted:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a checkpoint. Made by `Mixture.of`; `layers` are those that hold experts, MTP layers last (`beyond`)."""
+    """The experts of a checkpoint. Made by `Mixture.of`; `layers` are those that hold experts, MTP
+    layers last (`beyond`).
+    """
 
     source: Checkpoint
     home: Home
@@ -74,22 +87,52 @@ class Mixture:
 
     @classmethod
     def of(cls, source: Checkpoint) -> Mixture:
-        """Find them by name and shape; MoetoolError when the family has none, or a tensor of an expert fits no rule."""
+        """Find them by name and shape; MoetoolError when the family has none, or a tensor of an
+        expert fits no rule.
+        """
         at = home(source.config)
         layout = at.layout
         if layout.kind != "moe":
-            raise MoetoolError(f"{layout.model_type} has no experts", file=source.folder, expected="a mixture of experts", hint="`moetool archs list` shows the families with experts")
+            raise MoetoolError(
+                f"{layout.model_type} has no experts",
+                file=source.folder,
+                expected="a mixture of experts",
+                hint="`moetool archs list` shows the families with experts",
+            )
         experts = layout.field("experts", at.config)
         if not isinstance(experts, int) or experts < 1:
-            raise MoetoolError("the config does not say how many experts there are", file=f"{source.folder}/config.json", expected=layout.fields.get("experts", "a count"), found=experts, hint="restore the config from the original model")
+            raise MoetoolError(
+                "the config does not say how many experts there are",
+                file=f"{source.folder}/config.json",
+                expected=layout.fields.get("experts", "a count"),
+                found=experts,
+                hint="restore the config from the original model",
+            )
         identity = int(layout.text(at.config).get(layout.overlay.law.get("zero", ""), 0) or 0)
         finder = _Finder(at, experts, identity)
-        counted = {name: found for name, stored in source.tensors.items() if (found := finder.find(stored)) is not None}
+        counted = {
+            name: found
+            for name, stored in source.tensors.items()
+            if (found := finder.find(stored)) is not None
+        }
         if not any(c.kind == "expert" for c in counted.values()):
-            raise MoetoolError("no experts found where the layout has them", file=source.folder, expected=f"experts of {layout.model_type}", hint="`moetool inspect` says what is there")
+            raise MoetoolError(
+                "no experts found where the layout has them",
+                file=source.folder,
+                expected=f"experts of {layout.model_type}",
+                hint="`moetool inspect` says what is there",
+            )
         numbers = sorted({c.layer for c in counted.values() if c.kind == "expert"})
         count = int(layout.field("layers", at.config) or 0)
-        return cls(source, at, experts, identity, tuple(n for n in numbers if n < count), tuple(n for n in numbers if n >= count), counted)
+        return cls(
+            source,
+            at,
+            experts,
+            identity,
+            tuple(n for n in numbers if n < count),
+            tuple(n for n in numbers if n >= count),
+            counted,
+        )
 
     @property
     def layout(self) -> Layout:
@@ -121,8 +164,13 @@ class Mixture:
         return found
 
     def pieces(self, layer: int, expert: int) -> dict[str, Piece]:
-        """role -> piece of one expert (`gate`, `up`, `down` or `gate_up`, `down`, and biases), as they lie in the files."""
-        return {c.role: c.slab(expert) for c in self._index[layer].get(expert, []) + self._index[layer].get(None, [])}
+        """role -> piece of one expert (`gate`, `up`, `down` or `gate_up`, `down`, and biases), as
+        they lie in the files.
+        """
+        return {
+            c.role: c.slab(expert)
+            for c in self._index[layer].get(expert, []) + self._index[layer].get(None, [])
+        }
 
     @cached_property
     def _index(self) -> dict[int, dict[int | None, list[Counted]]]:
@@ -135,7 +183,12 @@ class Mixture:
     def count_in(self, layer: int) -> int:
         """Experts that this layer holds (a ragged checkpoint has its own number in each)."""
         router = self.side(layer, "router")
-        return (router.stored.shape[-1] if router.flat else router.stored.shape[0] // router.rows) - self.identity if router else self.experts
+        return (
+            (router.stored.shape[-1] if router.flat else router.stored.shape[0] // router.rows)
+            - self.identity
+            if router
+            else self.experts
+        )
 
     def side(self, layer: int, role: str) -> Counted | None:
         """The layer's tensor of this role (`router`, `router.bias`), if it has one."""
@@ -146,51 +199,110 @@ class Mixture:
         found = {}
         for role in ("gate", "up", "down", "switch"):
             slot = self.layout.role(f"shared.{role}")
-            stored = self.source.tensors.get(self.home.prefix + slot.name.replace("{layer}", str(layer))) if slot else None
+            stored = (
+                self.source.tensors.get(self.home.prefix + slot.name.replace("{layer}", str(layer)))
+                if slot
+                else None
+            )
             if stored is not None and stored.shape[-1] and stored.shape[0]:
                 found[role] = stored
         return found
 
     @property
     def plain(self) -> bool:
-        """Whether every expert is stored in floating point under names that the family's layout has (so it can be computed with)."""
-        return all(c.stored.dtype in FLOATS and c.role in _ROLES for c in self.counted.values() if c.kind == "expert") and not self.source.config.get("quantization_config")
+        """Whether every expert is stored in floating point under names that the family's layout
+        has (so it can be computed with).
+        """
+        return all(
+            c.stored.dtype in FLOATS and c.role in _ROLES
+            for c in self.counted.values()
+            if c.kind == "expert"
+        ) and not self.source.config.get("quantization_config")
 
     def orientation(self, layer: int) -> dict[str, Any]:
-        """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides where the two sides differ."""
+        """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides
+        where the two sides differ.
+        """
         hidden = int(self.layout.field("hidden", self.home.config) or 0)
         flags = self.layout.experts
-        transposed = bool(flags.get("is_transposed") or self.layout.overlay.gate_up.startswith("transposed"))
-        shape = next((c.stored.shape for c in self.by_layer[layer] if c.role == "gate_up" and c.expert is None), None)
+        transposed = bool(
+            flags.get("is_transposed") or self.layout.overlay.gate_up.startswith("transposed")
+        )
+        shape = next(
+            (
+                c.stored.shape
+                for c in self.by_layer[layer]
+                if c.role == "gate_up" and c.expert is None
+            ),
+            None,
+        )
         if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
             transposed = shape[1] == hidden and shape[2] != hidden
-        return {"transposed": transposed, "interleaved": "interleaved" in self.layout.overlay.gate_up or flags.get("is_concatenated") is False, "hidden": hidden}
+        return {
+            "transposed": transposed,
+            "interleaved": "interleaved" in self.layout.overlay.gate_up
+            or flags.get("is_concatenated") is False,
+            "hidden": hidden,
+        }
 
     def law(self) -> dict[str, Any]:
-        """The fields of kernels.moe.Law for this config. Raises MoetoolError for a family whose routing is not described."""
+        """The fields of kernels.moe.Law for this config. Raises MoetoolError for a family whose
+        routing is not described.
+        """
         rule, text = self.layout.overlay.law, self.text
         if rule.get("score") not in ("softmax", "sigmoid", "sparsemixer", "sigmoid-on-input"):
-            raise MoetoolError(f"the routing of {self.layout.model_type} is not one that moetool computes", found=rule.get("score", "nothing"), expected="softmax, sigmoid, sparsemixer or sigmoid-on-input", hint="methods that need no text work: --method router-distance or random")
-        renorm = rule["renorm"] == "always" or (rule["renorm"] == "field" and bool(text.get(self.layout.fields.get("renorm", ""))))
+            raise MoetoolError(
+                f"the routing of {self.layout.model_type} is not one that moetool computes",
+                found=rule.get("score", "nothing"),
+                expected="softmax, sigmoid, sparsemixer or sigmoid-on-input",
+                hint="methods that need no text work: --method router-distance or random",
+            )
+        renorm = rule["renorm"] == "always" or (
+            rule["renorm"] == "field" and bool(text.get(self.layout.fields.get("renorm", "")))
+        )
         grouped = self.groups > 1
         scale = text.get(rule.get("scale") or self.layout.fields.get("routed_scale", ""), 1.0)
         return {
-            "top_k": self.top_k, "score": rule["score"], "renorm": renorm, "scale": float(scale or 1.0), "bias": rule.get("bias", "choice"),
-            "groups": self.groups, "group_top": int(text.get("topk_group") or 1) if grouped else 1, "group_rule": "max" if rule.get("groups") == "max" else "sum2",
-            "group_fill": 0.0 if rule.get("groups") in ("max", "zero") else float("-inf"), "least_sum": float(text.get(rule.get("least_sum", ""), 0.0) or 0.0),
-        }  # fmt: skip
+            "top_k": self.top_k,
+            "score": rule["score"],
+            "renorm": renorm,
+            "scale": float(scale or 1.0),
+            "bias": rule.get("bias", "choice"),
+            "groups": self.groups,
+            "group_top": int(text.get("topk_group") or 1) if grouped else 1,
+            "group_rule": "max" if rule.get("groups") == "max" else "sum2",
+            "group_fill": 0.0 if rule.get("groups") in ("max", "zero") else float("-inf"),
+            "least_sum": float(text.get(rule.get("least_sum", ""), 0.0) or 0.0),
+        }
 
     def act(self) -> dict[str, Any]:
         """The activation: {name} and, for gpt-oss, {alpha, limit}."""
         text = self.text
         if self.layout.overlay.law.get("act") == "clamped-swiglu":
-            return {"name": "clamped-swiglu", "alpha": float(text.get("swiglu_alpha", 1.702)), "limit": float(text.get("swiglu_limit", 7.0))}
-        return {"name": str(text.get("hidden_act") or text.get("hidden_activation") or text.get("mlp_hidden_act") or "silu")}
+            return {
+                "name": "clamped-swiglu",
+                "alpha": float(text.get("swiglu_alpha", 1.702)),
+                "limit": float(text.get("swiglu_limit", 7.0)),
+            }
+        return {
+            "name": str(
+                text.get("hidden_act")
+                or text.get("hidden_activation")
+                or text.get("mlp_hidden_act")
+                or "silu"
+            )
+        }
 
     def fields(self, experts: int) -> dict[str, Any]:
-        """The config fields that say how many experts there are: the family's own and its known spellings, all with one value."""
+        """The config fields that say how many experts there are: the family's own and its known
+        spellings, all with one value.
+        """
         own = self.layout.fields["experts"]
-        return {own: experts} | {alias: experts for alias, real in self.layout.aliases.items() if real == own and alias in ALIASES}
+        return {own: experts} | {
+            alias: experts
+            for alias, real in self.layout.aliases.items()
+            if real == own and alias in ALIASES
+        }
 
     def config_with(self, changed: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint's whole config with fields of its text part changed."""
@@ -205,7 +317,9 @@ class Mixture:
 
     def expert_bytes(self) -> int:
         """Bytes of all routed experts."""
-        return sum(c.stored.stop - c.stored.start for c in self.counted.values() if c.kind == "expert")
+        return sum(
+            c.stored.stop - c.stored.start for c in self.counted.values() if c.kind == "expert"
+        )
 
     def expert_elements(self, layer: int) -> int:
         """Elements of one expert of a layer."""
@@ -224,10 +338,22 @@ class _Finder:
         self._field = at.layout.fields["experts"]
         router = at.layout.role("router")
         self._router = router.name.rpartition(".")[0] + "." if router else ""
-        self._stem = (router.name if router else "model.layers.{layer}").partition("layers.{layer}")[0]
+        self._stem = (router.name if router else "model.layers.{layer}").partition(
+            "layers.{layer}"
+        )[0]
         templates = dict(at.layout.fused())
-        own = {s.name: str(s.role).removeprefix("expert.") for s in at.layout.tensors if str(s.role).startswith("expert.")}
-        self._stacked = [(_pattern(t), r) for t, r in ({n: r for n, r in own.items() if "{expert}" not in n} | {t: r for r, t in templates.items()}).items()]
+        own = {
+            s.name: str(s.role).removeprefix("expert.")
+            for s in at.layout.tensors
+            if str(s.role).startswith("expert.")
+        }
+        self._stacked = [
+            (_pattern(t), r)
+            for t, r in (
+                {n: r for n, r in own.items() if "{expert}" not in n}
+                | {t: r for r, t in templates.items()}
+            ).items()
+        ]
         self._single = [(_pattern(n), r) for n, r in own.items() if "{expert}" in n]
         heads = {n.partition("{expert}")[0] + "{expert}." for n in own if "{expert}" in n}
         self._heads = [_pattern(h) for h in sorted(heads)]
@@ -238,23 +364,51 @@ class _Finder:
             return None
         for pattern, role in self._single:
             if hit := pattern.fullmatch(name):
-                return Counted(stored, int(hit["layer"]) + shift, role, "expert", int(hit["expert"]), tail=len(name) - hit.end("expert"))
+                return Counted(
+                    stored,
+                    int(hit["layer"]) + shift,
+                    role,
+                    "expert",
+                    int(hit["expert"]),
+                    tail=len(name) - hit.end("expert"),
+                )
         for pattern in self._heads:
-            if hit := pattern.match(name):  # a suffix the layout does not have: scales of a quantizer, biases
-                return Counted(stored, int(hit["layer"]) + shift, name[hit.end() :], "expert", int(hit["expert"]), tail=len(name) - hit.end("expert"))
+            if hit := pattern.match(
+                name
+            ):  # a suffix the layout does not have: scales of a quantizer, biases
+                return Counted(
+                    stored,
+                    int(hit["layer"]) + shift,
+                    name[hit.end() :],
+                    "expert",
+                    int(hit["expert"]),
+                    tail=len(name) - hit.end("expert"),
+                )
         for pattern, role in self._stacked:
             hit = pattern.match(name)
             if hit and (hit.end() == len(name) or name[hit.end()] in "._"):
-                return self._slabs(stored, int(hit["layer"]) + shift, role + name[hit.end() :], "expert")
+                return self._slabs(
+                    stored, int(hit["layer"]) + shift, role + name[hit.end() :], "expert"
+                )
         found = self._at.layout.match(name)
-        if found is None or found.layer is None or found.slot.role in ("shared.gate", "shared.up", "shared.down"):
+        if (
+            found is None
+            or found.layer is None
+            or found.slot.role in ("shared.gate", "shared.up", "shared.down")
+        ):
             return None
         return self._side(stored, found.slot, found.layer + shift)
 
     def _normal(self, name: str) -> tuple[str | None, int]:
-        """The name as the layout has it, and what to add to its layer number (MTP layers lie beyond the last)."""
+        """The name as the layout has it, and what to add to its layer number (MTP layers lie
+        beyond the last).
+        """
         if self._at.prefix:
-            return (name.removeprefix(self._at.prefix), 0) if name.startswith(self._at.prefix) else (None, 0)
+            return (
+                (name.removeprefix(self._at.prefix), 0)
+                if name.startswith(self._at.prefix)
+                else (None, 0)
+            )
         inner = re.fullmatch(r"(?:model\.)?mtp\.(layers\.\d+\..*)", name)
         return (self._stem + inner[1], self._layers) if inner else (name, 0)
 
@@ -262,35 +416,65 @@ class _Finder:
         shape, total = slot.shape or [], self._experts + self._identity
         if slot.name.endswith("tid2eid"):
             return Counted(stored, layer, "ids", "ids")
-        counts = [i for i, formula in enumerate(shape) if formula and self._field in re.split(r"[*+]", formula)]
-        beside = self._router and slot.shape is None and slot.name.startswith(self._router) and total in (stored.shape or (0,))
+        counts = [
+            i
+            for i, formula in enumerate(shape)
+            if formula and self._field in re.split(r"[*+]", formula)
+        ]
+        beside = (
+            self._router
+            and slot.shape is None
+            and slot.name.startswith(self._router)
+            and total in (stored.shape or (0,))
+        )
         if not counts and (slot.role in _SIDE or beside):
             counts = [next((i for i, n in enumerate(stored.shape) if n == total), 0)]
         if not counts:
             return None
         axis, role = counts[0], slot.role or slot.name.rpartition(".")[2]
         if axis and prod(stored.shape[:axis]) != 1:
-            raise MoetoolError("experts lie along an inner axis", tensor=stored.name, expected="the first axis", found=list(stored.shape), hint=f"{self._at.layout.model_type} cannot be cut yet; please report it")
+            raise MoetoolError(
+                "experts lie along an inner axis",
+                tensor=stored.name,
+                expected="the first axis",
+                found=list(stored.shape),
+                hint=f"{self._at.layout.model_type} cannot be cut yet; please report it",
+            )
         if axis:
             return Counted(stored, layer, role, "router", flat=True)
         return self._slabs(stored, layer, role, "router")
 
     def _slabs(self, stored: Stored, layer: int, role: str, kind: str) -> Counted:
         count = stored.shape[0] if stored.shape else 0
-        if kind == "expert" and len(stored.shape) == 2 and role in ("gate", "up", "down") and count % self._experts == 0 and count > self._experts:
+        if (
+            kind == "expert"
+            and len(stored.shape) == 2
+            and role in ("gate", "up", "down")
+            and count % self._experts == 0
+            and count > self._experts
+        ):
             return Counted(stored, layer, role, kind, rows=count // self._experts)
         return Counted(stored, layer, role, kind)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
+    text = (
+        re.escape(template)
+        .replace(r"\{layer\}", r"(?P<layer>\d+)")
+        .replace(r"\{expert\}", r"(?P<expert>\d+)")
+    )
     return re.compile(text)
 
 
 def strays(mixture: Mixture) -> Iterator[str]:
-    """Names that speak of experts but fit no rule: they cannot be cut, so they must not be lost in silence."""
+    """Names that speak of experts but fit no rule: they cannot be cut, so they must not be lost in
+    silence.
+    """
     for name, stored in mixture.source.tensors.items():
-        if name in mixture.counted or mixture.layout.match(name.removeprefix(mixture.home.prefix)) is not None:
+        if (
+            name in mixture.counted
+            or mixture.layout.match(name.removeprefix(mixture.home.prefix)) is not None
+        ):
             continue
         if re.search(r"\bexperts?\b|\bexperts\.", name) and mixture.experts in stored.shape[:1]:
             yield name

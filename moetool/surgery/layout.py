@@ -1,7 +1,8 @@
-"""What a family's checkpoint looks like: names, shapes, roles and config fields, read from the data in archs/.
+"""What a family's checkpoint looks like: names, shapes, roles and config fields, read from the
+data in archs/.
 
-Nothing here imports torch or transformers. Templates write the layer as `{layer}` and the expert as `{expert}`; a
-shape is a list of formulas over config fields ("2*moe_intermediate_size").
+Nothing here imports torch or transformers. Templates write the layer as `{layer}` and the expert
+as `{expert}`; a shape is a list of formulas over config fields ("2*moe_intermediate_size").
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from typing import Any
 from moetool.errors import MoetoolError, did_you_mean
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
-_NUMBER = re.compile(r"(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)")  # a part that is a number, or expert_7 (Switch, NLLB)
+_NUMBER = re.compile(
+    r"(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)"
+)  # a part that is a number, or expert_7 (Switch, NLLB)
 # Names that stand in old files and hold nothing a model reads.
 _DEAD = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One kind of tensor. `layers`: all | moe | dense | some (or None outside layers); `when`: only with this config."""
+    """One kind of tensor. `layers`: all | moe | dense | some (or None outside layers); `when`:
+    only with this config.
+    """
 
     name: str
     shape: list[str | None] | None
@@ -46,7 +51,9 @@ class Found:
 class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json)."""
 
-    law: dict[str, Any] = field(default_factory=dict)  # score, renorm, groups, bias, scale, zero, least_sum, act: see experts.Mixture.law
+    law: dict[str, Any] = field(
+        default_factory=dict
+    )  # score, renorm, groups, bias, scale, zero, least_sum, act: see experts.Mixture.law
     sites: dict[str, Any] | None = None
     shared: dict[str, Any] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +65,9 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Layout:
-    """One family. Made by `Layout.load`; every key of the data file is a field here, an unknown key is an error."""
+    """One family. Made by `Layout.load`; every key of the data file is a field here, an unknown
+    key is an error.
+    """
 
     model_type: str
     cls: str
@@ -79,10 +88,15 @@ class Layout:
 
     @cached_property
     def _by_form(self) -> dict[str, tuple[Slot, list[str]]]:
-        return {re.sub(r"\{\w+\}", "#", slot.name): (slot, re.findall(r"\{(\w+)\}", slot.name)) for slot in self.tensors}
+        return {
+            re.sub(r"\{\w+\}", "#", slot.name): (slot, re.findall(r"\{(\w+)\}", slot.name))
+            for slot in self.tensors
+        }
 
     def match(self, name: str) -> Found | None:
-        """Which slot a tensor name fills, in which layer, for which expert; None for a name the family does not know."""
+        """Which slot a tensor name fills, in which layer, for which expert; None for a name the
+        family does not know.
+        """
         numbers: list[int] = []
 
         def note(found: re.Match[str]) -> str:
@@ -96,20 +110,32 @@ class Layout:
         return Found(slot, index.get("layer"), index.get("expert"))
 
     def fused(self) -> dict[str, str]:
-        """{"gate_up": template, "down": template} of the stacked form [experts, 2*width, hidden]; empty where there is none.
+        """{"gate_up": template, "down": template} of the stacked form [experts, 2*width, hidden];
+        empty where there is none.
 
-        Only forms whose expert slabs are plain rows: gate above up, not transposed, not interleaved.
+        Only forms whose expert slabs are plain rows: gate above up, not transposed, not
+        interleaved.
         """
-        if self.experts.get("is_transposed") or not self.experts.get("is_concatenated") or not self.experts.get("has_gate") or self.overlay.gate_up != "concatenated":
+        if (
+            self.experts.get("is_transposed")
+            or not self.experts.get("is_concatenated")
+            or not self.experts.get("has_gate")
+            or self.overlay.gate_up != "concatenated"
+        ):
             return {}
         on_disk = {r: self.role(f"expert.{r}") for r in ("gate_up", "down")}
         if on_disk["gate_up"] is not None and on_disk["down"] is not None:
             return {r: s.name for r, s in on_disk.items() if s}
-        names = {r: next((m for m in self.experts.get("memory", ()) if m.endswith(f"{r}_proj")), None) for r in ("gate_up", "down")}
+        names = {
+            r: next((m for m in self.experts.get("memory", ()) if m.endswith(f"{r}_proj")), None)
+            for r in ("gate_up", "down")
+        }
         return {r: n for r, n in names.items() if n} if all(names.values()) else {}
 
     def per_expert(self) -> dict[str, str]:
-        """{"gate", "up", "down"} -> template with {expert}, where the family reads that form; empty otherwise."""
+        """{"gate", "up", "down"} -> template with {expert}, where the family reads that form;
+        empty otherwise.
+        """
         found = {r: self.role(f"expert.{r}") for r in ("gate", "up", "down")}
         if not all(s and "{expert}" in s.name for s in found.values()):
             return {}
@@ -120,7 +146,9 @@ class Layout:
         return next((s for s in self.tensors if s.role == role), None)
 
     def text(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The text part of a config with the class's scalar defaults filled in and aliases resolved."""
+        """The text part of a config with the class's scalar defaults filled in and aliases
+        resolved.
+        """
         given, known = config, self.defaults
         for part in filter(None, self.text_config.split(".")):
             given, known = given.get(part) or {}, known.get(part) or {}
@@ -155,7 +183,10 @@ class Layout:
     def _dimension(self, name: str, text: dict[str, Any]) -> int | None:
         value = text.get(name)
         if name == "head_dim" and not isinstance(value, int):
-            hidden, heads = text.get(self.fields.get("hidden", "")), text.get(self.fields.get("heads", ""))
+            hidden, heads = (
+                text.get(self.fields.get("hidden", "")),
+                text.get(self.fields.get("heads", "")),
+            )
             value = hidden // heads if hidden and heads else None
         if name == self.fields.get("kv_heads") and value is None:
             value = text.get(self.fields.get("heads", ""))
@@ -174,11 +205,19 @@ class Layout:
             return set()
         if "dense_list" in sites:
             step = text.get(sites["step"]) or 1
-            return {i for i in every if i not in (text.get(sites["dense_list"]) or ()) and (i + 1) % step == 0}
+            return {
+                i
+                for i in every
+                if i not in (text.get(sites["dense_list"]) or ()) and (i + 1) % step == 0
+            }
         if "list" in sites:
             listed = text.get(sites["list"])
             step = text.get(sites["step"]) or 1
-            return set(listed) if isinstance(listed, list) else {i for i in every if (i + 1) % step == 0}
+            return (
+                set(listed)
+                if isinstance(listed, list)
+                else {i for i in every if (i + 1) % step == 0}
+            )
         if "dense_prefix" in sites:
             return {i for i in every if i >= (text.get(sites["dense_prefix"]) or 0)}
         if "period" in sites:
@@ -199,37 +238,59 @@ class Layout:
         name, _, value = slot.when.partition("=")
         return bool(text.get(name) == json.loads(value))
 
-    def slots(self, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...] | None, Slot]]:
-        """Every (name, shape, slot) a checkpoint with this config must hold; slots of `some` layers are left out."""
+    def slots(
+        self, config: dict[str, Any]
+    ) -> Iterator[tuple[str, tuple[int | None, ...] | None, Slot]]:
+        """Every (name, shape, slot) a checkpoint with this config must hold; slots of `some`
+        layers are left out.
+        """
         text = self.text(config)
         layers, moe = range(self.field("layers", config) or 0), self.moe_layers(config)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         for slot in self.tensors:
-            if not self.present(slot, text) or slot.layers == "some" or (tied and slot.name in self.tied):
+            if (
+                not self.present(slot, text)
+                or slot.layers == "some"
+                or (tied and slot.name in self.tied)
+            ):
                 continue
             shape = self.shape(slot, text)
-            if shape and 0 in shape and str(slot.role).startswith("shared.") and not (self.overlay.shared or {}).get("always"):
+            if (
+                shape
+                and 0 in shape
+                and str(slot.role).startswith("shared.")
+                and not (self.overlay.shared or {}).get("always")
+            ):
                 continue
-            template = re.sub(r"\{i\d+\}", "0", slot.name)  # of an inner list the first stands for all
+            template = re.sub(
+                r"\{i\d+\}", "0", slot.name
+            )  # of an inner list the first stands for all
             if slot.layers is None:
                 yield template, shape, slot
                 continue
             for layer in layers:
-                if (slot.layers == "moe") > (layer in moe) or (slot.layers == "dense" and layer in moe):
+                if (slot.layers == "moe") > (layer in moe) or (
+                    slot.layers == "dense" and layer in moe
+                ):
                     continue
                 name = template.replace("{layer}", str(layer))
-                own = text | (text.get("per_layer_config") or {}).get(str(layer), {})  # a ragged checkpoint
+                own = text | (text.get("per_layer_config") or {}).get(
+                    str(layer), {}
+                )  # a ragged checkpoint
                 here = shape if own == text else self.shape(slot, own)
                 if "{expert}" in name:
-                    yield from ((name.replace("{expert}", str(e)), here, slot) for e in range(own.get(self.fields.get("experts", "")) or 0))
+                    yield from (
+                        (name.replace("{expert}", str(e)), here, slot)
+                        for e in range(own.get(self.fields.get("experts", "")) or 0)
+                    )
                 else:
                     yield name, here, slot
 
 
 @dataclass(frozen=True)
 class Home:
-    """The part of a checkpoint that is a text model: its layout, the config to read with it, the prefix of its names, and the path
-    to the fields inside the whole config.
+    """The part of a checkpoint that is a text model: its layout, the config to read with it, the
+    prefix of its names, and the path to the fields inside the whole config.
     """
 
     layout: Layout
@@ -239,11 +300,17 @@ class Home:
 
 
 def home(config: dict[str, Any]) -> Home:
-    """Where the text model of this config is described: the family itself, or the family of a multimodal model's text part."""
+    """Where the text model of this config is described: the family itself, or the family of a
+    multimodal model's text part.
+    """
     layout = Layout.load(str(config.get("model_type")))
     text = config.get("text_config") or {}
     inner = text.get("model_type") or ("llama" if layout.model_type == "llava" else None)
-    if layout.kind == "dense" and inner and (layout.model_type == "llava" or not layout.text_config or inner in families()["moe"]):
+    if (
+        layout.kind == "dense"
+        and inner
+        and (layout.model_type == "llava" or not layout.text_config or inner in families()["moe"])
+    ):
         return Home(Layout.load(inner), text, "language_model.", ("text_config",))
     return Home(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
@@ -264,11 +331,21 @@ def _load(model_type: str) -> Layout:
     path = DATA / "families" / f"{model_type}.json"
     if not re.fullmatch(r"[\w-]+", str(model_type)) or not path.exists():
         known = [m for kinds in families().values() for m in kinds]
-        raise MoetoolError(f"no layout for model type {model_type!r}", expected="a family that `moetool archs list` shows", hint=did_you_mean(str(model_type), known) if model_type else "the config names no model_type")
+        raise MoetoolError(
+            f"no layout for model type {model_type!r}",
+            expected="a family that `moetool archs list` shows",
+            hint=did_you_mean(str(model_type), known)
+            if model_type
+            else "the config names no model_type",
+        )
     data = json.loads(path.read_text())
     overlays = json.loads((DATA / "overlay.json").read_text())
     try:
         slots = tuple(Slot(**t) for t in data.pop("tensors"))
         return Layout(tensors=slots, overlay=Overlay(**overlays.get(model_type, {})), **data)
     except TypeError as problem:
-        raise MoetoolError(f"the layout of {model_type} is not well formed: {problem}", file=path, hint="run `python -m moetool.archs.generate` or correct overlay.json") from None
+        raise MoetoolError(
+            f"the layout of {model_type} is not well formed: {problem}",
+            file=path,
+            hint="run `python -m moetool.archs.generate` or correct overlay.json",
+        ) from None

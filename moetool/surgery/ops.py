@@ -1,7 +1,9 @@
-"""The seam between plans and kernels: operation name -> how its bytes are made, what it needs, what it costs.
+"""The seam between plans and kernels: operation name -> how its bytes are made, what it needs,
+what it costs.
 
-`copy` and `zeros` move bytes and import nothing. `draw` uses numpy. All others run torch kernels; at planning each
-kind of task runs once on the meta device, so that a wrong shape fails before any work.
+`copy` and `zeros` move bytes and import nothing. `draw` uses numpy. All others run torch kernels;
+at planning each kind of task runs once on the meta device, so that a wrong shape fails before any
+work.
 """
 
 from __future__ import annotations
@@ -14,93 +16,132 @@ from moetool.errors import MoetoolError
 from moetool.surgery.spec import Piece, Task, size_of
 
 Tables = Mapping[str, list[int]]
-# Resident memory of the bare process, measured on CPython 3.11 (tests/bench/memory.py), and of numpy and torch on top.
+# Resident memory of the bare process, measured on CPython 3.11 (tests/bench/memory.py), and of
+# numpy and torch on top.
 RESERVE = 40_000_000
 NUMPY_RESERVE = 24_000_000
 TORCH_RESERVE = 360_000_000
-COPY_BUFFER = 1 << 19  # larger single writes are much slower on ext4 (8 MiB: five times, measured on 6.18)
+COPY_BUFFER = (
+    1 << 19
+)  # larger single writes are much slower on ext4 (8 MiB: five times, measured on 6.18)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. `factor`: peak bytes per byte of input and widest output, measured; see tests/every/test_memory.py."""
+    """One operation. `factor`: peak bytes per byte of input and widest output, measured; see
+    tests/every/test_memory.py.
+    """
 
     name: str
-    run: Callable[..., Iterator[Any]] | None  # (inputs, shapes, params, tables) -> output tensors, in order
+    run: (
+        Callable[..., Iterator[Any]] | None
+    )  # (inputs, shapes, params, tables) -> output tensors, in order
     needs: str = "torch"  # "nothing" | "numpy" | "torch"
     factor: float = 0.0
     reads: float = 1.0  # how often the input bytes are held
 
 
-def _draw(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _draw(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import draw
 
     yield from (draw.matrix(shape, **params) for shape in shapes)
 
 
-def _neurons(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _neurons(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import carve
 
     order = tables[params["order"]] if params.get("order") else None
-    yield from carve.experts(inputs[0], shapes, order=order, **{k: v for k, v in params.items() if k != "order"})
+    yield from carve.experts(
+        inputs[0], shapes, order=order, **{k: v for k, v in params.items() if k != "order"}
+    )
 
 
-def _combine(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _combine(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import combine
 
     yield combine.weighted(inputs, params["weights"])
 
 
-def _affine(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _affine(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import combine
 
     yield combine.affine(inputs[0], params.get("scale", 1.0), params.get("shift", 0.0))
 
 
-def _affine_sum(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _affine_sum(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import combine
 
     yield combine.affine(combine.weighted(inputs, params["weights"]), 1.0, params["shift"])
 
 
-def _transpose(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _transpose(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     yield inputs[0].transpose(-1, -2).contiguous()
 
 
-def _fill(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _fill(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     import numpy as np
 
     yield from (np.full(shape, params["value"], np.float32) for shape in shapes)
 
 
-def _reindex(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _reindex(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import combine
 
     yield combine.reindex(inputs[0], tables[params["order"]], params["experts"])
 
 
-def _experts(inputs: Sequence[Any], params: dict[str, Any], tables: Tables, roles: list[str]) -> list[dict[str, Any]]:
-    """Members of a cluster in canonical form, neurons aligned. Inputs: all roles of the first, all roles of the second, ..."""
+def _experts(
+    inputs: Sequence[Any], params: dict[str, Any], tables: Tables, roles: list[str]
+) -> list[dict[str, Any]]:
+    """Members of a cluster in canonical form, neurons aligned. Inputs: all roles of the first, all
+    roles of the second, ...
+    """
     from moetool.kernels import form, merge
 
     members = []
     for number, key in enumerate(params.get("align") or [None] * params["members"]):
-        parts = dict(zip(roles, inputs[number * len(roles) : (number + 1) * len(roles)], strict=True))
-        members.append(merge.permuted(form.canonical(parts, **params["form"]), tables[key] if key else None))
+        parts = dict(
+            zip(roles, inputs[number * len(roles) : (number + 1) * len(roles)], strict=True)
+        )
+        members.append(
+            merge.permuted(form.canonical(parts, **params["form"]), tables[key] if key else None)
+        )
     return members
 
 
-def _merge(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _merge(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import form, merge
 
     roles = params["roles"].split(",")
     members = _experts(inputs, params, tables, roles)
     rest = inputs[params["members"] * len(roles) :]
-    made = merge.combined(members, params["weights"], params, *((rest[:1], rest[1:]) if rest else ()))
+    made = merge.combined(
+        members, params["weights"], params, *((rest[:1], rest[1:]) if rest else ())
+    )
     yield from form.stored(made, params["made"].split(","), **params["form"])
 
 
-def _base_delta(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _base_delta(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import merge
 
     count, turn = params["members"], params.get("transposed", False)
@@ -109,20 +150,29 @@ def _base_delta(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params
     if params.get("factored"):
         yield base
     for number, matrix in enumerate(matrices):
-        u, v = merge.low_rank(matrix.to(base.dtype) - base, params["rank"], covariance[number if len(covariance) > 1 else 0] if covariance else None)
+        u, v = merge.low_rank(
+            matrix.to(base.dtype) - base,
+            params["rank"],
+            covariance[number if len(covariance) > 1 else 0] if covariance else None,
+        )
         if params.get("factored"):
             yield from (u, v)
         else:
             yield (base + u @ v).T if turn else base + u @ v
 
 
-def _wanda(inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables) -> Iterator[Any]:
+def _wanda(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
     from moetool.kernels import form, merge
 
     roles = params["roles"].split(",")
     parts = form.canonical(dict(zip(roles, inputs, strict=False)), **params["form"])
     seen, between = inputs[len(roles) :]
-    parts |= {"gate_up": merge.wanda(parts["gate_up"], seen.reshape(-1), params["share"]), "down": merge.wanda(parts["down"], between.reshape(-1), params["share"])}
+    parts |= {
+        "gate_up": merge.wanda(parts["gate_up"], seen.reshape(-1), params["share"]),
+        "down": merge.wanda(parts["down"], between.reshape(-1), params["share"]),
+    }
     yield from form.stored(parts, roles, **params["form"])
 
 
@@ -167,26 +217,43 @@ def task_memory(task: Task, dtypes: Mapping[str, str], source_bytes: Callable[[P
     return int(op.reads * read + op.factor * made)
 
 
-def run_task(task: Task, inputs: Sequence[Any], dtypes: Mapping[str, str], tables: Tables) -> Iterator[tuple[Piece, Any]]:
-    """Yield (output piece, bytes) for a computed task. `inputs` are torch tensors (or nothing, for draw)."""
+def run_task(
+    task: Task, inputs: Sequence[Any], dtypes: Mapping[str, str], tables: Tables
+) -> Iterator[tuple[Piece, Any]]:
+    """Yield (output piece, bytes) for a computed task. `inputs` are torch tensors (or nothing, for
+    draw).
+    """
     op = OPS[task.op]
     assert op.run is not None
     results = op.run(inputs, [o.shape for o in task.outputs], task.params, tables)
     for piece, value in zip(task.outputs, results, strict=True):
         if tuple(value.shape) != piece.shape:
-            raise MoetoolError("an operation made a wrong shape", tensor=piece.name, expected=list(piece.shape), found=list(value.shape), hint="report this as a bug of moetool")
+            raise MoetoolError(
+                "an operation made a wrong shape",
+                tensor=piece.name,
+                expected=list(piece.shape),
+                found=list(value.shape),
+                hint="report this as a bug of moetool",
+            )
         yield piece, value
 
 
 def rehearse(tasks: Sequence[Task], dtype_of: Callable[[Piece], str], tables: Tables) -> int:
-    """Run one task of each kind on the meta device; returns how many kinds. Raises MoetoolError on a shape that does not fit."""
+    """Run one task of each kind on the meta device; returns how many kinds. Raises MoetoolError on
+    a shape that does not fit.
+    """
     from moetool.kernels import codec
 
     seen: set[tuple[Any, ...]] = set()
     for task in tasks:
         if OPS[task.op].needs != "torch":
             continue
-        kind = (task.op, tuple(p.shape for p in task.inputs), tuple(o.shape for o in task.outputs), tuple(sorted((k, type(v).__name__) for k, v in task.params.items())))
+        kind = (
+            task.op,
+            tuple(p.shape for p in task.inputs),
+            tuple(o.shape for o in task.outputs),
+            tuple(sorted((k, type(v).__name__) for k, v in task.params.items())),
+        )
         if kind in seen:
             continue
         seen.add(kind)

@@ -1,7 +1,8 @@
-"""A plan is a value: which output tensors come from which input pieces by which operation, and where each will lie.
+"""A plan is a value: which output tensors come from which input pieces by which operation, and
+where each will lie.
 
-Dry run prints it, verify compares with it, resume skips shards that carry its digest, workers get parts of it.
-No torch here; JSON in, JSON out.
+Dry run prints it, verify compares with it, resume skips shards that carry its digest, workers get
+parts of it. No torch here; JSON in, JSON out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its final name, its tensors with their byte offsets (after the header), its tasks."""
+    """One output file: its final name, its tensors with their byte offsets (after the header), its
+    tasks.
+    """
 
     name: str
     offsets: dict[str, tuple[int, int]]
@@ -50,21 +53,43 @@ class Plan:
     digest: str = ""
 
     @classmethod
-    def build(cls, sources: list[list[list[Any]]], config: dict[str, Any], targets: Iterable[Target], tasks: Iterable[Task], *, max_shard: int, dropped: dict[str, str], tables: dict[str, list[int]] | None = None) -> Plan:
-        """Pack targets into shards of at most `max_shard` bytes (a task's outputs stay together) and seal the digest."""
+    def build(
+        cls,
+        sources: list[list[list[Any]]],
+        config: dict[str, Any],
+        targets: Iterable[Target],
+        tasks: Iterable[Task],
+        *,
+        max_shard: int,
+        dropped: dict[str, str],
+        tables: dict[str, list[int]] | None = None,
+    ) -> Plan:
+        """Pack targets into shards of at most `max_shard` bytes (a task's outputs stay together)
+        and seal the digest.
+        """
         by_name: dict[str, Target] = {}
         for target in targets:
             if target.name in by_name:
-                raise MoetoolError("an output is planned twice", tensor=target.name, hint="report this as a bug of moetool")
+                raise MoetoolError(
+                    "an output is planned twice",
+                    tensor=target.name,
+                    hint="report this as a bug of moetool",
+                )
             by_name[target.name] = target
         tasks = tuple(tasks)
         shards = _pack(by_name, tasks, max_shard)
         body = {
-            "format": FORMAT, "sources": sources, "config": config, "tables": tables or {},
+            "format": FORMAT,
+            "sources": sources,
+            "config": config,
+            "tables": tables or {},
             "targets": [[t.name, t.dtype, t.shape] for t in by_name.values()],
-            "tasks": [t.as_json() for t in tasks], "shards": [[s.name, list(s.offsets)] for s in shards],
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            "tasks": [t.as_json() for t in tasks],
+            "shards": [[s.name, list(s.offsets)] for s in shards],
+        }
+        digest = hashlib.sha256(
+            json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
         plan = cls(sources, config, by_name, tasks, shards, dropped, tables or {}, digest)
         plan.check()
         return plan
@@ -75,7 +100,11 @@ class Plan:
         for task in self.tasks:
             for out in task.outputs:
                 if out.name not in self.targets:
-                    raise MoetoolError("a task makes an unplanned tensor", tensor=out.name, hint="report this as a bug of moetool")
+                    raise MoetoolError(
+                        "a task makes an unplanned tensor",
+                        tensor=out.name,
+                        hint="report this as a bug of moetool",
+                    )
                 runs[out.name].append((out.offset, out.offset + out.count))
         for name, target in self.targets.items():
             position, total = 0, 1
@@ -83,10 +112,22 @@ class Plan:
                 total *= n
             for start, stop in sorted(runs[name]):
                 if start != position:
-                    raise MoetoolError("an output is made twice or not at all", tensor=name, expected=f"element {position}", found=f"element {start}", hint="report this as a bug of moetool")
+                    raise MoetoolError(
+                        "an output is made twice or not at all",
+                        tensor=name,
+                        expected=f"element {position}",
+                        found=f"element {start}",
+                        hint="report this as a bug of moetool",
+                    )
                 position = stop
             if position != total:
-                raise MoetoolError("an output is not fully made", tensor=name, expected=f"{total} elements", found=position, hint="report this as a bug of moetool")
+                raise MoetoolError(
+                    "an output is not fully made",
+                    tensor=name,
+                    expected=f"{total} elements",
+                    found=position,
+                    hint="report this as a bug of moetool",
+                )
 
     @property
     def size(self) -> int:
@@ -107,7 +148,11 @@ class Plan:
         """The safetensors header of a shard, final: it is written before the first tensor."""
         table: dict[str, Any] = {"__metadata__": {"format": "pt", "moetool_plan": self.digest}}
         for name, offsets in shard.offsets.items():
-            table[name] = {"dtype": self.targets[name].dtype, "shape": list(self.targets[name].shape), "data_offsets": list(offsets)}
+            table[name] = {
+                "dtype": self.targets[name].dtype,
+                "shape": list(self.targets[name].shape),
+                "data_offsets": list(offsets),
+            }
         body = json.dumps(table, separators=(",", ":")).encode()
         body += b" " * (-len(body) % 8)
         return struct.pack("<Q", len(body)) + body
@@ -118,33 +163,75 @@ class Plan:
         return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(places.items()))}
 
     def render(self) -> str:
-        """The plan for reading and diffing: tasks that differ only in layer and expert numbers on one line, with their count."""
+        """The plan for reading and diffing: tasks that differ only in layer and expert numbers on
+        one line, with their count.
+        """
         lines: dict[str, int] = {}
         for task in self.tasks:
             params = {k: v for k, v in task.params.items() if k != "first"}
-            sources = ", ".join(dict.fromkeys(f"{i.source}:{i.name} {list(i.shape)}" for i in task.inputs)) or "-"
-            outs = ", ".join(dict.fromkeys(_NUMBER.sub("#", o.name) + f" {list(o.shape)}" for o in task.outputs))
-            line = _NUMBER.sub("#", f"{task.op} {sources} -> {outs} {json.dumps(params) if params else ''}".rstrip())
+            sources = (
+                ", ".join(
+                    dict.fromkeys(f"{i.source}:{i.name} {list(i.shape)}" for i in task.inputs)
+                )
+                or "-"
+            )
+            outs = ", ".join(
+                dict.fromkeys(_NUMBER.sub("#", o.name) + f" {list(o.shape)}" for o in task.outputs)
+            )
+            line = _NUMBER.sub(
+                "#",
+                f"{task.op} {sources} -> {outs} {json.dumps(params) if params else ''}".rstrip(),
+            )
             lines[line] = lines.get(line, 0) + 1
         dropped = [f"drop {name}: {why}" for name, why in self.dropped.items()]
         shards = [f"shard {s.name}: {len(s.offsets)} tensors, {s.size} bytes" for s in self.shards]
-        return "\n".join([f"digest {self.digest}", *shards, *dropped, *(f"{count} x {line}" for line, count in lines.items()), f"config {json.dumps(self.config, sort_keys=True)}"]) + "\n"
+        return (
+            "\n".join(
+                [
+                    f"digest {self.digest}",
+                    *shards,
+                    *dropped,
+                    *(f"{count} x {line}" for line, count in lines.items()),
+                    f"config {json.dumps(self.config, sort_keys=True)}",
+                ]
+            )
+            + "\n"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data (`Plan.from_json` gives it back)."""
         return {
-            "format": FORMAT, "digest": self.digest, "sources": self.sources, "config": self.config, "dropped": self.dropped,
-            "tables": self.tables, "targets": [[t.name, t.dtype, list(t.shape)] for t in self.targets.values()],
+            "format": FORMAT,
+            "digest": self.digest,
+            "sources": self.sources,
+            "config": self.config,
+            "dropped": self.dropped,
+            "tables": self.tables,
+            "targets": [[t.name, t.dtype, list(t.shape)] for t in self.targets.values()],
             "tasks": [t.as_json() for t in self.tasks],
-            "shards": [[s.name, {k: list(v) for k, v in s.offsets.items()}, list(s.tasks)] for s in self.shards],
-        }  # fmt: skip
+            "shards": [
+                [s.name, {k: list(v) for k, v in s.offsets.items()}, list(s.tasks)]
+                for s in self.shards
+            ],
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Read a plan that `as_json` wrote; the digest is taken as it stands."""
         targets = {n: Target(n, d, tuple(s)) for n, d, s in data["targets"]}
-        shards = tuple(Shard(n, {k: (a, b) for k, (a, b) in o.items()}, tuple(t)) for n, o, t in data["shards"])
-        return cls(data["sources"], data["config"], targets, tuple(map(Task.from_json, data["tasks"])), shards, data["dropped"], data["tables"], data["digest"])
+        shards = tuple(
+            Shard(n, {k: (a, b) for k, (a, b) in o.items()}, tuple(t)) for n, o, t in data["shards"]
+        )
+        return cls(
+            data["sources"],
+            data["config"],
+            targets,
+            tuple(map(Task.from_json, data["tasks"])),
+            shards,
+            data["dropped"],
+            data["tables"],
+            data["digest"],
+        )
 
 
 def _pack(targets: dict[str, Target], tasks: tuple[Task, ...], max_shard: int) -> tuple[Shard, ...]:
@@ -179,14 +266,22 @@ def _pack(targets: dict[str, Target], tasks: tuple[Task, ...], max_shard: int) -
         packed[-1][0].extend(names)
         packed[-1][1].extend(numbers)
         filled += size
-    return tuple(_lay(i, len(packed), names, numbers, targets) for i, (names, numbers) in enumerate(packed))
+    return tuple(
+        _lay(i, len(packed), names, numbers, targets) for i, (names, numbers) in enumerate(packed)
+    )
 
 
-def _lay(number: int, count: int, names: list[str], tasks: list[int], targets: dict[str, Target]) -> Shard:
+def _lay(
+    number: int, count: int, names: list[str], tasks: list[int], targets: dict[str, Target]
+) -> Shard:
     """Wide dtypes first: every tensor then starts at a multiple of its element size."""
-    name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    name = (
+        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    )
     offsets, position = {}, 0
-    for tensor in sorted((n for n in names if n in targets), key=lambda n: -DTYPE_BITS[targets[n].dtype]):
+    for tensor in sorted(
+        (n for n in names if n in targets), key=lambda n: -DTYPE_BITS[targets[n].dtype]
+    ):
         offsets[tensor] = (position, position + targets[tensor].size)
         position += targets[tensor].size
     return Shard(name, offsets, tuple(sorted(tasks)))

@@ -1,7 +1,8 @@
-"""Find NaN and inf in what a plan reads, at the speed of memory: the largest bit pattern of a float tells.
+"""Find NaN and inf in what a plan reads, at the speed of memory: the largest bit pattern of a
+float tells.
 
-For bf16, fp16 and fp32 the exponent is all ones exactly for inf and NaN, so a signed and an unsigned maximum over the raw
-integers find them without decoding.
+For bf16, fp16 and fp32 the exponent is all ones exactly for inf and NaN, so a signed and an
+unsigned maximum over the raw integers find them without decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from moetool.surgery.spec import Task
 Suspect = tuple[str, int, int, str]  # (path, start, stop, dtype)
 _BLOCK = 1 << 19
 # dtype -> (unsigned type, signed type, bits of +inf)
-_PATTERN = {"BF16": ("<u2", "<i2", 0x7F80), "F16": ("<u2", "<i2", 0x7C00), "F32": ("<u4", "<i4", 0x7F800000), "F64": ("<u8", "<i8", 0x7FF0000000000000)}
+_PATTERN = {
+    "BF16": ("<u2", "<i2", 0x7F80),
+    "F16": ("<u2", "<i2", 0x7C00),
+    "F32": ("<u4", "<i4", 0x7F800000),
+    "F64": ("<u8", "<i8", 0x7FF0000000000000),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,14 @@ class Bad:
     what: str
 
 
-def suspects(sources: Sequence[Checkpoint], tasks: Sequence[Task], *, workers: int = 1, tell: Callable[[str, int, int], None] = lambda *a: None, stop: threading.Event | None = None) -> set[Suspect]:
+def suspects(
+    sources: Sequence[Checkpoint],
+    tasks: Sequence[Task],
+    *,
+    workers: int = 1,
+    tell: Callable[[str, int, int], None] = lambda *a: None,
+    stop: threading.Event | None = None,
+) -> set[Suspect]:
     """The byte ranges read by the tasks that hold NaN or inf."""
     used = sorted({(p.source, p.name) for t in tasks for p in t.inputs})
     runs = _runs(sources, used)
@@ -54,10 +67,22 @@ def suspects(sources: Sequence[Checkpoint], tasks: Sequence[Task], *, workers: i
 
 def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> list[Suspect]:
     """Used tensors as (path, start, stop, dtype); neighbours of one dtype joined, long runs cut."""
-    places = sorted({(f"{sources[s].folder}/{t.file}", t.start, t.stop, t.dtype) for s, n in used if (t := sources[s].tensor(n)).dtype in _PATTERN})
+    places = sorted(
+        {
+            (f"{sources[s].folder}/{t.file}", t.start, t.stop, t.dtype)
+            for s, n in used
+            if (t := sources[s].tensor(n)).dtype in _PATTERN
+        }
+    )
     joined: list[list[Any]] = []
     for path, start, stop, dtype in places:
-        if joined and joined[-1][0] == path and joined[-1][2] == start and joined[-1][3] == dtype and stop - joined[-1][1] < 256 << 20:
+        if (
+            joined
+            and joined[-1][0] == path
+            and joined[-1][2] == start
+            and joined[-1][3] == dtype
+            and stop - joined[-1][1] < 256 << 20
+        ):
             joined[-1][2] = stop
         else:
             joined.append([path, start, stop, dtype])
@@ -78,7 +103,11 @@ def _has_bad(path: str, start: int, stop: int, dtype: str) -> bool:
 
 def bad_ranges(path: str, start: int, stop: int, dtype: str) -> list[Suspect]:
     """The range itself, as a list of one, if it holds NaN or inf."""
-    return [(path, start, stop, dtype)] if dtype in _PATTERN and _has_bad(path, start, stop, dtype) else []
+    return (
+        [(path, start, stop, dtype)]
+        if dtype in _PATTERN and _has_bad(path, start, stop, dtype)
+        else []
+    )
 
 
 def bad_block(data: memoryview, dtype: str) -> bool:
@@ -90,10 +119,15 @@ def bad_block(data: memoryview, dtype: str) -> bool:
     unsigned, signed, infinity = _PATTERN[dtype]
     width = int(unsigned[2])
     values = np.frombuffer(data, unsigned, count=len(data) // width)
-    return bool(len(values)) and (int(values.max()) >= 1 << (8 * width - 1) | infinity or int(values.view(signed).max()) >= infinity)
+    return bool(len(values)) and (
+        int(values.max()) >= 1 << (8 * width - 1) | infinity
+        or int(values.view(signed).max()) >= infinity
+    )
 
 
-def named(sources: Sequence[Checkpoint], tasks: Sequence[Task], suspects: Iterable[Suspect]) -> list[Bad]:
+def named(
+    sources: Sequence[Checkpoint], tasks: Sequence[Task], suspects: Iterable[Suspect]
+) -> list[Bad]:
     """The tensors that make byte ranges suspect, each looked at once more, in name order."""
     ranges = sorted(set(suspects))
     found = []

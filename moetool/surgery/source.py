@@ -9,11 +9,21 @@ from pathlib import Path
 from moetool.errors import MoetoolError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+]
 
 
 def locate(name: str) -> Path:
-    """A local path for `name`: itself when it exists, the embedded model for `demo`, else the Hub snapshot of `org/name[@revision]`.
+    """A local path for `name`: itself when it exists, the embedded model for `demo`, else the Hub
+    snapshot of `org/name[@revision]`.
 
     Raises MoetoolError when it is neither, or the Hub does not answer.
     """
@@ -33,5 +43,11 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise MoetoolError(f"{repo} is no local path, and the Hub does not give it: {reason}", expected="a folder, a .safetensors file or org/name[@revision]", hint="check the spelling, your network, and `hf auth login` for gated models") from None
+        reason = (
+            str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        )
+        raise MoetoolError(
+            f"{repo} is no local path, and the Hub does not give it: {reason}",
+            expected="a folder, a .safetensors file or org/name[@revision]",
+            hint="check the spelling, your network, and `hf auth login` for gated models",
+        ) from None

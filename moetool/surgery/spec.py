@@ -1,4 +1,5 @@
-"""The nouns of surgery: a stored tensor, a piece of one, and the task that makes pieces from pieces.
+"""The nouns of surgery: a stored tensor, a piece of one, and the task that makes pieces from
+pieces.
 
 No torch, no file handles: every value here can be pickled to a worker or written as JSON.
 """
@@ -13,9 +14,27 @@ from moetool.errors import MoetoolError
 
 # Bits per element, by safetensors dtype name.
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 FLOATS = ("F64", "F32", "BF16", "F16")
 
 Shape = tuple[int, ...]
@@ -24,13 +43,19 @@ Shape = tuple[int, ...]
 def size_of(dtype: str, shape: Shape) -> int:
     """Bytes of a tensor; raises MoetoolError for an unknown dtype."""
     if dtype not in DTYPE_BITS:
-        raise MoetoolError(f"unknown dtype {dtype!r}", expected=", ".join(DTYPE_BITS), hint="update moetool or re-save the checkpoint")
+        raise MoetoolError(
+            f"unknown dtype {dtype!r}",
+            expected=", ".join(DTYPE_BITS),
+            hint="update moetool or re-save the checkpoint",
+        )
     return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as it lies in a file: bytes [start, stop) of `file` (a path relative to its checkpoint)."""
+    """A tensor as it lies in a file: bytes [start, stop) of `file` (a path relative to its
+    checkpoint).
+    """
 
     name: str
     dtype: str
@@ -44,8 +69,9 @@ class Stored:
 class Piece:
     """A contiguous run of elements of one tensor, seen with its own shape.
 
-    As an input, `source` says which checkpoint; as an output it is unused. `offset` counts elements. The whole
-    tensor is offset 0 with the tensor's shape; rows a:b of [n, m] are offset a*m with shape [b-a, m].
+    As an input, `source` says which checkpoint; as an output it is unused. `offset` counts
+    elements. The whole tensor is offset 0 with the tensor's shape; rows a:b of [n, m] are offset
+    a*m with shape [b-a, m].
     """
 
     name: str
@@ -90,11 +116,21 @@ class Task:
     params: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> list[Any]:
-        return [self.op, [p.as_json() for p in self.inputs], [p.as_json() for p in self.outputs], self.params]
+        return [
+            self.op,
+            [p.as_json() for p in self.inputs],
+            [p.as_json() for p in self.outputs],
+            self.params,
+        ]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> Task:
-        return cls(data[0], tuple(map(Piece.from_json, data[1])), tuple(map(Piece.from_json, data[2])), data[3])
+        return cls(
+            data[0],
+            tuple(map(Piece.from_json, data[1])),
+            tuple(map(Piece.from_json, data[2])),
+            data[3],
+        )
 
 
 def rows(tensor: Stored | Target | Piece, start: int, stop: int, source: int = 0) -> Piece:

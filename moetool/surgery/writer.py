@@ -1,7 +1,8 @@
-"""Where an output comes to life: a staging folder beside the target, shards by rename, `config.json` last, one final rename.
+"""Where an output comes to life: a staging folder beside the target, shards by rename,
+`config.json` last, one final rename.
 
-A folder that a loader accepts exists only when everything in it is whole. A second process, another plan, a folder with
-other content: all refused before a byte is written.
+A folder that a loader accepts exists only when everything in it is whole. A second process,
+another plan, a folder with other content: all refused before a byte is written.
 """
 
 from __future__ import annotations
@@ -26,38 +27,71 @@ STATE = "moetool-staging.json"
 class Writer:
     """Owns the staging folder of one output. Use as a context manager: it holds the lock."""
 
-    def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, sources: Sequence[Checkpoint] = ()) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        plan: Plan,
+        *,
+        overwrite: bool = False,
+        sources: Sequence[Checkpoint] = (),
+    ) -> None:
         self.out, self.plan, self.overwrite = Path(os.path.abspath(out)), plan, overwrite
         self.staging = self.out.parent / f".{self.out.name}.moetool"
         self.sources = sources
         self._lock: int | None = None
 
     def finished(self) -> bool:
-        """Whether the target already is the whole result of this very plan (a run that was killed after its last rename)."""
-        if self.overwrite or not (self.out / "config.json").is_file() or not (self.out / "moetool.json").is_file():
+        """Whether the target already is the whole result of this very plan (a run that was killed
+        after its last rename).
+        """
+        if (
+            self.overwrite
+            or not (self.out / "config.json").is_file()
+            or not (self.out / "moetool.json").is_file()
+        ):
             return False
         return all(self._whole(self.out / s.name, s) for s in self.plan.shards)
 
     def check(self) -> None:
-        """Refuse a target that cannot or must not be written; nothing is changed. Raises UsageError or MoetoolError."""
+        """Refuse a target that cannot or must not be written; nothing is changed. Raises
+        UsageError or MoetoolError.
+        """
         check_target(self.out, [s.folder for s in self.sources], overwrite=self.overwrite)
-        left = self.plan.disk - sum((self.staging / s.name).stat().st_size for s in self.plan.shards if (self.staging / s.name).exists())
+        left = self.plan.disk - sum(
+            (self.staging / s.name).stat().st_size
+            for s in self.plan.shards
+            if (self.staging / s.name).exists()
+        )
         free = shutil.disk_usage(existing(self.out.parent)).free
         if left > free:
-            raise MoetoolError("not enough space on the disk", file=self.out, expected=f"{left:,} bytes", found=f"{free:,} bytes free", hint="free some space or choose another disk")
+            raise MoetoolError(
+                "not enough space on the disk",
+                file=self.out,
+                expected=f"{left:,} bytes",
+                found=f"{free:,} bytes free",
+                hint="free some space or choose another disk",
+            )
 
     def __enter__(self) -> Writer:
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.staging / STATE, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as problem:
-            raise MoetoolError(f"cannot write here: {problem.strerror}", file=self.staging.parent, hint="choose a folder you may write to") from None
+            raise MoetoolError(
+                f"cannot write here: {problem.strerror}",
+                file=self.staging.parent,
+                hint="choose a folder you may write to",
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             self._lock = None
-            raise MoetoolError("another moetool process is writing this output", file=self.out, hint="wait for it, or choose another output folder") from None
+            raise MoetoolError(
+                "another moetool process is writing this output",
+                file=self.out,
+                hint="wait for it, or choose another output folder",
+            ) from None
         self._begin(self._lock)
         return self
 
@@ -78,8 +112,18 @@ class Writer:
         mine = {"digest": self.plan.digest, "sources": self._stamps()}
         if old is not None and old != mine:
             if not self.overwrite:
-                why = "its sources have changed since" if old.get("digest") == self.plan.digest else "it belongs to another plan"
-                raise MoetoolError(f"an unfinished output is in the way: {why}", file=self.staging, expected=self.plan.digest[:16], found=str(old.get("digest"))[:16], hint="add --overwrite to discard it, or choose another output folder")
+                why = (
+                    "its sources have changed since"
+                    if old.get("digest") == self.plan.digest
+                    else "it belongs to another plan"
+                )
+                raise MoetoolError(
+                    f"an unfinished output is in the way: {why}",
+                    file=self.staging,
+                    expected=self.plan.digest[:16],
+                    found=str(old.get("digest"))[:16],
+                    hint="add --overwrite to discard it, or choose another output folder",
+                )
             for entry in self.staging.iterdir():
                 if entry.name != STATE:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -94,17 +138,25 @@ class Writer:
         return [p.name for p in self.staging.glob("*.safetensors") if p.name not in mine]
 
     def _stamps(self) -> list[list[list[Any]]]:
-        return [[[name, os.stat(os.path.join(s.folder, name)).st_mtime_ns] for name in sorted(s.files)] for s in self.sources]
+        return [
+            [[name, os.stat(os.path.join(s.folder, name)).st_mtime_ns] for name in sorted(s.files)]
+            for s in self.sources
+        ]
 
     def is_done(self, shard: Shard) -> bool:
-        """A shard is done if it is there, whole, and its header (which holds the plan's digest) is the planned one."""
+        """A shard is done if it is there, whole, and its header (which holds the plan's digest) is
+        the planned one.
+        """
         return self._whole(self.staging / shard.name, shard)
 
     def _whole(self, path: Path, shard: Shard) -> bool:
         header = self.plan.header(shard)
         try:
             with path.open("rb") as handle:
-                return os.fstat(handle.fileno()).st_size == len(header) + shard.size and handle.read(len(header)) == header
+                return (
+                    os.fstat(handle.fileno()).st_size == len(header) + shard.size
+                    and handle.read(len(header)) == header
+                )
         except OSError:
             return False
 
@@ -112,11 +164,17 @@ class Writer:
         """Give a finished shard its final name."""
         os.replace(temporary, temporary.removesuffix(".tmp"))
 
-    def finish(self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: dict[str, Any]) -> None:
+    def finish(
+        self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: dict[str, Any]
+    ) -> None:
         """Write index and small files, then config.json, then move the whole folder to its place."""
         missing = [s.name for s in self.plan.shards if not self.is_done(s)]
         if missing:
-            raise MoetoolError("a shard is not whole", file=self.staging / missing[0], hint="run the same command again")
+            raise MoetoolError(
+                "a shard is not whole",
+                file=self.staging / missing[0],
+                hint="run the same command again",
+            )
         for name, source in sorted(travelling.items()):
             shutil.copyfile(source, self.staging / (name + ".tmp"))
             os.replace(self.staging / (name + ".tmp"), self.staging / name)
@@ -143,7 +201,11 @@ class Writer:
             os.replace(self.staging, self.out)
         except OSError as problem:
             if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise MoetoolError("the output folder was filled while moetool worked", file=self.out, hint="look at it, remove it, and run the same command again") from None
+                raise MoetoolError(
+                    "the output folder was filled while moetool worked",
+                    file=self.out,
+                    hint="look at it, remove it, and run the same command again",
+                ) from None
             raise
         shutil.rmtree(old, ignore_errors=True)
 
@@ -156,21 +218,42 @@ def existing(path: Path) -> Path:
 
 
 def check_target(out: Path, sources: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse an output that is a source, lies in one, holds one, or is not empty; raises UsageError or MoetoolError."""
+    """Refuse an output that is a source, lies in one, holds one, or is not empty; raises
+    UsageError or MoetoolError.
+    """
     real = out.resolve()
     for source in sources:
         folder = Path(source).resolve()
         if real == folder or folder in real.parents or real in folder.parents:
-            raise UsageError("the output must not be a source, lie in one, or hold one", file=out, found=f"source {source}", hint="choose another output folder")
+            raise UsageError(
+                "the output must not be a source, lie in one, or hold one",
+                file=out,
+                found=f"source {source}",
+                hint="choose another output folder",
+            )
     if out.exists() and not out.is_dir():
-        raise UsageError("the output is a file", file=out, expected="a folder", hint="choose another output folder")
+        raise UsageError(
+            "the output is a file",
+            file=out,
+            expected="a folder",
+            hint="choose another output folder",
+        )
     if out.is_dir() and not overwrite:
         with contextlib.suppress(StopIteration):
             found = next(os.scandir(out)).name
-            raise UsageError("the output folder is not empty", file=out, found=found, hint="choose another folder, or add --overwrite to replace it")
+            raise UsageError(
+                "the output folder is not empty",
+                file=out,
+                found=found,
+                hint="choose another folder, or add --overwrite to replace it",
+            )
     parent = existing(out.parent)
     if not os.access(parent, os.W_OK):
-        raise MoetoolError("cannot write here: permission denied", file=parent, hint="choose a folder you may write to")
+        raise MoetoolError(
+            "cannot write here: permission denied",
+            file=parent,
+            hint="choose a folder you may write to",
+        )
 
 
 def as_json(data: Any) -> bytes:

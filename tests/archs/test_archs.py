@@ -17,7 +17,9 @@ ALL = [(kind, name) for kind, names in families().items() for name in names]
 
 
 def test_counts() -> None:
-    """layouts.md counts 118 dense types; two of them (doge, gemma4_text) are in its list of 82 MoE types as well."""
+    """layouts.md counts 118 dense types; two of them (doge, gemma4_text) are in its list of 82 MoE
+    types as well.
+    """
     assert len(families()["moe"]) == 82 and len(families()["dense"]) == 116
     assert len(list((DATA / "families").glob("*.json"))) == 198
     assert set(json.loads((DATA / "overlay.json").read_text())) == set(families()["moe"])
@@ -28,7 +30,9 @@ def test_generated_files_are_current() -> None:
     import transformers
 
     if transformers.__version__ != json.loads((DATA / "index.json").read_text())["transformers"]:
-        pytest.fail(f"layouts were generated with another transformers than {transformers.__version__}: python -m moetool.archs.generate, and look at the diff")
+        pytest.fail(
+            f"layouts were generated with another transformers than {transformers.__version__}: python -m moetool.archs.generate, and look at the diff"
+        )
     assert generate.main(["--check"]) == 0
 
 
@@ -38,7 +42,10 @@ def test_layout_loads_strictly(name: str) -> None:
     assert layout.model_type == name and layout.tensors
     if layout.kind == "moe":
         assert layout.overlay.law["score"]
-        assert any(str(s.role).startswith("expert.") for s in layout.tensors) or name in ("doge", "vitpose_backbone")
+        assert any(str(s.role).startswith("expert.") for s in layout.tensors) or name in (
+            "doge",
+            "vitpose_backbone",
+        )
 
 
 def test_unknown_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,13 +77,23 @@ def test_near_misses_speak_of_families_that_exist() -> None:
     assert len(near) >= 20 and all({name, *targets} <= known for name, targets in near.items())
     assert not {p.source for p in pairs()} & set(near)
     assert why_not(Layout.load("exaone4")).startswith("not exaone_moe: norm placement")
-    assert "already has experts" in why_not(Layout.load("mixtral")) and "no class in transformers" in why_not(Layout.load("codegen"))
+    assert "already has experts" in why_not(
+        Layout.load("mixtral")
+    ) and "no class in transformers" in why_not(Layout.load("codegen"))
 
 
-@pytest.mark.parametrize(("name", "template", "layer", "expert"), [
-    ("model.layers.12.block_sparse_moe.experts.7.w2.weight", "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", 12, 7),
-    ("model.norm.weight", "model.norm.weight", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "template", "layer", "expert"),
+    [
+        (
+            "model.layers.12.block_sparse_moe.experts.7.w2.weight",
+            "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+            12,
+            7,
+        ),
+        ("model.norm.weight", "model.norm.weight", None, None),
+    ],
+)
 def test_match(name: str, template: str, layer: int | None, expert: int | None) -> None:
     found = Layout.load("mixtral").match(name)
     assert found and (found.slot.name, found.layer, found.expert) == (template, layer, expert)
@@ -84,9 +101,16 @@ def test_match(name: str, template: str, layer: int | None, expert: int | None) 
 
 
 def test_fused_and_per_expert_forms() -> None:
-    assert set(Layout.load("mixtral").fused()) == {"gate_up", "down"} and set(Layout.load("mixtral").per_expert()) == {"gate", "up", "down"}
-    assert not Layout.load("gpt_oss").fused() and not Layout.load("llama4").fused()  # interleaved; transposed
-    assert Layout.load("granitemoe").fused()["gate_up"].endswith("input_linear.weight") and not Layout.load("granitemoe").per_expert()
+    assert set(Layout.load("mixtral").fused()) == {"gate_up", "down"} and set(
+        Layout.load("mixtral").per_expert()
+    ) == {"gate", "up", "down"}
+    assert (
+        not Layout.load("gpt_oss").fused() and not Layout.load("llama4").fused()
+    )  # interleaved; transposed
+    assert (
+        Layout.load("granitemoe").fused()["gate_up"].endswith("input_linear.weight")
+        and not Layout.load("granitemoe").per_expert()
+    )
 
 
 @pytest.mark.parametrize("pair", pairs(), ids=lambda p: f"{p.source}-{p.target}")
@@ -95,31 +119,70 @@ def test_every_config_field_has_a_rule(pair: Any) -> None:
     if pair.inner:
         return
     source, target = Layout.load(pair.source), Layout.load(pair.target)
-    config = {k: v for k, v in source.defaults.items() if v is not None} | {"model_type": pair.source}
+    config = {k: v for k, v in source.defaults.items() if v is not None} | {
+        "model_type": pair.source
+    }
     made = map_config(pair, source, target, config, {})
     inner = made.value[target.text_config] if target.text_config else made.value
     given = config[source.text_config] if source.text_config else config
     rope = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "model_type"}
-    lost = set(given) - set(inner) - set(made.dropped) - rope - set(pair.rename) - set(source.aliases)
+    lost = (
+        set(given) - set(inner) - set(made.dropped) - rope - set(pair.rename) - set(source.aliases)
+    )
     assert not lost
     assert all(made.dropped.values())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "olmoe", "gpt_oss", "llama4_text", "minimax_m2", "granitemoe", "jamba", "llama", "qwen2", "gemma"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "qwen3_moe",
+        "glm4_moe",
+        "deepseek_v3",
+        "olmoe",
+        "gpt_oss",
+        "llama4_text",
+        "minimax_m2",
+        "granitemoe",
+        "jamba",
+        "llama",
+        "qwen2",
+        "gemma",
+    ],
+)
 def test_slots_are_what_transformers_wants(name: str) -> None:
     """Names and shapes from the layout alone equal those of a model built by transformers."""
     import torch
     import transformers
 
     layout = Layout.load(name)
-    wished = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-              "n_routed_experts": 8, "num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
-    config = transformers.CONFIG_MAPPING[name](**{k: v for k, v in wished.items() if k in layout.defaults})
+    wished = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "n_routed_experts": 8,
+        "num_local_experts": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    config = transformers.CONFIG_MAPPING[name](
+        **{k: v for k, v in wished.items() if k in layout.defaults}
+    )
     with torch.device("meta"):
         model = getattr(transformers, layout.cls)._from_config(config)
     from transformers.core_model_loading import revert_weight_conversion
 
-    truth = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
+    truth = {
+        n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()
+    }
     mine = {n: s for n, s, _ in layout.slots(json.loads(config.to_json_string(use_diff=False)))}
     partial = {n for n in truth if (f := layout.match(n)) and f.slot.layers == "some"}
     assert {n for n in truth if layout.match(n) is None} == set()

@@ -1,4 +1,6 @@
-"""Killed at every rename, stopped by signals, out of space, two at once: resumed byte-identical or refused; nothing half-made loads."""
+"""Killed at every rename, stopped by signals, out of space, two at once: resumed byte-identical or
+refused; nothing half-made loads.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,12 @@ def test_kill_at_every_rename(when: str, llama: Path, tmp_path: Path) -> None:
     for number in range(1, 200):
         (tmp_path / str(number)).mkdir()
         out = tmp_path / str(number) / "whole"
-        run = subprocess.run([sys.executable, "-c", KILLER, *upcycle(llama, out, *METHODS["copies"])], env={**os.environ, "KILL_AT": str(number), "KILL_WHEN": when}, capture_output=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-c", KILLER, *upcycle(llama, out, *METHODS["copies"])],
+            env={**os.environ, "KILL_AT": str(number), "KILL_WHEN": when},
+            capture_output=True,
+            check=False,
+        )
         if run.returncode == 0:
             break
         assert run.returncode == -signal.SIGKILL, run.stderr
@@ -71,17 +78,26 @@ def test_kill_at_every_rename(when: str, llama: Path, tmp_path: Path) -> None:
 
 def _same(a: dict[str, str], b: dict[str, str]) -> bool:
     """moetool.json and the card hold the command line, which names another folder."""
-    return {k: v for k, v in a.items() if k not in ("moetool.json", "README.md")} == {k: v for k, v in b.items() if k not in ("moetool.json", "README.md")} and a.keys() == b.keys()
+    return {k: v for k, v in a.items() if k not in ("moetool.json", "README.md")} == {
+        k: v for k, v in b.items() if k not in ("moetool.json", "README.md")
+    } and a.keys() == b.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_random_kills_and_resume(method: str, llama: Path, tmp_path: Path) -> None:
-    """SIGKILL, SIGTERM and SIGINT at random moments, then the same command: the bytes of an undisturbed run."""
+    """SIGKILL, SIGTERM and SIGINT at random moments, then the same command: the bytes of an
+    undisturbed run.
+    """
     assert command(*upcycle(llama, tmp_path / "whole", *METHODS[method])).returncode == 0
     dice = random.Random(method)
     out = tmp_path / "out"
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        process = subprocess.Popen([sys.executable, "-m", "moetool", *upcycle(llama, out, *METHODS[method])], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moetool", *upcycle(llama, out, *METHODS[method])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         time.sleep(dice.uniform(0.05, 0.6 if method == "copies" else 3.0))
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -95,10 +111,25 @@ def test_random_kills_and_resume(method: str, llama: Path, tmp_path: Path) -> No
 
 def test_ctrl_c_while_writing_is_resumable(models: Callable[..., Path], tmp_path: Path) -> None:
     """Exit code 3, finished shards kept, the rerun uses them."""
-    source = models("llama", hidden_size=256, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6)
+    source = models(
+        "llama", hidden_size=256, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6
+    )
     script = "import os, sys, time\nreal = os.replace\ndef slow(*a):\n    real(*a)\n    time.sleep(0.3)\nos.replace = slow\nfrom moetool.cli import main\nsys.exit(main(sys.argv[1:]))"
-    args = ["upcycle", str(source), str(tmp_path / "out"), "--experts", "4", "--max-shard-size", "8MB"]
-    process = subprocess.Popen([sys.executable, "-c", script, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    args = [
+        "upcycle",
+        str(source),
+        str(tmp_path / "out"),
+        "--experts",
+        "4",
+        "--max-shard-size",
+        "8MB",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     staging = tmp_path / ".out.moetool"
     for _ in range(400):
         if len(list(staging.glob("model-*.safetensors"))) >= 2:
@@ -117,9 +148,18 @@ def test_workers_and_hash_seeds_change_nothing(method: str, llama: Path, tmp_pat
     seen = []
     for jobs, seed in ((1, "0"), (4, "1"), (2, "2")):
         (tmp_path / str(jobs)).mkdir()
-        run = command(*upcycle(llama, tmp_path / str(jobs) / "out", *METHODS[method], "--jobs", str(jobs)), env={"PYTHONHASHSEED": seed})
+        run = command(
+            *upcycle(llama, tmp_path / str(jobs) / "out", *METHODS[method], "--jobs", str(jobs)),
+            env={"PYTHONHASHSEED": seed},
+        )
         assert run.returncode == 0, run.stderr
-        seen.append({k: v for k, v in tree(tmp_path / str(jobs) / "out").items() if k not in ("moetool.json", "README.md")})
+        seen.append(
+            {
+                k: v
+                for k, v in tree(tmp_path / str(jobs) / "out").items()
+                if k not in ("moetool.json", "README.md")
+            }
+        )
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 5
 
 
@@ -131,19 +171,34 @@ def test_another_seed_gives_other_bytes(llama: Path, tmp_path: Path) -> None:
 
 def test_another_plans_staging_is_refused(llama: Path, tmp_path: Path) -> None:
     script = KILLER
-    subprocess.run([sys.executable, "-c", script, *upcycle(llama, tmp_path / "out", "--experts", "4")], env={**os.environ, "KILL_AT": "2", "KILL_WHEN": "after"}, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", script, *upcycle(llama, tmp_path / "out", "--experts", "4")],
+        env={**os.environ, "KILL_AT": "2", "KILL_WHEN": "after"},
+        capture_output=True,
+        check=False,
+    )
     assert (tmp_path / ".out.moetool").is_dir()
     done = command(*upcycle(llama, tmp_path / "out", "--experts", "8"))
     assert done.returncode == 1 and "another plan" in done.stderr and "--overwrite" in done.stderr
-    assert command(*upcycle(llama, tmp_path / "out", "--experts", "8"), "--overwrite").returncode == 0
+    assert (
+        command(*upcycle(llama, tmp_path / "out", "--experts", "8"), "--overwrite").returncode == 0
+    )
     assert not (tmp_path / ".out.moetool").exists()
 
 
 def test_leftovers_without_a_state_file_do_not_slip_in(llama: Path, tmp_path: Path) -> None:
-    """Killed just before the last rename (the state file is gone by then), then another plan for the same folder."""
+    """Killed just before the last rename (the state file is gone by then), then another plan for
+    the same folder.
+    """
     last = "import os, signal, sys\nreal = os.replace\ndef replace(a, b):\n    if str(b).endswith('/out'): os.kill(os.getpid(), signal.SIGKILL)\n    real(a, b)\nos.replace = replace\nfrom moetool.cli import main\nsys.exit(main(sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", last, *upcycle(llama, tmp_path / "out", "--experts", "4")], capture_output=True, check=False)
-    assert (tmp_path / ".out.moetool" / "config.json").exists() and not (tmp_path / ".out.moetool" / "moetool-staging.json").exists()
+    subprocess.run(
+        [sys.executable, "-c", last, *upcycle(llama, tmp_path / "out", "--experts", "4")],
+        capture_output=True,
+        check=False,
+    )
+    assert (tmp_path / ".out.moetool" / "config.json").exists() and not (
+        tmp_path / ".out.moetool" / "moetool-staging.json"
+    ).exists()
     other = command(*upcycle(llama, tmp_path / "out", "--experts", "2"))
     assert other.returncode == 1 and "another plan" in other.stderr
     assert command(*upcycle(llama, tmp_path / "out", "--experts", "4")).returncode == 0
@@ -152,7 +207,12 @@ def test_leftovers_without_a_state_file_do_not_slip_in(llama: Path, tmp_path: Pa
 
 def test_changed_source_is_not_resumed(llama: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "source"))
-    subprocess.run([sys.executable, "-c", KILLER, *upcycle(source, tmp_path / "out")], env={**os.environ, "KILL_AT": "2", "KILL_WHEN": "after"}, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", KILLER, *upcycle(source, tmp_path / "out")],
+        env={**os.environ, "KILL_AT": "2", "KILL_WHEN": "after"},
+        capture_output=True,
+        check=False,
+    )
     data = bytearray((source / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (source / "model.safetensors").write_bytes(data)
@@ -164,14 +224,20 @@ def test_rerun_of_a_finished_output_says_so(llama: Path, tmp_path: Path) -> None
     assert command(*upcycle(llama, tmp_path / "out")).returncode == 0
     before = tree(tmp_path / "out")
     again = command("upcycle", llama, tmp_path / "out", "--max-shard-size", "200kB")
-    assert again.returncode == 0 and "already there" in again.stderr and tree(tmp_path / "out") == before
+    assert (
+        again.returncode == 0
+        and "already there" in again.stderr
+        and tree(tmp_path / "out") == before
+    )
 
 
 def test_two_at_once(llama: Path, tmp_path: Path) -> None:
     from moetool import road
     from moetool.surgery.writer import Writer
 
-    prepared = road.prepare(road.Options(out=str(tmp_path / "out"), sources=(str(llama),), method="upcycle"))
+    prepared = road.prepare(
+        road.Options(out=str(tmp_path / "out"), sources=(str(llama),), method="upcycle")
+    )
     with Writer(tmp_path / "out", prepared.plan, sources=prepared.sources):
         done = command("upcycle", llama, tmp_path / "out")
         assert done.returncode == 1 and "another moetool process" in done.stderr
@@ -179,16 +245,37 @@ def test_two_at_once(llama: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full_in_the_middle(llama: Path, tmp_path: Path) -> None:
-    """A file-size limit makes the kernel refuse a write; finished shards stay, the rerun ends the work."""
+    """A file-size limit makes the kernel refuse a write; finished shards stay, the rerun ends the
+    work.
+    """
     limited = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))\nfrom moetool.cli import main\nsys.exit(main(sys.argv[1:]))"
-    args = ["upcycle", str(llama), str(tmp_path / "out"), "--experts", "4", "--max-shard-size", "100kB"]
-    run = subprocess.run([sys.executable, "-c", limited, *args[:-1], "900kB"], capture_output=True, text=True, check=False)
-    assert run.returncode == 1 and "finished shards are kept" in run.stderr and "Traceback" not in run.stderr
+    args = [
+        "upcycle",
+        str(llama),
+        str(tmp_path / "out"),
+        "--experts",
+        "4",
+        "--max-shard-size",
+        "100kB",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", limited, *args[:-1], "900kB"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        run.returncode == 1
+        and "finished shards are kept" in run.stderr
+        and "Traceback" not in run.stderr
+    )
     assert not (tmp_path / "out").exists()
     assert command(*args[:-1], "900kB").returncode == 0
 
 
-def test_no_space_is_known_before(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_known_before(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(moetool.MoetoolError, match="not enough space"):
@@ -196,9 +283,16 @@ def test_no_space_is_known_before(llama: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize(("out", "code", "word"), [
-    ("SRC", 2, "must not be a source"), ("SRC/inside", 2, "lie in one"), ("SRC/..", 2, "hold one"), ("full", 2, "not empty"), ("file", 2, "is a file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("out", "code", "word"),
+    [
+        ("SRC", 2, "must not be a source"),
+        ("SRC/inside", 2, "lie in one"),
+        ("SRC/..", 2, "hold one"),
+        ("full", 2, "not empty"),
+        ("file", 2, "is a file"),
+    ],
+)
 def test_wrong_targets(out: str, code: int, word: str, llama: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "SRC"))
     (tmp_path / "full").mkdir()
@@ -239,7 +333,13 @@ def test_files_follow_the_umask_and_are_reproducible(llama: Path, tmp_path: Path
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_not_finite(value: float, dtype: str, models: Callable[..., Path], tmp_path: Path, moetool: Callable[..., Any]) -> None:
+def test_not_finite(
+    value: float,
+    dtype: str,
+    models: Callable[..., Path],
+    tmp_path: Path,
+    moetool: Callable[..., Any],
+) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -248,6 +348,14 @@ def test_not_finite(value: float, dtype: str, models: Callable[..., Path], tmp_p
     tensors["model.layers.2.mlp.up_proj.weight"][7, 3] = torch.tensor(value)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     strict = moetool("upcycle", source, tmp_path / "out", "--strict")
-    assert strict.returncode == 1 and "model.layers.2.mlp.up_proj.weight" in strict.stderr and not (tmp_path / "out").exists()
+    assert (
+        strict.returncode == 1
+        and "model.layers.2.mlp.up_proj.weight" in strict.stderr
+        and not (tmp_path / "out").exists()
+    )
     loose = moetool("upcycle", source, tmp_path / "out")
-    assert loose.returncode == 0 and "warning:" in loose.stderr and "model.layers.2.mlp.up_proj.weight" in loose.stderr
+    assert (
+        loose.returncode == 0
+        and "warning:" in loose.stderr
+        and "model.layers.2.mlp.up_proj.weight" in loose.stderr
+    )

@@ -1,4 +1,6 @@
-"""The tools that hold the house together find nothing to say; and the README's commands do what it shows."""
+"""The tools that hold the house together find nothing to say; and the README's commands do what it
+shows.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,26 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("tool", [["ruff", "check", "."], ["mypy"], ["importlinter.cli", "lint"]], ids=["ruff", "mypy", "import-linter"])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["importlinter.cli", "lint"],
+    ],
+    ids=["ruff", "ruff-format", "mypy", "import-linter"],
+)
 def test_tools(tool: list[str]) -> None:
-    command = [sys.executable, "-m", *tool] if tool[0] != "importlinter.cli" else [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    command = (
+        [sys.executable, "-m", *tool]
+        if tool[0] != "importlinter.cli"
+        else [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+        ]
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -25,7 +44,10 @@ def test_tools(tool: list[str]) -> None:
 def blocks() -> list[list[str]]:
     """The commands of every ```sh block of the tour (lines that begin with `moetool`)."""
     found = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    return [[line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("moetool ")] for block in found]
+    return [
+        [line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("moetool ")]
+        for block in found
+    ]
 
 
 def test_readme_commands_run(tmp_path: Path) -> None:
@@ -35,13 +57,33 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for command in commands:
         words = shlex.split(command)
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "moetool", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "moetool", *words[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ},
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_readme_names_every_command_and_option_group() -> None:
     text = README.read_text()
-    for name in ("demo", "inspect", "upcycle", "verify", "run", "archs", "methods", "convert-layout", "profile", "eval", "prune", "merge"):
+    for name in (
+        "demo",
+        "inspect",
+        "upcycle",
+        "verify",
+        "run",
+        "archs",
+        "methods",
+        "convert-layout",
+        "profile",
+        "eval",
+        "prune",
+        "merge",
+    ):
         assert f"moetool {name}" in text
     from moetool import methods
 

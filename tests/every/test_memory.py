@@ -27,30 +27,65 @@ print(json.dumps({"promised": prepared.peak, "used": 1024 * int(next(x for x in 
 def big_llama(folder: Path, *, layers: int, hidden: int = 1024, width: int = 4096) -> Path:
     """A Llama of zeros in a sparse file: large to read, free to store."""
     folder.mkdir()
-    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [4096, hidden], "model.norm.weight": [hidden], "lm_head.weight": [4096, hidden]}
+    shapes: dict[str, list[int]] = {
+        "model.embed_tokens.weight": [4096, hidden],
+        "model.norm.weight": [hidden],
+        "lm_head.weight": [4096, hidden],
+    }
     for i in range(layers):
         p = f"model.layers.{i}."
-        shapes |= {p + "input_layernorm.weight": [hidden], p + "post_attention_layernorm.weight": [hidden]}
+        shapes |= {
+            p + "input_layernorm.weight": [hidden],
+            p + "post_attention_layernorm.weight": [hidden],
+        }
         shapes |= {p + f"self_attn.{x}_proj.weight": [hidden, hidden] for x in "qkvo"}
-        shapes |= {p + "mlp.gate_proj.weight": [width, hidden], p + "mlp.up_proj.weight": [width, hidden], p + "mlp.down_proj.weight": [hidden, width]}
+        shapes |= {
+            p + "mlp.gate_proj.weight": [width, hidden],
+            p + "mlp.up_proj.weight": [width, hidden],
+            p + "mlp.down_proj.weight": [hidden, width],
+        }
     header, position = {}, 0
     for name, shape in shapes.items():
         size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [position, position + size],
+        }
         position += size
     body = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as out:
         out.write(struct.pack("<Q", len(body)) + body)
         out.truncate(8 + len(body) + position)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 4096}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 4096,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def run(limit: int, source: Path, out: Path, **options: object) -> dict[str, int]:
     """Run in a process whose private memory the kernel limits."""
-    env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", RUN, str(limit), str(source), str(out), json.dumps(options)], capture_output=True, text=True, check=False, env=env)
+    env = {
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(limit), str(source), str(out), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -63,17 +98,28 @@ def test_many_times_larger_than_memory(tmp_path: Path) -> None:
     assert measured["used"] <= measured["promised"] <= 100_000_000
 
 
-@pytest.mark.parametrize("options", [
-    {"experts": 8, "split": 4, "top_k": 4},
-    {"experts": 8, "split": 4, "top_k": 4, "layout": "fused"},
-    {"experts": 4, "diversify": "permute+drop:0.5+noise:0.1"},
-    {"experts": 8, "split": 4, "top_k": 4, "carve": "random"},
-    {"experts": 8, "split": 4, "top_k": 4, "target": "glm4_moe", "shared": True},
-    {"experts": 8, "split": 4, "top_k": 4, "carve": "kmeans:gate"},
-], ids=["split", "fused", "diversify", "random", "shared", "kmeans"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"experts": 8, "split": 4, "top_k": 4},
+        {"experts": 8, "split": 4, "top_k": 4, "layout": "fused"},
+        {"experts": 4, "diversify": "permute+drop:0.5+noise:0.1"},
+        {"experts": 8, "split": 4, "top_k": 4, "carve": "random"},
+        {"experts": 8, "split": 4, "top_k": 4, "target": "glm4_moe", "shared": True},
+        {"experts": 8, "split": 4, "top_k": 4, "carve": "kmeans:gate"},
+    ],
+    ids=["split", "fused", "diversify", "random", "shared", "kmeans"],
+)
 def test_measured_within_promise(options: dict[str, object], tmp_path: Path) -> None:
-    """Computed methods, one layer's matrices at a time: peak RSS at most 1.1 of the promise, whatever the depth."""
-    source = big_llama(tmp_path / "source", layers=3 if "diversify" in options or "kmeans" in str(options) else 6, hidden=2048, width=8192)
+    """Computed methods, one layer's matrices at a time: peak RSS at most 1.1 of the promise,
+    whatever the depth.
+    """
+    source = big_llama(
+        tmp_path / "source",
+        layers=3 if "diversify" in options or "kmeans" in str(options) else 6,
+        hidden=2048,
+        width=8192,
+    )
     measured = run(0, source, tmp_path / "out", **options)
     assert measured["used"] <= 1.1 * measured["promised"], measured
     assert measured["promised"] < measured["bytes"]
@@ -89,12 +135,24 @@ def test_too_little_is_refused_before_writing(tmp_path: Path) -> None:
 def test_clustering_is_refused_before_it_reads(tmp_path: Path) -> None:
     source = big_llama(tmp_path / "source", layers=2)
     with pytest.raises(moetool.MoetoolError, match="clustering does not fit"):
-        moetool.upcycle(str(source), str(tmp_path / "out"), experts=4, split=4, top_k=4, carve="kmeans", memory=100_000_000)
+        moetool.upcycle(
+            str(source),
+            str(tmp_path / "out"),
+            experts=4,
+            split=4,
+            top_k=4,
+            carve="kmeans",
+            memory=100_000_000,
+        )
 
 
 def test_memory_chooses_the_workers(tmp_path: Path) -> None:
     source = big_llama(tmp_path / "source", layers=2)
     options = {"experts": 8, "split": 4, "top_k": 4, "jobs": 8, "dry_run": True}
     free = moetool.upcycle(str(source), str(tmp_path / "out"), **options)
-    tight = moetool.upcycle(str(source), str(tmp_path / "out"), memory=free["peak_memory"] - 1, **options)
-    assert free["jobs"] == 8 and 1 <= tight["jobs"] < 8 and tight["peak_memory"] < free["peak_memory"]
+    tight = moetool.upcycle(
+        str(source), str(tmp_path / "out"), memory=free["peak_memory"] - 1, **options
+    )
+    assert (
+        free["jobs"] == 8 and 1 <= tight["jobs"] < 8 and tight["peak_memory"] < free["peak_memory"]
+    )

@@ -1,6 +1,7 @@
 """Every recipe opens with the command that runs it, runs, and plans what its golden file says.
 
-A change that alters a plan rewrites the file: `python tests/every/test_recipes.py`, and the commit says why.
+A change that alters a plan rewrites the file: `python tests/every/test_recipes.py`, and the commit
+says why.
 """
 
 from __future__ import annotations
@@ -25,43 +26,104 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 GOLDEN = ROOT / "tests" / "golden"
 NAMES = {
-    "sparse-upcycling", "moe-llava", "llava-mod", "nvidia-virtual-groups", "dynamic-dino", "drop-upcycling", "btx", "uni-moe", "clip-moe-assembly",
-    "factorllm-split", "deepseekmoe-segmentation", "qwen-fine-grained", "unival-interpolation", "shared-expert",
-    "reap", "stun", "super-experts-only", "naee", "easy-ep", "deepspeed-expert-pruning", "sub-moe", "sub-moe-whitened", "hc-smoe", "m-smoe", "ream", "d2-moe",
-}  # fmt: skip
+    "sparse-upcycling",
+    "moe-llava",
+    "llava-mod",
+    "nvidia-virtual-groups",
+    "dynamic-dino",
+    "drop-upcycling",
+    "btx",
+    "uni-moe",
+    "clip-moe-assembly",
+    "factorllm-split",
+    "deepseekmoe-segmentation",
+    "qwen-fine-grained",
+    "unival-interpolation",
+    "shared-expert",
+    "reap",
+    "stun",
+    "super-experts-only",
+    "naee",
+    "easy-ep",
+    "deepspeed-expert-pruning",
+    "sub-moe",
+    "sub-moe-whitened",
+    "hc-smoe",
+    "m-smoe",
+    "ream",
+    "d2-moe",
+}
 CALIBRATED = {r for r in RECIPES if r.parent.name in ("prune", "merge")}
 
 
 @lru_cache(maxsize=1)
 def mixture() -> Path:
-    """A trained MoE with unlike experts: the embedded model with half of each copy's neurons drawn anew."""
+    """A trained MoE with unlike experts: the embedded model with half of each copy's neurons drawn
+    anew.
+    """
     folder = Path(tempfile.mkdtemp()) / "moe"
     moetool.upcycle(str(MODEL), str(folder), experts=8, diversify="drop:0.5", router="normal:0.02")
     return folder
 
 
 def changes(recipe: Path, out: Path) -> list[str]:
-    """The --set arguments of the recipe's own command, with the embedded model for every model and the embedded text for every text."""
+    """The --set arguments of the recipe's own command, with the embedded model for every model and
+    the embedded text for every text.
+    """
     if recipe in CALIBRATED:
-        return [f"source={mixture()}", f"out={out}", f"calibrate={TEXT}", "tokens=4096", "seq-len=256", "sample=512", "refit-tokens=4096"]
+        return [
+            f"source={mixture()}",
+            f"out={out}",
+            f"calibrate={TEXT}",
+            "tokens=4096",
+            "seq-len=256",
+            "sample=512",
+            "refit-tokens=4096",
+        ]
     words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
     models = next((f.partition("=")[2].split(",") for f in found if f.startswith("from=")), [])
-    return [f"source={MODEL}", f"out={out}", *([f"from={','.join([str(MODEL)] * len(models))}"] if models else [])]
+    return [
+        f"source={MODEL}",
+        f"out={out}",
+        *([f"from={','.join([str(MODEL)] * len(models))}"] if models else []),
+    ]
 
 
 def plan(recipe: Path, out: Path) -> Any:
     found = read(recipe, changes(recipe, out))
-    return road.prepare(road.Options(out=found["out"], sources=(found["source"], *found["from"]), method=found["method"], method_options=found["options"], seed=found["seed"], dry_run=True)).plan
+    return road.prepare(
+        road.Options(
+            out=found["out"],
+            sources=(found["source"], *found["from"]),
+            method=found["method"],
+            method_options=found["options"],
+            seed=found["seed"],
+            dry_run=True,
+        )
+    ).plan
 
 
 def rendered(recipe: Path, out: Path) -> str:
-    """The plan as text. What was decided on text depends on a machine's last bits, so there only the kinds of tasks are golden."""
+    """The plan as text. What was decided on text depends on a machine's last bits, so there only
+    the kinds of tasks are golden.
+    """
     text = plan(recipe, out).render()
     if recipe not in CALIBRATED:
         return text
-    lines = [re.sub(r"\[[\d., e-]*\d\.\d[\d., e-]*\]|(?<=: )\d+\.\d+", "~", line) for line in text.splitlines()[1:] if not line.startswith("drop ")]
-    lines = [re.sub(r'"(members|rank)": \d+|"align": \[.*?\]', "~", re.sub(r"\b\d+:[\w.#-]+ \[[^]]*\](, )?", "", re.sub(r"^\d+ x ", "", line))) for line in lines]
+    lines = [
+        re.sub(r"\[[\d., e-]*\d\.\d[\d., e-]*\]|(?<=: )\d+\.\d+", "~", line)
+        for line in text.splitlines()[1:]
+        if not line.startswith("drop ")
+    ]
+    lines = [
+        re.sub(
+            r'"(members|rank)": \d+|"align": \[.*?\]',
+            "~",
+            re.sub(r"\b\d+:[\w.#-]+ \[[^]]*\](, )?", "", re.sub(r"^\d+ x ", "", line)),
+        )
+        for line in lines
+    ]
     return "\n".join(sorted(set(lines))) + "\n"
 
 
@@ -76,9 +138,13 @@ def test_golden_plan(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
-def test_its_command_runs_and_verifies(recipe: Path, tmp_path: Path, moetool: Callable[..., Any]) -> None:
+def test_its_command_runs_and_verifies(
+    recipe: Path, tmp_path: Path, moetool: Callable[..., Any]
+) -> None:
     first, *rest = recipe.read_text().splitlines()
-    assert first.startswith(f"# moetool run {recipe.relative_to(ROOT)} --set source=SRC --set out=OUT")
+    assert first.startswith(
+        f"# moetool run {recipe.relative_to(ROOT)} --set source=SRC --set out=OUT"
+    )
     data = yaml.safe_load("\n".join(rest))
     assert data["paper"] and len(data["about"]) > 50
     sets = [x for c in changes(recipe, tmp_path / "out") for x in ("--set", c)]
@@ -91,19 +157,31 @@ def test_its_command_runs_and_verifies(recipe: Path, tmp_path: Path, moetool: Ca
 
 
 def test_a_value_can_be_changed(tmp_path: Path) -> None:
-    report = moetool.run(str(ROOT / "recipes" / "upcycle" / "sparse-upcycling.yaml"), source=str(MODEL), out=str(tmp_path / "out"), experts=4, layers="all")
+    report = moetool.run(
+        str(ROOT / "recipes" / "upcycle" / "sparse-upcycling.yaml"),
+        source=str(MODEL),
+        out=str(tmp_path / "out"),
+        experts=4,
+        layers="all",
+    )
     assert report["experts"] == 4 and report["layers"] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("method: upcycle\nsource: a\nout: b\nexperts: 3\n", ["unknown key 'experts'"]),
-    ("method: upcycle\noptions: {expert: 3}\n", ["source is not set", "out is not set", "no option 'expert'", "did you mean experts"]),
-    ("method: upcicle\nsource: a\nout: b\n", ["did you mean upcycle"]),
-    ("method: upcycle\nsource: a\nout: b\nfrom: []\n", ["from needs"]),
-    ("method: upcycle\nsource: a\nout: b\nseed: x\n", ["seed='x'"]),
-    ("- a\n", ["not a mapping"]),
-    ("a: [", ["not YAML"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: upcycle\nsource: a\nout: b\nexperts: 3\n", ["unknown key 'experts'"]),
+        (
+            "method: upcycle\noptions: {expert: 3}\n",
+            ["source is not set", "out is not set", "no option 'expert'", "did you mean experts"],
+        ),
+        ("method: upcicle\nsource: a\nout: b\n", ["did you mean upcycle"]),
+        ("method: upcycle\nsource: a\nout: b\nfrom: []\n", ["from needs"]),
+        ("method: upcycle\nsource: a\nout: b\nseed: x\n", ["seed='x'"]),
+        ("- a\n", ["not a mapping"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
 def test_mistakes_are_all_said_at_once(text: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(moetool.UsageError) as refused:

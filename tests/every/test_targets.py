@@ -1,4 +1,6 @@
-"""Every conversion x every kind of upcycle: stock transformers loads it with nothing missing, and the logits are the source's."""
+"""Every conversion x every kind of upcycle: stock transformers loads it with nothing missing, and
+the logits are the source's.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def holds(pair: Pair, variant: str) -> bool:
     target = inner_target(pair)
     if target == "phimoe" and ("split" in VARIANTS[variant] or VARIANTS[variant]["top_k"] != 2):
         return False
-    return {"shared": target in SHARED, "last-half": target in SITES_PREFIX, "every-2": target in SITES_ANY}.get(variant, True)
+    return {
+        "shared": target in SHARED,
+        "last-half": target in SITES_PREFIX,
+        "every-2": target in SITES_ANY,
+    }.get(variant, True)
 
 
 def test_all_pairs_are_here() -> None:
@@ -49,7 +55,9 @@ def test_all_pairs_are_here() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pair", pairs(), ids=lambda p: f"{p.source}-{p.target}")
-def test_function_is_kept(pair: Pair, variant: str, models: Callable[..., Path], tmp_path: Path) -> None:
+def test_function_is_kept(
+    pair: Pair, variant: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
     source, out = models(pair.source), tmp_path / "out"
     if not holds(pair, variant):
         with pytest.raises(moetool.MoetoolError) as refused:
@@ -78,28 +86,84 @@ def test_verify_agrees(pair: Pair, models: Callable[..., Path], tmp_path: Path) 
     assert found["accounted"]["tensors_used"] > 20
 
 
-@pytest.mark.parametrize(("family", "change", "word"), [
-    ("llama", {"attention_bias": True}, "attention_bias"),
-    ("llama", {"mlp_bias": True}, "mlp_bias"),
-    ("granite", {"mlp_bias": True}, "mlp_bias"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "window"),
-    ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-    ("stablelm", {"use_qkv_bias": True}, "use_qkv_bias"),
-    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-])  # fmt: skip
-def test_what_would_be_lost_is_refused(family: str, change: dict[str, object], word: str, models: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "change", "word"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("granite", {"mlp_bias": True}, "mlp_bias"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "window",
+        ),
+        (
+            "stablelm",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                }
+            },
+            "partial_rotary_factor",
+        ),
+        ("stablelm", {"use_qkv_bias": True}, "use_qkv_bias"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor",
+        ),
+    ],
+)
+def test_what_would_be_lost_is_refused(
+    family: str, change: dict[str, object], word: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(moetool.MoetoolError, match=word) as refused:
         moetool.upcycle(str(models(family, **change)), str(tmp_path / "out"))
     assert refused.value.exit_code == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("family", "change"), [
-    ("llama", {"tie_word_embeddings": True}), ("qwen2", {"tie_word_embeddings": True}), ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0}}), ("llama", {"hidden_act": "gelu"}), ("mistral", {"sliding_window": None}),
-    ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [2.0] * 8, "short_factor": [1.5] * 8}, "original_max_position_embeddings": 16}),
-    ("granite", {"attention_bias": True}), ("olmo2", {"attention_bias": True}), ("ernie4_5", {"tie_word_embeddings": True}), ("gemma", {"num_key_value_heads": 1}), ("gemma", {"tie_word_embeddings": False}),
-])  # fmt: skip
-def test_config_traps_are_kept(family: str, change: dict[str, object], models: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0}},
+        ),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"sliding_window": None}),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "long_factor": [2.0] * 8,
+                    "short_factor": [1.5] * 8,
+                },
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        ("granite", {"attention_bias": True}),
+        ("olmo2", {"attention_bias": True}),
+        ("ernie4_5", {"tie_word_embeddings": True}),
+        ("gemma", {"num_key_value_heads": 1}),
+        ("gemma", {"tie_word_embeddings": False}),
+    ],
+)
+def test_config_traps_are_kept(
+    family: str, change: dict[str, object], models: Callable[..., Path], tmp_path: Path
+) -> None:
     source = models(family, **change)
     moetool.upcycle(str(source), str(tmp_path / "out"), experts=4)
     expected, made = tiny.logits(source), tiny.logits(tmp_path / "out")
@@ -107,7 +171,9 @@ def test_config_traps_are_kept(family: str, change: dict[str, object], models: C
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "llava", "cohere2"])
-def test_layouts_convert_both_ways(family: str, models: Callable[..., Path], tmp_path: Path) -> None:
+def test_layouts_convert_both_ways(
+    family: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
     moetool.upcycle(str(models(family)), str(tmp_path / "a"), experts=4)
     moetool.convert_layout(str(tmp_path / "a"), str(tmp_path / "b"), to="fused")
     moetool.convert_layout(str(tmp_path / "b"), str(tmp_path / "c"), to="per-expert")
@@ -118,23 +184,43 @@ def test_layouts_convert_both_ways(family: str, models: Callable[..., Path], tmp
     from moetool.surgery.spec import whole
 
     assert all(a.read(whole(t)) == c.read(whole(c.tensors[n])) for n, t in a.tensors.items())
-    assert (tiny.logits(tmp_path / "b") - tiny.logits(models(family))).abs().max() <= 1e-5 * tiny.logits(models(family)).abs().max()
-    assert moetool.verify(str(tmp_path / "b"), against=[str(tmp_path / "a")])["verified"] == "bytes and function"
+    assert (
+        tiny.logits(tmp_path / "b") - tiny.logits(models(family))
+    ).abs().max() <= 1e-5 * tiny.logits(models(family)).abs().max()
+    assert (
+        moetool.verify(str(tmp_path / "b"), against=[str(tmp_path / "a")])["verified"]
+        == "bytes and function"
+    )
 
 
-@pytest.mark.parametrize(("family", "target", "word"), [("llama", "qwen3_moe", "self_attn.k_norm.weight"), ("qwen3", "mixtral", "no place for self_attn.k_norm.weight"), ("llama", "olmoe", "k_norm"), ("mistral", "minimax_m2", "same names|needs")])
-def test_a_target_without_a_conversion_says_what_keeps_them_apart(family: str, target: str, word: str, models: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "target", "word"),
+    [
+        ("llama", "qwen3_moe", "self_attn.k_norm.weight"),
+        ("qwen3", "mixtral", "no place for self_attn.k_norm.weight"),
+        ("llama", "olmoe", "k_norm"),
+        ("mistral", "minimax_m2", "same names|needs"),
+    ],
+)
+def test_a_target_without_a_conversion_says_what_keeps_them_apart(
+    family: str, target: str, word: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(moetool.MoetoolError, match=word) as refused:
         moetool.upcycle(str(models(family)), str(tmp_path / "out"), target=target)
     assert "--target auto" in refused.value.hint
 
 
-def test_bfloat16_is_what_float32_says_within_its_floor(models: Callable[..., Path], tmp_path: Path) -> None:
+def test_bfloat16_is_what_float32_says_within_its_floor(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
     """A factor of 3 rounds in bfloat16, and the certificate says so; a factor of 4 does not."""
     source = models("llama", dtype="bfloat16", intermediate_size=192)
     three = moetool.upcycle(str(source), str(tmp_path / "3"), experts=3, split=3, top_k=3)
     four = moetool.upcycle(str(source), str(tmp_path / "4"), experts=4, split=4, top_k=4)
-    assert "rounded to BF16" in three["certificate"]["why"] and three["certificate"]["level"] == "exact_if"
+    assert (
+        "rounded to BF16" in three["certificate"]["why"]
+        and three["certificate"]["level"] == "exact_if"
+    )
     assert four["certificate"]["level"] == "exact"
     expected = tiny.logits(source)
     assert (tiny.logits(tmp_path / "4") - expected).abs().max() <= 1e-5 * expected.abs().max()

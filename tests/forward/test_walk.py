@@ -29,9 +29,17 @@ def batches(*shapes: tuple[int, int], seed: int = 0, files: int = 1) -> Batches:
     dice = np.random.default_rng(seed)
     made = []
     for number, (count, length) in enumerate(shapes):
-        lengths = np.full(count, length) if number == 0 else np.maximum(2, length - np.arange(count) * 5)
+        lengths = (
+            np.full(count, length) if number == 0 else np.maximum(2, length - np.arange(count) * 5)
+        )
         made.append(Batch(dice.integers(10, 150, (count, length)), lengths, number % files))
-    return Batches(tuple(made), tuple(f"file{i}" for i in range(files)), (sum(b.tokens for b in made),) * files, max(s[1] for s in shapes), "test")
+    return Batches(
+        tuple(made),
+        tuple(f"file{i}" for i in range(files)),
+        (sum(b.tokens for b in made),) * files,
+        max(s[1] for s in shapes),
+        "test",
+    )
 
 
 SHAPES = ((2, 24), (3, 20))
@@ -63,7 +71,9 @@ def test_sixteen_moe_families_are_tried() -> None:
 
 @pytest.mark.parametrize("family", tiny.MOE)
 def test_statistics_count_every_choice_once(family: str, models: Callable[..., Path]) -> None:
-    """Frequencies, gate mass and REAP against the dense weights of the kernel itself; padding is never counted."""
+    """Frequencies, gate mass and REAP against the dense weights of the kernel itself; padding is
+    never counted.
+    """
     source = Checkpoint.open(models(family))
     look = Profiler(Wanted(sample=16, dense=True))
     text = batches(*SHAPES)
@@ -76,12 +86,16 @@ def test_statistics_count_every_choice_once(family: str, models: Callable[..., P
         assert np.trace(stats.together) == stats.count.sum() and stats.x.shape == (16, 64)
         block = blocks.read(mixture, number)
         mean = stats.mean("reap")
-        assert (mean[stats.total("count")[: mixture.experts] > 0] > 0).all() and np.allclose(np.diag(stats.cosine), 1.0, atol=1e-4)
+        assert (mean[stats.total("count")[: mixture.experts] > 0] > 0).all() and np.allclose(
+            np.diag(stats.cosine), 1.0, atol=1e-4
+        )
         assert stats.max_out.shape == (block.experts.count,) and (stats.norm2 >= 0).all()
 
 
 def test_statistics_are_those_of_a_plain_float64_reference(models: Callable[..., Path]) -> None:
-    """One layer, written out: every number of the first MoE layer from the inputs that a hook on the real model sees."""
+    """One layer, written out: every number of the first MoE layer from the inputs that a hook on
+    the real model sees.
+    """
     folder = models("qwen3_moe")
     source, text = Checkpoint.open(folder), batches((3, 20))
     look = Profiler(Wanted(sample=10**6, dense=True, covariance=True))
@@ -89,14 +103,19 @@ def test_statistics_are_those_of_a_plain_float64_reference(models: Callable[...,
     stats = look.layers[1]
     model, seen = tiny.load(folder), []
     own = model.model.layers[1]
-    hook = own.mlp.register_forward_hook(lambda m, a, out: seen.append((a[0].double().reshape(-1, 64), out.double().reshape(-1, 64))))
+    hook = own.mlp.register_forward_hook(
+        lambda m, a, out: seen.append((a[0].double().reshape(-1, 64), out.double().reshape(-1, 64)))
+    )
     after = own.register_forward_hook(lambda m, a, out: seen.append(out.double().reshape(-1, 64)))
     with torch.no_grad():
         model(input_ids=torch.from_numpy(text.batches[0].ids))
     hook.remove()
     after.remove()
     (x, out), stream = seen
-    gate_up, down, router = (p.double() for p in (own.mlp.experts.gate_up_proj, own.mlp.experts.down_proj, own.mlp.gate.weight))
+    gate_up, down, router = (
+        p.double()
+        for p in (own.mlp.experts.gate_up_proj, own.mlp.experts.down_proj, own.mlp.gate.weight)
+    )
     p = (x @ router.T).softmax(-1)
     weight, index = p.topk(3)
     weight = weight / weight.sum(-1, keepdim=True)
@@ -107,7 +126,10 @@ def test_statistics_are_those_of_a_plain_float64_reference(models: Callable[...,
         h = torch.nn.functional.silu(g) * u
         f = h @ down[e].T
         w = weight[token, slot]
-        close = lambda a, b: np.testing.assert_allclose(a, b.detach().numpy(), rtol=2e-4, atol=1e-6)  # noqa: E731
+
+        def close(a, b):
+            np.testing.assert_allclose(a, b.detach().numpy(), rtol=2e-4, atol=1e-6)
+
         close(stats.reap[0, e], (f.norm(dim=1) * w).sum())
         close(stats.gate[0, e], w.sum())
         close(stats.norm[e], f.norm(dim=1).sum())
@@ -121,36 +143,66 @@ def test_statistics_are_those_of_a_plain_float64_reference(models: Callable[...,
         close(stats.mid_cov[e], (h * w[:, None]).T @ (h * w[:, None]))
     np.testing.assert_allclose(stats.in_cov, (x.T @ x).numpy(), rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(stats.x, x.numpy(), atol=1e-5)
-    every = torch.stack([torch.nn.functional.silu((x @ gate_up[e].T).chunk(2, -1)[0]) * (x @ gate_up[e].T).chunk(2, -1)[1] @ down[e].T for e in range(8)])
-    np.testing.assert_allclose(stats.gram, (torch.einsum("etd,ftd->ef", every, every) / len(x)).detach().numpy(), rtol=1e-3, atol=1e-6)
+    every = torch.stack(
+        [
+            torch.nn.functional.silu((x @ gate_up[e].T).chunk(2, -1)[0])
+            * (x @ gate_up[e].T).chunk(2, -1)[1]
+            @ down[e].T
+            for e in range(8)
+        ]
+    )
+    np.testing.assert_allclose(
+        stats.gram,
+        (torch.einsum("etd,ftd->ef", every, every) / len(x)).detach().numpy(),
+        rtol=1e-3,
+        atol=1e-6,
+    )
 
 
-def test_spilled_narrow_and_in_memory_are_the_same(models: Callable[..., Path], tmp_path: Path) -> None:
-    """Whatever --memory makes it do, the numbers stay (bf16 experts widened one at a time or all at once)."""
+def test_spilled_narrow_and_in_memory_are_the_same(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever --memory makes it do, the numbers stay (bf16 experts widened one at a time or all
+    at once).
+    """
     source = Checkpoint.open(models("mixtral", dtype="bfloat16", num_local_experts=64))
     text = batches(*SHAPES)
     free = Walk(source, text, Budget())
     free.run()
     needed = walking.needs(source, text)
-    tight = Walk(source, text, Budget(needed.floor + max(needed.stored, needed.compared), tmp_path / "work"))
+    tight = Walk(
+        source, text, Budget(needed.floor + max(needed.stored, needed.compared), tmp_path / "work")
+    )
     assert tight.hidden.spill and not tight.widen and tight.peak < free.peak
     tight.run()
     for number, batch in enumerate(text.batches):
-        assert torch.equal(free.logits(number, 0, batch.ids.shape[1]), tight.logits(number, 0, batch.ids.shape[1]))
+        assert torch.equal(
+            free.logits(number, 0, batch.ids.shape[1]), tight.logits(number, 0, batch.ids.shape[1])
+        )
     with pytest.raises(moetool.MoetoolError, match="does not fit into --memory"):
         Walk(source, text, Budget(needed.floor, tmp_path / "less"))
 
 
 @pytest.mark.parametrize("spill", [False, True])
-def test_it_goes_on_where_it_stopped(spill: bool, models: Callable[..., Path], tmp_path: Path) -> None:
+def test_it_goes_on_where_it_stopped(
+    spill: bool, models: Callable[..., Path], tmp_path: Path
+) -> None:
     """Stopped inside layer 2; the second run starts there and ends with the same bytes."""
     source, text = Checkpoint.open(models("qwen2_moe")), batches(*SHAPES)
     whole = Walk(source, text, Budget())
     whole.run()
     needed = walking.needs(source, text)
-    budget = Budget(needed.floor + max(needed.widened, needed.compared) if spill else None, tmp_path / "work")
+    budget = Budget(
+        needed.floor + max(needed.widened, needed.compared) if spill else None, tmp_path / "work"
+    )
     stop = threading.Event()
-    first = Walk(source, text, budget, stop=stop, tell=lambda stage, layer, count: stop.set() if layer == 2 else None)
+    first = Walk(
+        source,
+        text,
+        budget,
+        stop=stop,
+        tell=lambda stage, layer, count: stop.set() if layer == 2 else None,
+    )
     with pytest.raises(moetool.Stopped):
         first.run()
     assert [p.name for p in (tmp_path / "work").glob("hidden-*.bin")] == ["hidden-00002.bin"]
@@ -161,7 +213,9 @@ def test_it_goes_on_where_it_stopped(spill: bool, models: Callable[..., Path], t
     assert torch.equal(whole.logits(1, 0, 20), second.logits(1, 0, 20))
 
 
-def test_a_block_that_disagrees_is_a_loud_error(models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_disagrees_is_a_loud_error(
+    models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Mixture, "law", lambda self: {"top_k": 3, "renorm": False})
     with pytest.raises(moetool.MoetoolError, match="otherwise than transformers does") as refused:
         Walk(Checkpoint.open(models("qwen3_moe")), batches(*SHAPES), Budget()).run()
@@ -181,7 +235,9 @@ def test_an_incomplete_checkpoint_is_refused(models: Callable[..., Path], tmp_pa
     assert "layers.2.self_attn.q_proj" in str(refused.value)
 
 
-def test_a_full_disk_is_a_sentence(models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_sentence(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     from moetool.forward import hidden
@@ -191,7 +247,9 @@ def test_a_full_disk_is_a_sentence(models: Callable[..., Path], tmp_path: Path, 
 
     source, text = Checkpoint.open(models("mixtral", num_local_experts=64)), batches(*SHAPES)
     needed = walking.needs(source, text)
-    walk = Walk(source, text, Budget(needed.floor + max(needed.widened, needed.compared), tmp_path / "work"))
+    walk = Walk(
+        source, text, Budget(needed.floor + max(needed.widened, needed.compared), tmp_path / "work")
+    )
     monkeypatch.setattr(hidden.os, "pwrite", full)
     with pytest.raises(moetool.MoetoolError, match="No space left") as refused:
         walk.run()

@@ -26,9 +26,13 @@ def test_forms_go_there_and_back(transposed: bool, interleaved: bool) -> None:
     made = {**expert(), "gate_up_bias": torch.randn(24), "down_bias": torch.randn(10)}
     roles = ["gate_up", "gate_up_bias", "down", "down_bias"]
     stored = form.stored(made, roles, transposed=transposed, interleaved=interleaved)
-    again = form.canonical(dict(zip(roles, stored, strict=True)), transposed=transposed, interleaved=interleaved)
+    again = form.canonical(
+        dict(zip(roles, stored, strict=True)), transposed=transposed, interleaved=interleaved
+    )
     assert all(torch.equal(again[r], made[r]) for r in roles)
-    single = form.canonical(dict(zip(("gate", "up", "down"), form.stored(made, ["gate", "up", "down"]), strict=True)))
+    single = form.canonical(
+        dict(zip(("gate", "up", "down"), form.stored(made, ["gate", "up", "down"]), strict=True))
+    )
     assert torch.equal(single["gate_up"], made["gate_up"])
 
 
@@ -42,17 +46,36 @@ def test_a_permuted_expert_is_the_same_function() -> None:
 def test_identical_experts_merge_to_themselves() -> None:
     """Peers fail this: REAP's Sub-MoE gives 120 % error on two identical experts (reference, 0.2)."""
     parts = expert()
-    for how in ({"how": "mean"}, {"how": "svd", "energy": 1.0}, {"how": "svd", "energy": 0.999999999}, {"how": "ties", "density": 0.2}):
+    for how in (
+        {"how": "mean"},
+        {"how": "svd", "energy": 1.0},
+        {"how": "svd", "energy": 0.999999999},
+        {"how": "ties", "density": 0.2},
+    ):
         for count in (2, 4, 8):
             made = merge.combined([parts] * count, [1 / count] * count, how)
             for role in parts:
                 torch.testing.assert_close(made[role].float(), parts[role], rtol=1e-5, atol=1e-5)
 
 
-def exact_svd(matrices: list[np.ndarray], weights: list[float], energy: float, whitening: list[np.ndarray] | None = None) -> np.ndarray:
-    """Sub-MoE's equations as they stand: SVD of the concatenation, V averaged, U S V' truncated, whitening undone."""
-    halves = [np.linalg.cholesky(c) for c in whitening] if whitening else [np.eye(matrices[0].shape[1])] * len(matrices)
-    u, s, vt = np.linalg.svd(np.concatenate([w @ h for w, h in zip(matrices, halves, strict=True)], 1), full_matrices=False)
+def exact_svd(
+    matrices: list[np.ndarray],
+    weights: list[float],
+    energy: float,
+    whitening: list[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Sub-MoE's equations as they stand: SVD of the concatenation, V averaged, U S V' truncated,
+    whitening undone.
+    """
+    halves = (
+        [np.linalg.cholesky(c) for c in whitening]
+        if whitening
+        else [np.eye(matrices[0].shape[1])] * len(matrices)
+    )
+    u, s, vt = np.linalg.svd(
+        np.concatenate([w @ h for w, h in zip(matrices, halves, strict=True)], 1),
+        full_matrices=False,
+    )
     rank = int((np.cumsum(s**2) / (s**2).sum() < energy).sum()) + 1
     blocks = np.split(vt[:rank], len(matrices), axis=1)
     mean = sum(w * (b @ np.linalg.inv(h)) for w, b, h in zip(weights, blocks, halves, strict=True))
@@ -64,14 +87,27 @@ def exact_svd(matrices: list[np.ndarray], weights: list[float], energy: float, w
 def test_union_svd_is_the_exact_one(energy: float, whitened: bool) -> None:
     dice = np.random.default_rng(1)
     matrices = [dice.standard_normal((9, 14)) for _ in range(3)]
-    covariance = [np.cov(dice.standard_normal((14, 40))) + 0.1 * np.eye(14) for _ in range(3)] if whitened else None
+    covariance = (
+        [np.cov(dice.standard_normal((14, 40))) + 0.1 * np.eye(14) for _ in range(3)]
+        if whitened
+        else None
+    )
     weights = [0.5, 0.3, 0.2]
-    made = merge.union_svd([torch.from_numpy(m) for m in matrices], weights, energy, [torch.from_numpy(c) for c in covariance] if covariance else None)
-    np.testing.assert_allclose(made.numpy(), exact_svd(matrices, weights, energy, covariance), rtol=1e-6, atol=1e-8)
+    made = merge.union_svd(
+        [torch.from_numpy(m) for m in matrices],
+        weights,
+        energy,
+        [torch.from_numpy(c) for c in covariance] if covariance else None,
+    )
+    np.testing.assert_allclose(
+        made.numpy(), exact_svd(matrices, weights, energy, covariance), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_untruncated_union_svd_is_the_weighted_mean() -> None:
-    """What is sold as SVD merging is averaging (reference, 0.1): the published equations without truncation, and ours."""
+    """What is sold as SVD merging is averaging (reference, 0.1): the published equations without
+    truncation, and ours.
+    """
     dice = np.random.default_rng(2)
     matrices, weights = [dice.standard_normal((9, 14)) for _ in range(3)], [0.6, 0.3, 0.1]
     mean = sum(w * m for w, m in zip(weights, matrices, strict=True))
@@ -83,7 +119,10 @@ def test_untruncated_union_svd_is_the_weighted_mean() -> None:
 
 def test_low_rank_is_the_best_there_is() -> None:
     dice = np.random.default_rng(3)
-    delta, x = dice.standard_normal((8, 11)), dice.standard_normal((11, 60)) * np.linspace(0.1, 3, 11)[:, None]
+    delta, x = (
+        dice.standard_normal((8, 11)),
+        dice.standard_normal((11, 60)) * np.linspace(0.1, 3, 11)[:, None],
+    )
     covariance = x @ x.T
     u, v = merge.low_rank(torch.from_numpy(delta), 3, torch.from_numpy(covariance))
     assert u.shape == (8, 3) and v.shape == (3, 11)
@@ -105,7 +144,11 @@ def test_ties_is_what_its_paper_says() -> None:
     want = base.flatten().clone()
     for i in range(len(want)):
         total = sum(w * d[i] for w, d in zip(weights, deltas, strict=True))
-        same = [(w, float(d[i])) for w, d in zip(weights, deltas, strict=True) if d[i] != 0 and np.sign(float(d[i])) == np.sign(float(total))]
+        same = [
+            (w, float(d[i]))
+            for w, d in zip(weights, deltas, strict=True)
+            if d[i] != 0 and np.sign(float(d[i])) == np.sign(float(total))
+        ]
         if same:
             want[i] += sum(w * d for w, d in same) / sum(w for w, _ in same)
     torch.testing.assert_close(made.flatten(), want)
@@ -121,8 +164,14 @@ def test_wanda_zeroes_the_least_of_each_row() -> None:
     assert torch.equal(merge.wanda(matrix, energy, 0.0), matrix)
 
 
-def layer(experts: int = 4, width: int = 6, hidden: int = 8, tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor, moe.Experts, moe.Law]:
-    bank = moe.Experts(torch.randn(experts, 2 * width, hidden), torch.randn(experts, hidden, width), torch.nn.functional.silu)
+def layer(
+    experts: int = 4, width: int = 6, hidden: int = 8, tokens: int = 200
+) -> tuple[torch.Tensor, torch.Tensor, moe.Experts, moe.Law]:
+    bank = moe.Experts(
+        torch.randn(experts, 2 * width, hidden),
+        torch.randn(experts, hidden, width),
+        torch.nn.functional.silu,
+    )
     return torch.randn(tokens, hidden), torch.randn(experts, hidden), bank, moe.Law(2)
 
 
@@ -133,9 +182,13 @@ def test_refit_reaches_the_least_squares_solution() -> None:
     target = torch.randn(200, 8)
     down, before, after = solve.refit(x, routing, bank, law, target, ridge=1e-9, sweeps=500)
     weights = routing.dense().double()
-    design = torch.cat([weights[:, e : e + 1] * bank.hidden(x, e).double() for e in range(4)], 1).numpy()
+    design = torch.cat(
+        [weights[:, e : e + 1] * bank.hidden(x, e).double() for e in range(4)], 1
+    ).numpy()
     best = np.linalg.lstsq(design, target.double().numpy(), rcond=None)[0]
-    error = np.linalg.norm(design @ best - target.numpy()) ** 2 / float(target.double().pow(2).sum())
+    error = np.linalg.norm(design @ best - target.numpy()) ** 2 / float(
+        target.double().pow(2).sum()
+    )
     assert abs(after - error) < 1e-4 and after < before
     np.testing.assert_allclose(torch.cat(list(down), 1).T.numpy(), best, atol=2e-2)
 
@@ -175,7 +228,9 @@ def test_mix_is_the_plain_sum() -> None:
     routing = moe.select(x, router, law)
     plain = sum(routing.dense()[:, e : e + 1] * bank.out(bank.hidden(x, e), e) for e in range(4))
     seen: list[int] = []
-    torch.testing.assert_close(moe.mix(x, routing, bank, law, lambda s: seen.append(len(s.rows))), plain)
+    torch.testing.assert_close(
+        moe.mix(x, routing, bank, law, lambda s: seen.append(len(s.rows))), plain
+    )
     assert sum(seen) == 400
 
 
@@ -186,13 +241,18 @@ def test_hierarchies_are_scikit_learns(linkage: str) -> None:
 
     points = np.random.default_rng(4).standard_normal((40, 5))
     made = cluster.agglomerative(cluster.distances(points), 7, linkage)
-    assert adjusted_rand_score(made, AgglomerativeClustering(7, linkage=linkage).fit_predict(points)) == 1.0
+    assert (
+        adjusted_rand_score(made, AgglomerativeClustering(7, linkage=linkage).fit_predict(points))
+        == 1.0
+    )
     assert (cluster.agglomerative(cluster.distances(points), 40, linkage) == np.arange(40)).all()
 
 
 def test_embedding_keeps_distances() -> None:
     long = np.random.default_rng(5).standard_normal((12, 300))
-    np.testing.assert_allclose(cluster.distances(cluster.embed(long @ long.T)), cluster.distances(long), atol=1e-6)
+    np.testing.assert_allclose(
+        cluster.distances(cluster.embed(long @ long.T)), cluster.distances(long), atol=1e-6
+    )
 
 
 def test_kmeans_fills_every_cluster() -> None:
@@ -201,13 +261,18 @@ def test_kmeans_fills_every_cluster() -> None:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn says that there are fewer distinct points than clusters
+        warnings.simplefilter(
+            "ignore"
+        )  # scikit-learn says that there are fewer distinct points than clusters
         assert len(set(cluster.kmeans(points, 5, 0).tolist())) == 5
 
 
 def test_nearest_member_takes_the_first_of_twins() -> None:
     points = np.array([[0.0, 0], [1, 1], [1, 1], [9, 9]])
-    assert cluster.nearest_member(points, [1, 2]) == 1 and cluster.nearest_member(points, [0, 1, 3]) == 1
+    assert (
+        cluster.nearest_member(points, [1, 2]) == 1
+        and cluster.nearest_member(points, [0, 1, 3]) == 1
+    )
 
 
 def test_reindex_keeps_a_tokens_experts_apart() -> None:

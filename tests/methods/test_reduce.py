@@ -29,8 +29,28 @@ def mixture(models: Callable[..., Path], family: str = "mixtral") -> Mixture:
 
 def test_every_method_is_named_where_people_look() -> None:
     """Options, help and README name what there is; a new file in the folder shows up by itself."""
-    assert sorted(criterion.criteria()) == ["ean", "easy-ep", "frequency", "gate-mass", "mone", "naee", "random", "reap", "router-distance", "stun"]
-    assert sorted(preset.presets()) == ["alike", "d2-moe", "hc-smoe", "m-smoe", "mergemoe", "ream", "sub-moe", "sub-moe-whitened"]
+    assert sorted(criterion.criteria()) == [
+        "ean",
+        "easy-ep",
+        "frequency",
+        "gate-mass",
+        "mone",
+        "naee",
+        "random",
+        "reap",
+        "router-distance",
+        "stun",
+    ]
+    assert sorted(preset.presets()) == [
+        "alike",
+        "d2-moe",
+        "hc-smoe",
+        "m-smoe",
+        "mergemoe",
+        "ream",
+        "sub-moe",
+        "sub-moe-whitened",
+    ]
     for verb, names in (("prune", criterion.criteria()), ("merge", preset.presets())):
         text = next(o["help"] for o in methods.describe(verb)["options"] if o["name"] == "method")
         assert all(n in text for n in names)
@@ -52,13 +72,20 @@ def test_uniform_budget_floors(models: Callable[..., Path]) -> None:
 
 
 def test_sensitivity_takes_from_where_it_is_missed_least(models: Callable[..., Path]) -> None:
-    scores = {0: np.array([1, 1, 1, 1, 1, 1, 1, 1.0]), 1: np.array([100, 100, 100, 0.1, 0.1, 0.1, 0.1, 0.1]), 2: np.ones(8), 3: np.ones(8)}
+    scores = {
+        0: np.array([1, 1, 1, 1, 1, 1, 1, 1.0]),
+        1: np.array([100, 100, 100, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        2: np.ones(8),
+        3: np.ones(8),
+    }
     made = budget.by_sensitivity(mixture(models), 0.25, scores)
     assert sum(made.values()) == 24 and made[1] == 3 and min(made.values()) >= 2
 
 
 def test_super_experts_are_those_of_the_paper() -> None:
-    """|max| above the 99.5th percentile and a tenth of the largest, in the first 75 % of all layers, by real layer number."""
+    """|max| above the 99.5th percentile and a tenth of the largest, in the first 75 % of all
+    layers, by real layer number.
+    """
     dice = np.random.default_rng(0)
     largest = {n: dice.uniform(0.1, 1, 128) for n in range(3, 48)}  # three dense layers first
     largest[3][7], largest[5][100], largest[40][1] = 5000.0, 900.0, 9000.0
@@ -81,57 +108,131 @@ def test_protected_experts_stay(models: Callable[..., Path], tmp_path: Path) -> 
     text = ids(tmp_path)
     options = {"calibrate": [str(text)], "tokens": 800, "seq_len": 40, "ratio": 0.5}
     kept = api.prune(str(tmp_path / "m"), str(tmp_path / "a"), method="random", seed=1, **options)
-    assert kept["protected"] == {"1": [6]} and 6 in kept["decisions"]["layers"]["1"]["keep"] and kept["decisions"]["layers"]["1"]["protected"] == [6]
-    seeds = [api.prune(str(tmp_path / "m"), str(tmp_path / f"b{s}"), method="random", seed=s, protect=False, **options) for s in range(4)]
-    assert any(6 not in r["decisions"]["layers"]["1"]["keep"] for r in seeds) and all("protected" not in r or not r["protected"] for r in seeds)
+    assert (
+        kept["protected"] == {"1": [6]}
+        and 6 in kept["decisions"]["layers"]["1"]["keep"]
+        and kept["decisions"]["layers"]["1"]["protected"] == [6]
+    )
+    seeds = [
+        api.prune(
+            str(tmp_path / "m"),
+            str(tmp_path / f"b{s}"),
+            method="random",
+            seed=s,
+            protect=False,
+            **options,
+        )
+        for s in range(4)
+    ]
+    assert any(6 not in r["decisions"]["layers"]["1"]["keep"] for r in seeds) and all(
+        "protected" not in r or not r["protected"] for r in seeds
+    )
     merged = api.merge(str(tmp_path / "m"), str(tmp_path / "c"), method="hc-smoe", **options)
     assert [6] in merged["decisions"]["layers"]["1"]["groups"]
 
 
 def test_without_text_the_user_is_told(models: Callable[..., Path], tmp_path: Path) -> None:
-    assert any("super experts were not looked for" in w for w in api.prune(str(models("mixtral")), str(tmp_path / "a"))["warnings"])
+    assert any(
+        "super experts were not looked for" in w
+        for w in api.prune(str(models("mixtral")), str(tmp_path / "a"))["warnings"]
+    )
     assert not api.prune(str(models("mixtral")), str(tmp_path / "b"), protect=False)["warnings"]
 
 
-def test_decisions_are_written_edited_and_replayed(models: Callable[..., Path], tmp_path: Path, moetool: Callable[..., Any]) -> None:
+def test_decisions_are_written_edited_and_replayed(
+    models: Callable[..., Path], tmp_path: Path, moetool: Callable[..., Any]
+) -> None:
     source, file = models("mixtral"), tmp_path / "d.json"
-    dry = moetool("prune", source, tmp_path / "out", "--ratio", "0.25", "--dry-run", "--decisions", file)
-    assert dry.returncode == 0 and file.exists() and not (tmp_path / "out").exists() and "nothing was written" in dry.stdout
+    dry = moetool(
+        "prune", source, tmp_path / "out", "--ratio", "0.25", "--dry-run", "--decisions", file
+    )
+    assert (
+        dry.returncode == 0
+        and file.exists()
+        and not (tmp_path / "out").exists()
+        and "nothing was written" in dry.stdout
+    )
     data = json.loads(file.read_text())
     data["layers"]["2"]["keep"] = [0, 1, 2, 3, 4, 7]
     file.write_text(json.dumps(data))
     done = moetool("prune", source, tmp_path / "out", "--decisions", file, "--json")
     assert done.returncode == 0, done.stderr
     assert done.json["decisions"]["layers"]["2"]["keep"] == [0, 1, 2, 3, 4, 7]
-    again = api.prune(str(source), str(tmp_path / "again"), decisions=str(tmp_path / "out" / "decisions.json"))
+    again = api.prune(
+        str(source), str(tmp_path / "again"), decisions=str(tmp_path / "out" / "decisions.json")
+    )
     assert again["plan_digest"] == done.json["plan_digest"]
     text = ids(tmp_path)
-    first = api.merge(str(source), str(tmp_path / "m1"), method="m-smoe", calibrate=[str(text)], tokens=400, seq_len=40)
-    replay = api.merge(str(source), str(tmp_path / "m2"), method="m-smoe", decisions=str(tmp_path / "m1" / "decisions.json"))
+    first = api.merge(
+        str(source),
+        str(tmp_path / "m1"),
+        method="m-smoe",
+        calibrate=[str(text)],
+        tokens=400,
+        seq_len=40,
+    )
+    replay = api.merge(
+        str(source),
+        str(tmp_path / "m2"),
+        method="m-smoe",
+        decisions=str(tmp_path / "m1" / "decisions.json"),
+    )
     assert first["plan_digest"] == replay["plan_digest"]
 
 
-@pytest.mark.parametrize(("verb", "family", "options"), [
-    ("prune", "qwen3_moe", {"method": "stun", "total_sparsity": 0.5}), ("prune", "gpt_oss", {"method": "mone"}), ("merge", "qwen3_moe", {"method": "sub-moe-whitened"}), ("prune", "qwen3_moe", {"method": "reap", "refit": True}),
-], ids=["stun", "mone", "whitened", "refit"])  # fmt: skip
-def test_decisions_that_need_numbers_too(verb: str, family: str, options: dict[str, Any], models: Callable[..., Path], tmp_path: Path) -> None:
-    """Plans that read statistics are replayed with the same text, and without it refused with a sentence."""
-    source, text = str(models(family)), {"calibrate": [str(ids(tmp_path))], "tokens": 400, "seq_len": 40, "sample": 200}
+@pytest.mark.parametrize(
+    ("verb", "family", "options"),
+    [
+        ("prune", "qwen3_moe", {"method": "stun", "total_sparsity": 0.5}),
+        ("prune", "gpt_oss", {"method": "mone"}),
+        ("merge", "qwen3_moe", {"method": "sub-moe-whitened"}),
+        ("prune", "qwen3_moe", {"method": "reap", "refit": True}),
+    ],
+    ids=["stun", "mone", "whitened", "refit"],
+)
+def test_decisions_that_need_numbers_too(
+    verb: str, family: str, options: dict[str, Any], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Plans that read statistics are replayed with the same text, and without it refused with a
+    sentence.
+    """
+    source, text = (
+        str(models(family)),
+        {"calibrate": [str(ids(tmp_path))], "tokens": 400, "seq_len": 40, "sample": 200},
+    )
     first = getattr(api, verb)(source, str(tmp_path / "first"), **options, **text)
     file = str(tmp_path / "first" / "decisions.json")
     again = getattr(api, verb)(source, str(tmp_path / "again"), decisions=file, **options, **text)
-    assert again["decisions"]["layers"] == first["decisions"]["layers"] and again["plan_digest"] == first["plan_digest"]
+    assert (
+        again["decisions"]["layers"] == first["decisions"]["layers"]
+        and again["plan_digest"] == first["plan_digest"]
+    )
     with pytest.raises(api.UsageError, match="needs text"):
         getattr(api, verb)(source, str(tmp_path / "none"), decisions=file, **options)
 
 
 WRONG: list[tuple[Any, str]] = [
-    ([1], "not a file of decisions"), ({"schema": 1, "layers": {}}, "how many experts"), ({"schema": 1, "experts": 8, "layers": {"x": {"keep": [0]}}}, "not a number"),
-    ({"schema": 1, "experts": 8, "layers": {"0": {"kept": [0]}}}, "did you mean keep"), ({"schema": 1, "experts": 8, "layers": {"0": {"keep": [9]}}}, "do not fit"),
-    ({"schema": 1, "experts": 8, "layers": {"0": {"keep": [1, 1]}}}, "do not fit"), ({"schema": 1, "experts": 8, "layers": {"0": {"keep": ["a"]}}}, "malformed"),
-    ({"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "weights": [[0.5]]}}}, "do not match"), ({"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "weights": [[0.5, 0.4]]}}}, "sum to 1"),
-    ({"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "orders": {"1": [0, 0]}}}}, "no permutation"), ({"schema": 1, "experts": 8, "layers": {"0": {"groups": [[]]}}}, "do not fit"),
-]  # fmt: skip
+    ([1], "not a file of decisions"),
+    ({"schema": 1, "layers": {}}, "how many experts"),
+    ({"schema": 1, "experts": 8, "layers": {"x": {"keep": [0]}}}, "not a number"),
+    ({"schema": 1, "experts": 8, "layers": {"0": {"kept": [0]}}}, "did you mean keep"),
+    ({"schema": 1, "experts": 8, "layers": {"0": {"keep": [9]}}}, "do not fit"),
+    ({"schema": 1, "experts": 8, "layers": {"0": {"keep": [1, 1]}}}, "do not fit"),
+    ({"schema": 1, "experts": 8, "layers": {"0": {"keep": ["a"]}}}, "malformed"),
+    (
+        {"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "weights": [[0.5]]}}},
+        "do not match",
+    ),
+    (
+        {"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "weights": [[0.5, 0.4]]}}},
+        "sum to 1",
+    ),
+    (
+        {"schema": 1, "experts": 8, "layers": {"0": {"groups": [[0, 1]], "orders": {"1": [0, 0]}}}},
+        "no permutation",
+    ),
+    ({"schema": 1, "experts": 8, "layers": {"0": {"groups": [[]]}}}, "do not fit"),
+]
 
 
 @pytest.mark.parametrize(("data", "said"), WRONG)
@@ -144,11 +245,20 @@ def test_wrong_decisions(data: Any, said: str) -> None:
 def test_decisions_of_another_model_or_too_few(models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match="no decisions here"):
         decision.read(tmp_path / "none.json")
-    keep = lambda n, layers=range(4): {"schema": 1, "experts": 8, "layers": {str(i): {"keep": list(range(n))} for i in layers}}  # noqa: E731
+
+    def keep(n, layers=range(4)):
+        return {
+            "schema": 1,
+            "experts": 8,
+            "layers": {str(i): {"keep": list(range(n))} for i in layers},
+        }
+
     for data, said in ((keep(6, range(3)), "another model"), (keep(1), "too few experts")):
         (tmp_path / "d.json").write_text(json.dumps(data))
         with pytest.raises(api.MoetoolError, match=said):
-            api.prune(str(models("mixtral")), str(tmp_path / "out"), decisions=str(tmp_path / "d.json"))
+            api.prune(
+                str(models("mixtral")), str(tmp_path / "out"), decisions=str(tmp_path / "d.json")
+            )
     ragged = keep(6)
     ragged["layers"]["1"] = {"keep": [0, 1, 2]}
     (tmp_path / "d.json").write_text(json.dumps(ragged))
@@ -157,9 +267,20 @@ def test_decisions_of_another_model_or_too_few(models: Callable[..., Path], tmp_
 
 
 def test_rendered_decisions_are_json_a_layer_a_line() -> None:
-    decided = Decided("merge", "x", 4, {0: Layer(((0, 2), (1,)), ((0.5, 0.5), (1.0,)), orders={2: (1, 0)}), 7: Layer.keep([3, 1])})
+    decided = Decided(
+        "merge",
+        "x",
+        4,
+        {0: Layer(((0, 2), (1,)), ((0.5, 0.5), (1.0,)), orders={2: (1, 0)}), 7: Layer.keep([3, 1])},
+    )
     text = decision.render(decided.as_json())
-    assert Decided.from_json(json.loads(text)) == dataclasses.replace(decided, layers={n: layer.sorted() for n, layer in decided.layers.items()}) and text.count("\n") == 6
+    assert (
+        Decided.from_json(json.loads(text))
+        == dataclasses.replace(
+            decided, layers={n: layer.sorted() for n, layer in decided.layers.items()}
+        )
+        and text.count("\n") == 6
+    )
     assert decided.layers[0].map(4) == [0, 1, 0, None] and decided.layers[7].leads == [1, 3]
 
 
@@ -167,21 +288,52 @@ def test_lists_for_servers_name_every_expert_once() -> None:
     decided = Decided("prune", "reap", 4, {3: Layer.keep([0, 2], scores=(0.5, 0.1, 0.9, 0.2))})
     made = decision.experts_lists(decided)
     assert json.loads(made["experts.json"])["layers"] == {"3": {"kept": [0, 2], "pruned": [1, 3]}}
-    assert [json.loads(line) for line in made["experts.jsonl"].splitlines()] == [{"3": [2, 0, 3, 1]}]
+    assert [json.loads(line) for line in made["experts.jsonl"].splitlines()] == [
+        {"3": [2, 0, 3, 1]}
+    ]
 
 
-@pytest.mark.parametrize(("verb", "options", "said"), [
-    ("prune", {"ratio": 1.0}, "0 <= ratio < 1"), ("prune", {"ratio": 25}, "0 <= ratio < 1"), ("prune", {"method": "reep"}, "did you mean reap"), ("prune", {"method": "reap"}, "needs text"),
-    ("prune", {"calibrate": "a", "stats": "b"}, "exclude each other"), ("prune", {"budget": "sensitivity"}, "zeroed, ghost or ragged"), ("prune", {"layout": "raged"}, "not known"),
-    ("prune", {"total_sparsity": 0.5}, "belong together"), ("prune", {"method": "stun"}, "belong together"), ("prune", {"method": "stun", "ratio": 0.5, "total_sparsity": 0.4, "calibrate": "x"}, "above the share"),
-    ("prune", {"max_perplexity_increase": "much"}, "not a percentage"), ("prune", {"refit": True}, "needs text"), ("prune", {"seq_len": 1}, "at least 2"), ("prune", {"max_kl": -1.0}, "not negative"),
-    ("merge", {"combine": "meen"}, "not known"), ("merge", {"method": "hcsmoe"}, "did you mean hc-smoe"), ("merge", {"rank_energy": 0.0}, "above 0"), ("merge", {"method": "hc-smoe"}, "needs text"),
-    ("merge", {"method": "d2-moe", "refit": True, "calibrate": "x"}, "keeps every expert"), ("merge", {"whiten": "maybe"}, "not known"),
-    ("prune", {"propagate": True, "stats": "STATS"}, "sends text"),
-])  # fmt: skip
-def test_wrong_options(verb: str, options: dict[str, Any], said: str, models: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "options", "said"),
+    [
+        ("prune", {"ratio": 1.0}, "0 <= ratio < 1"),
+        ("prune", {"ratio": 25}, "0 <= ratio < 1"),
+        ("prune", {"method": "reep"}, "did you mean reap"),
+        ("prune", {"method": "reap"}, "needs text"),
+        ("prune", {"calibrate": "a", "stats": "b"}, "exclude each other"),
+        ("prune", {"budget": "sensitivity"}, "zeroed, ghost or ragged"),
+        ("prune", {"layout": "raged"}, "not known"),
+        ("prune", {"total_sparsity": 0.5}, "belong together"),
+        ("prune", {"method": "stun"}, "belong together"),
+        (
+            "prune",
+            {"method": "stun", "ratio": 0.5, "total_sparsity": 0.4, "calibrate": "x"},
+            "above the share",
+        ),
+        ("prune", {"max_perplexity_increase": "much"}, "not a percentage"),
+        ("prune", {"refit": True}, "needs text"),
+        ("prune", {"seq_len": 1}, "at least 2"),
+        ("prune", {"max_kl": -1.0}, "not negative"),
+        ("merge", {"combine": "meen"}, "not known"),
+        ("merge", {"method": "hcsmoe"}, "did you mean hc-smoe"),
+        ("merge", {"rank_energy": 0.0}, "above 0"),
+        ("merge", {"method": "hc-smoe"}, "needs text"),
+        ("merge", {"method": "d2-moe", "refit": True, "calibrate": "x"}, "keeps every expert"),
+        ("merge", {"whiten": "maybe"}, "not known"),
+        ("prune", {"propagate": True, "stats": "STATS"}, "sends text"),
+    ],
+)
+def test_wrong_options(
+    verb: str, options: dict[str, Any], said: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
     if options.get("stats") == "STATS":
-        api.profile(str(models("mixtral")), str(tmp_path / "stats"), calibrate=[str(ids(tmp_path))], tokens=400, seq_len=40)
+        api.profile(
+            str(models("mixtral")),
+            str(tmp_path / "stats"),
+            calibrate=[str(ids(tmp_path))],
+            tokens=400,
+            seq_len=40,
+        )
         options = {**options, "stats": str(tmp_path / "stats")}
     with pytest.raises(api.MoetoolError) as refused:
         getattr(api, verb)(str(models("mixtral")), str(tmp_path / "out"), **options)
@@ -189,11 +341,17 @@ def test_wrong_options(verb: str, options: dict[str, Any], said: str, models: Ca
 
 
 def test_percent() -> None:
-    assert parse_percent("2%") == 0.02 and parse_percent("0.02") == 0.02 and parse_percent("") is None
+    assert (
+        parse_percent("2%") == 0.02 and parse_percent("0.02") == 0.02 and parse_percent("") is None
+    )
 
 
 def test_joint_clusters_come_home_in_the_right_number() -> None:
     points = np.random.default_rng(1).standard_normal((8, 3))
-    for start in ([[0, 1, 2, 3, 4, 5, 6, 7]], [[i] for i in range(8)], [[0], [1, 2, 3], [4, 5, 6, 7]]):
+    for start in (
+        [[0, 1, 2, 3, 4, 5, 6, 7]],
+        [[i] for i in range(8)],
+        [[0], [1, 2, 3], [4, 5, 6, 7]],
+    ):
         made = group._adjusted([list(g) for g in start], points, 4, 0)
         assert len(made) == 4 and sorted(e for g in made for e in g) == list(range(8))

@@ -1,4 +1,6 @@
-"""Files that lie, in every way we could think of: a sentence with the file in it, exit code 1, nothing written."""
+"""Files that lie, in every way we could think of: a sentence with the file in it, exit code 1,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ NAME = "model.norm.weight"
 
 
 def _offsets(header: dict[str, Any], start: int, stop: int) -> None:
-    header[NAME]["data_offsets"] = [header[NAME]["data_offsets"][0] + start, header[NAME]["data_offsets"][1] + stop]
+    header[NAME]["data_offsets"] = [
+        header[NAME]["data_offsets"][0] + start,
+        header[NAME]["data_offsets"][1] + stop,
+    ]
 
 
 def _twice(path: Path) -> None:
@@ -54,11 +59,23 @@ def _twice(path: Path) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "too short"),
     "seven bytes": (lambda p: p.write_bytes(b"1234567"), "too short"),
-    "random bytes": (lambda p: p.write_bytes(bytes(range(256)) * 40), "header length is not possible"),
+    "random bytes": (
+        lambda p: p.write_bytes(bytes(range(256)) * 40),
+        "header length is not possible",
+    ),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated"),
-    "truncated in the header": (lambda p: p.write_bytes(p.read_bytes()[:100]), "header length is not possible"),
-    "trailing bytes": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "bytes after its last tensor"),
-    "huge header length": (lambda p: write(p, *header_of(p), length=2**63), "header length is not possible"),
+    "truncated in the header": (
+        lambda p: p.write_bytes(p.read_bytes()[:100]),
+        "header length is not possible",
+    ),
+    "trailing bytes": (
+        lambda p: p.write_bytes(p.read_bytes() + b"x"),
+        "bytes after its last tensor",
+    ),
+    "huge header length": (
+        lambda p: write(p, *header_of(p), length=2**63),
+        "header length is not possible",
+    ),
     "not JSON": (lambda p: write(p, b"{nonsense", header_of(p)[1]), "not JSON"),
     "not UTF-8": (lambda p: write(p, b"\xff\xfe" * 8, b""), "not JSON"),
     "a list": (lambda p: write(p, [1, 2], b""), "not a JSON object"),
@@ -93,7 +110,9 @@ def test_hostile_header(kind: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "overlap", "duplicate name"])
-def test_the_command_says_it_in_a_sentence(kind: str, copy: Path, tmp_path: Path, moetool: Callable[..., Any]) -> None:
+def test_the_command_says_it_in_a_sentence(
+    kind: str, copy: Path, tmp_path: Path, moetool: Callable[..., Any]
+) -> None:
     change, _ = HOSTILE[kind]
     change(copy / "model.safetensors")
     done = moetool("upcycle", copy, tmp_path / "out", "--json")
@@ -107,11 +126,16 @@ def sharded(folder: Path) -> None:
 
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, mine in parts.items():
         save_file({n: tensors[n] for n in mine}, folder / file)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: f for f, ns in parts.items() for n in ns}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {n: f for f, ns in parts.items() for n in ns}})
+    )
 
 
 def _index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
@@ -128,14 +152,42 @@ def _link(folder: Path) -> None:
 
 
 BAD_INDEX: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing shard": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "weight file is missing"),
-    "parent folder": (lambda f: _index(f, lambda m: m.update({NAME: "../model.safetensors"})), "leads out of the folder"),
-    "absolute": (lambda f: _index(f, lambda m: m.update({NAME: "/etc/passwd"})), "leads out of the folder"),
+    "missing shard": (
+        lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+        "weight file is missing",
+    ),
+    "parent folder": (
+        lambda f: _index(f, lambda m: m.update({NAME: "../model.safetensors"})),
+        "leads out of the folder",
+    ),
+    "absolute": (
+        lambda f: _index(f, lambda m: m.update({NAME: "/etc/passwd"})),
+        "leads out of the folder",
+    ),
     "symlink": (_link, "link that leads out"),
-    "names a tensor nobody has": (lambda f: _index(f, lambda m: m.update({"ghost": "model-00001-of-00002.safetensors"})), "does not hold"),
-    "wrong shard": (lambda f: _index(f, lambda m: m.update({n: "model-00002-of-00002.safetensors" for n in list(m)[:1] if m[n].startswith("model-00001")} or {NAME: "model-00001-of-00002.safetensors"})), "disagree|does not hold"),
+    "names a tensor nobody has": (
+        lambda f: _index(f, lambda m: m.update({"ghost": "model-00001-of-00002.safetensors"})),
+        "does not hold",
+    ),
+    "wrong shard": (
+        lambda f: _index(
+            f,
+            lambda m: m.update(
+                {
+                    n: "model-00002-of-00002.safetensors"
+                    for n in list(m)[:1]
+                    if m[n].startswith("model-00001")
+                }
+                or {NAME: "model-00001-of-00002.safetensors"}
+            ),
+        ),
+        "disagree|does not hold",
+    ),
     "forgets a tensor": (lambda f: _index(f, lambda m: m.pop(NAME)), "does not name"),
-    "no weight_map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    "no weight_map": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "no weight_map",
+    ),
     "not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not JSON"),
 }
 
@@ -172,14 +224,26 @@ def test_hub_cache_links_are_followed(llama: Path, tmp_path: Path) -> None:
     assert len(Checkpoint.open(snapshot).tensors) > 20
 
 
-@pytest.mark.parametrize(("make", "word"), [
-    (lambda f: (f / "config.json").unlink(), "config is missing"),
-    (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
-    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-    (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"\x80\x04")), "pickle"),
-    (lambda f: ((f / "model.safetensors").unlink(), (f / "m.gguf").write_bytes(b"GGUF")), "GGUF"),
-    (lambda f: (f / "model.safetensors").unlink(), "no weights here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config is missing"),
+        (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (
+            lambda f: (
+                (f / "model.safetensors").unlink(),
+                (f / "pytorch_model.bin").write_bytes(b"\x80\x04"),
+            ),
+            "pickle",
+        ),
+        (
+            lambda f: ((f / "model.safetensors").unlink(), (f / "m.gguf").write_bytes(b"GGUF")),
+            "GGUF",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights here"),
+    ],
+)
 def test_incomplete_folders(make: Callable[[Path], Any], word: str, copy: Path) -> None:
     make(copy)
     with pytest.raises(MoetoolError, match=word) as refused:
@@ -201,7 +265,21 @@ def test_a_single_file_is_a_source(llama: Path) -> None:
 
 
 def test_travelling_files(copy: Path) -> None:
-    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "LICENSE", "README.md", "notes.bin", ".hidden.json"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "LICENSE",
+        "README.md",
+        "notes.bin",
+        ".hidden.json",
+    ):
         (copy / name).write_text("{}")
     os.mkdir(copy / "folder.json")
-    assert Checkpoint.open(copy).travelling() == ["LICENSE", "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer.json"]
+    assert Checkpoint.open(copy).travelling() == [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ]

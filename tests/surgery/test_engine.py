@@ -19,7 +19,11 @@ from moetool.surgery.engine import Copy, Mover
 def files(tmp_path: Path) -> tuple[int, int, bytes]:
     data = os.urandom(3_000_017)
     (tmp_path / "from").write_bytes(data)
-    return os.open(tmp_path / "from", os.O_RDONLY), os.open(tmp_path / "to", os.O_RDWR | os.O_CREAT), data
+    return (
+        os.open(tmp_path / "from", os.O_RDONLY),
+        os.open(tmp_path / "to", os.O_RDWR | os.O_CREAT),
+        data,
+    )
 
 
 @pytest.mark.parametrize("rates", [{True: 1.0, False: 0.0}, {True: 0.0, False: 1.0}, {}])
@@ -31,7 +35,9 @@ def test_both_ways(rates: dict[bool, float], files: tuple[int, int, bytes]) -> N
     assert os.pread(target, 2_500_000, 77) == data[1001 : 1001 + 2_500_000]
 
 
-def test_fallback_where_the_kernel_refuses(files: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_where_the_kernel_refuses(
+    files: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target, data = files
 
     def refuse(*args: object) -> int:
@@ -42,7 +48,9 @@ def test_fallback_where_the_kernel_refuses(files: tuple[int, int, bytes], monkey
     assert os.pread(target, len(data), 0) == data
 
 
-def test_a_real_error_is_not_swallowed(files: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_error_is_not_swallowed(
+    files: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -84,7 +92,9 @@ def test_ray_writes_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "ray").mkdir()
     moetool.upcycle(str(llama), str(tmp_path / "local" / "out"), **options)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     cluster.add_node(num_cpus=1)
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
@@ -94,7 +104,10 @@ def test_ray_writes_the_same_bytes(llama: Path, tmp_path: Path) -> None:
         cluster.shutdown()
     assert len(report["ray_nodes"]) == 2
     a, b = tree(tmp_path / "local" / "out"), tree(tmp_path / "ray" / "out")
-    assert {k for k in a if a[k] != b.get(k)} <= {"moetool.json", "README.md"} and a.keys() == b.keys()
+    assert {k for k in a if a[k] != b.get(k)} <= {
+        "moetool.json",
+        "README.md",
+    } and a.keys() == b.keys()
     assert sum(k.endswith(".safetensors") for k in a) > 8
 
 
@@ -106,8 +119,12 @@ def test_unknown_engine(llama: Path, tmp_path: Path) -> None:
 def test_output_opens_in_safetensors_itself(models: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    moetool.upcycle(str(models("qwen3", dtype="bfloat16")), str(tmp_path / "out"), target="glm4_moe", experts=4)
+    moetool.upcycle(
+        str(models("qwen3", dtype="bfloat16")), str(tmp_path / "out"), target="glm4_moe", experts=4
+    )
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as handle:
         names = list(handle.keys())
         assert len(names) > 60 and all(handle.get_tensor(n).isfinite().all() for n in names)
-        assert handle.get_tensor("model.layers.0.mlp.gate.e_score_correction_bias").dtype.itemsize == 4
+        assert (
+            handle.get_tensor("model.layers.0.mlp.gate.e_score_correction_bias").dtype.itemsize == 4
+        )

@@ -21,13 +21,18 @@ def copy(target: Target) -> Task:
 
 
 def build(*tasks: Task, targets: tuple[Target, ...] = (A, B), max_shard: int = 10**9) -> Plan:
-    return Plan.build([[["f", 1, "x"]]], {"model_type": "t"}, targets, tasks, max_shard=max_shard, dropped={})
+    return Plan.build(
+        [[["f", 1, "x"]]], {"model_type": "t"}, targets, tasks, max_shard=max_shard, dropped={}
+    )
 
 
 def test_header_is_final_and_aligned() -> None:
     plan = build(copy(A), copy(B))
     (shard,) = plan.shards
-    assert shard.name == "model.safetensors" and list(shard.offsets) == ["b", "a"]  # wide dtypes first
+    assert shard.name == "model.safetensors" and list(shard.offsets) == [
+        "b",
+        "a",
+    ]  # wide dtypes first
     raw = plan.header(shard)
     (length,) = struct.unpack("<Q", raw[:8])
     assert len(raw) == 8 + length and len(raw) % 8 == 0
@@ -36,13 +41,23 @@ def test_header_is_final_and_aligned() -> None:
     assert table["a"] == {"dtype": "BF16", "shape": [4, 8], "data_offsets": [24, 88]}
 
 
-@pytest.mark.parametrize(("tasks", "word"), [
-    ((copy(A),), "not fully made"),
-    ((copy(A), copy(A), copy(B)), "twice or not at all"),
-    ((copy(B), Task("copy", (), (Piece("a", (2, 8)),))), "not fully made"),
-    ((copy(B), Task("copy", (), (Piece("a", (2, 8)),)), Task("copy", (), (Piece("a", (2, 8), 8),))), "twice or not at all"),
-    ((copy(A), copy(B), Task("zeros", (), (Piece("ghost", (1,)),))), "unplanned"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tasks", "word"),
+    [
+        ((copy(A),), "not fully made"),
+        ((copy(A), copy(A), copy(B)), "twice or not at all"),
+        ((copy(B), Task("copy", (), (Piece("a", (2, 8)),))), "not fully made"),
+        (
+            (
+                copy(B),
+                Task("copy", (), (Piece("a", (2, 8)),)),
+                Task("copy", (), (Piece("a", (2, 8), 8),)),
+            ),
+            "twice or not at all",
+        ),
+        ((copy(A), copy(B), Task("zeros", (), (Piece("ghost", (1,)),))), "unplanned"),
+    ],
+)
 def test_every_element_once(tasks: tuple[Task, ...], word: str) -> None:
     with pytest.raises(MoetoolError, match=word):
         build(*tasks)
@@ -65,17 +80,30 @@ def test_packing_keeps_tasks_together() -> None:
     plan = Plan.build([], {}, targets, tasks, max_shard=250, dropped={})
     homes = {n: s.name for s in plan.shards for n in s.offsets}
     assert homes["t3"] == homes["t4"] and len(homes) == 10
-    assert all(s.size <= 250 for s in plan.shards) and plan.shards[-1].name == f"model-0000{len(plan.shards)}-of-0000{len(plan.shards)}.safetensors"
+    assert (
+        all(s.size <= 250 for s in plan.shards)
+        and plan.shards[-1].name
+        == f"model-0000{len(plan.shards)}-of-0000{len(plan.shards)}.safetensors"
+    )
     assert plan.index()["metadata"]["total_size"] == 1000
 
 
 def test_json_there_and_back(llama: Path, tmp_path: Path) -> None:
-    plan = moetool.plan(str(llama), str(tmp_path / "out"), experts=8, split=4, top_k=4, carve="random")
+    plan = moetool.plan(
+        str(llama), str(tmp_path / "out"), experts=8, split=4, top_k=4, carve="random"
+    )
     again = Plan.from_json(json.loads(json.dumps(plan.as_json())))
-    assert again.digest == plan.digest and again.tasks == plan.tasks and again.shards == plan.shards and again.targets == plan.targets
+    assert (
+        again.digest == plan.digest
+        and again.tasks == plan.tasks
+        and again.shards == plan.shards
+        and again.targets == plan.targets
+    )
 
 
-def test_planning_reads_no_tensor(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_no_tensor(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moetool.surgery.checkpoint import Checkpoint
 
     def forbidden(*args: object) -> None:

@@ -1,1 +1,3 @@
-"""moetool merge: experts become one. method.py is the frame; each other file is a published method (a choice of the parts) or a part."""
+"""moetool merge: experts become one. method.py is the frame; each other file is a published method
+(a choice of the parts) or a part.
+"""

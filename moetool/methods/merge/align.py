@@ -1,4 +1,6 @@
-"""Bring the neurons of a cluster's members into the order of its lead before they are averaged (Hungarian matching, scipy)."""
+"""Bring the neurons of a cluster's members into the order of its lead before they are averaged
+(Hungarian matching, scipy).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,30 @@ _TOKENS = 1024
 
 
 def orders(kind: str, view: View, layer: Layer) -> dict[int, tuple[int, ...]]:
-    """For every member that is not a lead the order of its neurons: neuron order[j] of the member goes where the lead's neuron j is.
+    """For every member that is not a lead the order of its neurons: neuron order[j] of the member
+    goes where the lead's neuron j is.
 
-    weights: greatest sum of inner products of gate, up and down (MC-SMoE, permutation.py); activations: greatest correlation of what down_proj sees.
+    weights: greatest sum of inner products of gate, up and down (MC-SMoE, permutation.py);
+    activations: greatest correlation of what down_proj sees.
     """
     if kind == "none":
         return {}
-    return {member: tuple(order(kind, view, group[0], member)) for group in layer.groups for member in group[1:]}
+    return {
+        member: tuple(order(kind, view, group[0], member))
+        for group in layer.groups
+        for member in group[1:]
+    }
 
 
 def order(kind: str, view: View, lead: int, member: int) -> list[int]:
     """The member's neurons in the lead's order."""
     from scipy.optimize import linear_sum_assignment
 
-    likeness = _by_weights(view.block.experts, lead, member) if kind == "weights" else _by_activations(view, lead, member)
+    likeness = (
+        _by_weights(view.block.experts, lead, member)
+        if kind == "weights"
+        else _by_activations(view, lead, member)
+    )
     rows, columns = linear_sum_assignment(-likeness)
     return [int(c) for c in columns[np.argsort(rows)]]
 
@@ -36,7 +48,11 @@ def _by_weights(experts: Any, lead: int, member: int) -> np.ndarray:
     """[width, width] inner products of the lead's neurons with the member's."""
     half = experts.gate_up.shape[1] // 2
     a, b = experts.gate_up[lead].double(), experts.gate_up[member].double()
-    made = a[:half] @ b[:half].T + a[half:] @ b[half:].T + experts.down[lead].double().T @ experts.down[member].double()
+    made = (
+        a[:half] @ b[:half].T
+        + a[half:] @ b[half:].T
+        + experts.down[lead].double().T @ experts.down[member].double()
+    )
     return np.asarray(made.cpu().numpy())
 
 

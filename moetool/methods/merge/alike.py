@@ -8,8 +8,17 @@ from moetool.methods.merge.preset import Preset
 
 
 class Alike(Preset):
-    """Average-linkage clusters of the experts' weights by Euclidean distance, plain mean. Duplicates are found and merged away."""
+    """Average-linkage clusters of the experts' weights by Euclidean distance, plain mean.
+    Duplicates are found and merged away.
+    """
 
     name = "alike"
     text = False
-    choices: ClassVar[dict[str, str]] = {"features": "weights", "cluster": "average", "weigh": "uniform", "combine": "mean", "align": "weights", "router": "centroid"}
+    choices: ClassVar[dict[str, str]] = {
+        "features": "weights",
+        "cluster": "average",
+        "weigh": "uniform",
+        "combine": "mean",
+        "align": "weights",
+        "router": "centroid",
+    }

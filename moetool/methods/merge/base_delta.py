@@ -1,4 +1,6 @@
-"""D2-MoE's form: one shared base and a low-rank difference for each expert; factored in moetool's own form, or full matrices again."""
+"""D2-MoE's form: one shared base and a low-rank difference for each expert; factored in moetool's
+own form, or full matrices again.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +26,64 @@ MATRICES = ("gate", "up", "down")
 def decide(method: Merge, job: Job) -> Decisions:
     """Every expert stays; the decision is the weight of each in the base."""
     if method.layout != "uniform" or method.budget != "uniform" or method.refit or method.propagate:
-        raise UsageError("base-delta keeps every expert: --layout, --budget, --refit and --propagate do not apply", hint="leave them out")
+        raise UsageError(
+            "base-delta keeps every expert: --layout, --budget, --refit and --propagate do not apply",
+            hint="leave them out",
+        )
     _rank(method, job.mixture)
-    job.choose = lambda view, count: Layer.keep(range(view.experts), scores=tuple(float(s) for s in group.saliency(view, method.part("weigh"))), protected=view.protected)
-    job.facts |= {"router": "unchanged", "form": method.form, "rank": {m: _rank(method, job.mixture)[m] for m in MATRICES}, "saved_share": method.ratio}
+    job.choose = lambda view, count: Layer.keep(
+        range(view.experts),
+        scores=tuple(float(s) for s in group.saliency(view, method.part("weigh"))),
+        protected=view.protected,
+    )
+    job.facts |= {
+        "router": "unchanged",
+        "form": method.form,
+        "rank": {m: _rank(method, job.mixture)[m] for m in MATRICES},
+        "saved_share": method.ratio,
+    }
     return job.run()
 
 
 def _rank(method: Merge, mixture: Mixture) -> dict[str, int]:
-    """Rank of each matrix's differences, so that base and factors together are 1 - ratio of what all experts were."""
+    """Rank of each matrix's differences, so that base and factors together are 1 - ratio of what
+    all experts were.
+    """
     pieces = mixture.pieces(mixture.layers[0], 0)
     if not set(MATRICES) <= set(pieces):
-        raise UsageError(f"base-delta needs gate, up and down as single tensors, and {mixture.layout.model_type} stacks them", hint="convert them first: `moetool convert-layout SRC OUT --to per-expert`, or use --method hc-smoe")
+        raise UsageError(
+            f"base-delta needs gate, up and down as single tensors, and {mixture.layout.model_type} stacks them",
+            hint="convert them first: `moetool convert-layout SRC OUT --to per-expert`, or use --method hc-smoe",
+        )
     ranks = {}
     for matrix in MATRICES:
         rows, columns = pieces[matrix].shape
-        ranks[matrix] = int(((1.0 - method.ratio) * mixture.experts - 1.0) * rows * columns / (mixture.experts * (rows + columns)))
+        ranks[matrix] = int(
+            ((1.0 - method.ratio) * mixture.experts - 1.0)
+            * rows
+            * columns
+            / (mixture.experts * (rows + columns))
+        )
         if ranks[matrix] < 1:
-            raise UsageError("nothing is left for the differences between experts", expected=f"--ratio below {1 - 1 / mixture.experts:.2f}", found=method.ratio, hint="lower --ratio, or prune")
+            raise UsageError(
+                "nothing is left for the differences between experts",
+                expected=f"--ratio below {1 - 1 / mixture.experts:.2f}",
+                found=method.ratio,
+                hint="lower --ratio, or prune",
+            )
         ranks[matrix] = min(ranks[matrix], rows, columns)
     return ranks
 
 
-def plan(method: Merge, mixture: Mixture, decided: Decided, decisions: Decisions, settings: Settings) -> Made:
+def plan(
+    method: Merge, mixture: Mixture, decided: Decided, decisions: Decisions, settings: Settings
+) -> Made:
     """One task a layer and matrix; everything else is copied."""
     source, build, ranks = mixture.source, Builder(), _rank(method, mixture)
     factored, done = method.form == "factored", set()
-    for name in sorted(source.tensors, key=lambda n: (source.tensors[n].file, source.tensors[n].start)):
+    for name in sorted(
+        source.tensors, key=lambda n: (source.tensors[n].file, source.tensors[n].start)
+    ):
         counted = mixture.counted.get(name)
         if counted is None or counted.kind != "expert" or counted.layer not in mixture.layers:
             stored = source.tensors[name]
@@ -58,32 +91,84 @@ def plan(method: Merge, mixture: Mixture, decided: Decided, decisions: Decisions
         elif counted.layer not in done:
             done.add(counted.layer)
             for matrix in MATRICES:
-                _matrix(build, mixture, counted.layer, matrix, decided, ranks[matrix], factored, decisions)
+                _matrix(
+                    build,
+                    mixture,
+                    counted.layer,
+                    matrix,
+                    decided,
+                    ranks[matrix],
+                    factored,
+                    decisions,
+                )
     config = source.config if not factored else CONFIG.wrap(source.config, ranks)
-    made = Plan.build([source.fingerprint(), *(c.fingerprint() for c in decisions.extra)], config, build.targets, build.tasks, max_shard=settings.max_shard, dropped={})
-    level = Certificate("none", "each expert became a base and a low-rank difference: another function, by how much `moetool eval --reference` measures", None)
+    made = Plan.build(
+        [source.fingerprint(), *(c.fingerprint() for c in decisions.extra)],
+        config,
+        build.targets,
+        build.tasks,
+        max_shard=settings.max_shard,
+        dropped={},
+    )
+    level = Certificate(
+        "none",
+        "each expert became a base and a low-rank difference: another function, by how much `moetool eval --reference` measures",
+        None,
+    )
     report = facts.of(mixture, decided, made, "uniform", decisions) | {"counts": method.form}
-    return Made(made, level, config, {}, report, tuple(decisions.report.get("warnings", ())), facts.files(decided))
+    return Made(
+        made,
+        level,
+        config,
+        {},
+        report,
+        tuple(decisions.report.get("warnings", ())),
+        facts.files(decided),
+    )
 
 
-def _matrix(build: Builder, mixture: Mixture, layer: int, matrix: str, decided: Decided, rank: int, factored: bool, decisions: Decisions) -> None:
+def _matrix(
+    build: Builder,
+    mixture: Mixture,
+    layer: int,
+    matrix: str,
+    decided: Decided,
+    rank: int,
+    factored: bool,
+    decisions: Decisions,
+) -> None:
     pieces = [mixture.pieces(layer, e)[matrix] for e in range(mixture.experts)]
     dtype, shape = mixture.source.tensor(pieces[0].name).dtype, pieces[0].shape
     scores = decided.layers[layer].scores
     total = sum(scores) or float(len(pieces))
-    weights = [(s / total if sum(scores) else 1.0 / len(pieces)) for s in (scores or [1.0] * len(pieces))]
+    weights = [
+        (s / total if sum(scores) else 1.0 / len(pieces)) for s in (scores or [1.0] * len(pieces))
+    ]
     inputs = [*pieces, *_covariance(mixture, layer, matrix, decisions)]
     if not factored:
         outs = [whole(build.target(p.name, dtype, shape)) for p in pieces]
     else:
         outs = [whole(build.target(factored_name(pieces[0].name, "base"), dtype, shape))]
         for p in pieces:
-            outs += [whole(build.target(factored_name(p.name, "u"), dtype, (shape[0], rank))), whole(build.target(factored_name(p.name, "v"), dtype, (rank, shape[1])))]
-    build.task("base_delta", inputs, outs, members=len(pieces), weights=weights, rank=rank, factored=factored or None)
+            outs += [
+                whole(build.target(factored_name(p.name, "u"), dtype, (shape[0], rank))),
+                whole(build.target(factored_name(p.name, "v"), dtype, (rank, shape[1]))),
+            ]
+    build.task(
+        "base_delta",
+        inputs,
+        outs,
+        members=len(pieces),
+        weights=weights,
+        rank=rank,
+        factored=factored or None,
+    )
 
 
 def _covariance(mixture: Mixture, layer: int, matrix: str, decisions: Decisions) -> list[Piece]:
-    """The layer's input covariance for gate and up; each expert's own for down; none without statistics."""
+    """The layer's input covariance for gate and up; each expert's own for down; none without
+    statistics.
+    """
     if not decisions.extra:
         return []
     stats = decisions.extra[0]
@@ -93,5 +178,3 @@ def _covariance(mixture: Mixture, layer: int, matrix: str, decisions: Decisions)
     between = stats.tensor(f"{layer}.mid_cov")
     size = between.shape[1] * between.shape[2]
     return [Piece(between.name, between.shape[1:], e * size, 1) for e in range(mixture.experts)]
-
-

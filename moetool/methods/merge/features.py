@@ -9,15 +9,29 @@ import numpy as np
 from moetool.kernels import cluster
 from moetool.methods.reduce.view import View
 
-KINDS = ("outputs", "cosine", "mean-outputs", "router", "router-logits", "outputs-and-logits", "weights")
-DENSE = ("outputs", "cosine", "mean-outputs", "outputs-and-logits")  # need all experts run on a sample
+KINDS = (
+    "outputs",
+    "cosine",
+    "mean-outputs",
+    "router",
+    "router-logits",
+    "outputs-and-logits",
+    "weights",
+)
+DENSE = (
+    "outputs",
+    "cosine",
+    "mean-outputs",
+    "outputs-and-logits",
+)  # need all experts run on a sample
 SAMPLED = (*DENSE, "router-logits")
 _CHUNK = 1 << 22
 
 
 def points(kind: str, view: View) -> np.ndarray:
-    """[experts, d] float64. Distances between rows are Euclidean distances of: outputs on the sample, outputs of unit length (`cosine`: the mean
-    over tokens of the cosine), mean outputs, router rows, router logits of unit length (columns over the sample), or all weights.
+    """[experts, d] float64. Distances between rows are Euclidean distances of: outputs on the
+    sample, outputs of unit length (`cosine`: the mean over tokens of the cosine), mean outputs,
+    router rows, router logits of unit length (columns over the sample), or all weights.
     """
     if kind == "router":
         return view.rows
@@ -28,7 +42,9 @@ def points(kind: str, view: View) -> np.ndarray:
     if kind == "mean-outputs":
         return np.asarray(_dense(view)["mean"])
     if kind == "outputs-and-logits":
-        return cluster.embed(0.5 * ((_dense(view)["cosine"] + 1) / 2 + (logit_cosine(view) + 1) / 2))
+        return cluster.embed(
+            0.5 * ((_dense(view)["cosine"] + 1) / 2 + (logit_cosine(view) + 1) / 2)
+        )
     return cluster.embed(_dense(view)["gram" if kind == "outputs" else "cosine"])
 
 
@@ -65,7 +81,9 @@ def weight_gram(block: Any) -> np.ndarray:
 
 
 def cross_cosine(first: View, second: View) -> np.ndarray:
-    """Mean cosine of outputs on the same tokens for the experts of two layers together, [2 * experts, 2 * experts] (Sub-MoE)."""
+    """Mean cosine of outputs on the same tokens for the experts of two layers together, [2 *
+    experts, 2 * experts] (Sub-MoE).
+    """
     import torch
 
     from moetool.kernels import moe
@@ -74,7 +92,12 @@ def cross_cosine(first: View, second: View) -> np.ndarray:
     x, y = first.some(first.options.sample), second.some(second.options.sample)
     step = max(1, (64 << 20) // (8 * count * x.shape[1]))
     for start in range(0, len(x), step):
-        outs = torch.cat([moe.every(x[start : start + step], first.block.experts), moe.every(y[start : start + step], second.block.experts)]).transpose(0, 1)
+        outs = torch.cat(
+            [
+                moe.every(x[start : start + step], first.block.experts),
+                moe.every(y[start : start + step], second.block.experts),
+            ]
+        ).transpose(0, 1)
         unit = torch.nn.functional.normalize(outs, dim=-1)
         inner = (unit @ unit.transpose(1, 2)).sum(0).double()
         total = inner if total is None else total + inner

@@ -14,7 +14,9 @@ BIG = 16  # REAM's largest group
 
 
 def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str) -> Layer:
-    """Clusters of a layer: `count` in all, as many in each router group; protected experts stay alone."""
+    """Clusters of a layer: `count` in all, as many in each router group; protected experts stay
+    alone.
+    """
     need = saliency(view, weigh)
     groups: list[list[int]] = []
     for members in view.groups():
@@ -27,18 +29,26 @@ def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str)
     return finished(view, groups, points, need, lead_by_need=kind in ("dominant", "ream"))
 
 
-def finished(view: View, groups: list[list[int]], points: np.ndarray, need: np.ndarray, *, lead_by_need: bool) -> Layer:
+def finished(
+    view: View, groups: list[list[int]], points: np.ndarray, need: np.ndarray, *, lead_by_need: bool
+) -> Layer:
     """Leads first, weights that sum to one."""
     ordered = []
     for members in groups:
-        lead = max(members, key=lambda e: (need[e], -e)) if lead_by_need else cluster.nearest_member(points, members)
+        lead = (
+            max(members, key=lambda e: (need[e], -e))
+            if lead_by_need
+            else cluster.nearest_member(points, members)
+        )
         ordered.append((lead, *sorted(e for e in members if e != lead)))
     weights = tuple(_weights(need[list(g)]) for g in ordered)
     return Layer(tuple(ordered), weights, tuple(float(s) for s in need), view.protected).sorted()
 
 
 def _weights(need: np.ndarray) -> tuple[float, ...]:
-    """Shares of a cluster; an expert that nobody needed counts as the least needed one (REAM), all alike if none was."""
+    """Shares of a cluster; an expert that nobody needed counts as the least needed one (REAM), all
+    alike if none was.
+    """
     positive = need[need > 0]
     filled = np.where(need > 0, need, positive.min() if len(positive) else 1.0)
     return tuple(float(w) for w in filled / filled.sum())
@@ -48,10 +58,14 @@ def saliency(view: View, weigh: str) -> np.ndarray:
     """What weighs the members: how often chosen, REAP's score, or all alike."""
     if weigh == "uniform" or view.stats is None:
         return np.ones(view.experts)
-    return np.asarray(view.seen.total("count")[: view.experts] if weigh == "frequency" else view.seen.mean("reap"))
+    return np.asarray(
+        view.seen.total("count")[: view.experts] if weigh == "frequency" else view.seen.mean("reap")
+    )
 
 
-def _cluster(free: list[int], room: int, kind: str, points: np.ndarray, need: np.ndarray, view: View) -> list[list[int]]:
+def _cluster(
+    free: list[int], room: int, kind: str, points: np.ndarray, need: np.ndarray, view: View
+) -> list[list[int]]:
     if room >= len(free):
         return [[e] for e in free]
     if kind == "dominant":
@@ -59,8 +73,14 @@ def _cluster(free: list[int], room: int, kind: str, points: np.ndarray, need: np
     if kind == "ream":
         return _ream(free, room, points, need)
     mine = points[free]
-    labels = cluster.kmeans(mine, room, view.seed) if kind == "kmeans" else cluster.agglomerative(cluster.distances(mine), room, kind)
-    return [[free[i] for i in np.nonzero(labels == label)[0]] for label in sorted(set(labels.tolist()))]
+    labels = (
+        cluster.kmeans(mine, room, view.seed)
+        if kind == "kmeans"
+        else cluster.agglomerative(cluster.distances(mine), room, kind)
+    )
+    return [
+        [free[i] for i in np.nonzero(labels == label)[0]] for label in sorted(set(labels.tolist()))
+    ]
 
 
 def _dominant(free: list[int], room: int, points: np.ndarray, need: np.ndarray) -> list[list[int]]:
@@ -79,7 +99,9 @@ def _ream(free: list[int], room: int, points: np.ndarray, need: np.ndarray) -> l
     left = order[room:]
     groups = []
     for e in order[:room]:
-        near = sorted(left, key=lambda o: (float(((points[e] - points[o]) ** 2).sum()), o))[: BIG - 1]
+        near = sorted(left, key=lambda o: (float(((points[e] - points[o]) ** 2).sum()), o))[
+            : BIG - 1
+        ]
         left = [o for o in left if o not in near]
         groups.append([e, *near])
     for e in left:  # more than leaders can take: to the nearest
@@ -88,10 +110,12 @@ def _ream(free: list[int], room: int, points: np.ndarray, need: np.ndarray) -> l
 
 
 def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tuple[Layer, Layer]:
-    """Sub-MoE's two layers at once: K-means over the experts of both, then each layer takes its part of every cluster home.
+    """Sub-MoE's two layers at once: K-means over the experts of both, then each layer takes its
+    part of every cluster home.
 
-    The rule for bringing a cluster home (the paper has none): the members of one layer stay together as a cluster of that layer; a layer with too
-    many parts joins its two nearest (average distance) until the number is right, one with too few lets the member furthest from its
+    The rule for bringing a cluster home (the paper has none): the members of one layer stay
+    together as a cluster of that layer; a layer with too many parts joins its two nearest (average
+    distance) until the number is right, one with too few lets the member furthest from its
     cluster's middle go alone.
     """
     points = cluster.embed(features.cross_cosine(*views))
@@ -101,20 +125,43 @@ def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tupl
         mine = points[number * view.experts : (number + 1) * view.experts]
         part = labels[number * view.experts : (number + 1) * view.experts]
         groups = [[int(e)] for e in view.protected]
-        groups += [g for label in sorted(set(part.tolist())) if (g := [int(e) for e in np.nonzero(part == label)[0] if e not in view.protected])]
-        made.append(finished(view, _adjusted(groups, mine, count, len(view.protected)), mine, saliency(view, weigh), lead_by_need=False))
+        groups += [
+            g
+            for label in sorted(set(part.tolist()))
+            if (g := [int(e) for e in np.nonzero(part == label)[0] if e not in view.protected])
+        ]
+        made.append(
+            finished(
+                view,
+                _adjusted(groups, mine, count, len(view.protected)),
+                mine,
+                saliency(view, weigh),
+                lead_by_need=False,
+            )
+        )
     return made[0], made[1]
 
 
-def _adjusted(groups: list[list[int]], points: np.ndarray, count: int, fixed: int) -> list[list[int]]:
+def _adjusted(
+    groups: list[list[int]], points: np.ndarray, count: int, fixed: int
+) -> list[list[int]]:
     """Exactly `count` groups; the first `fixed` are left alone."""
     apart = cluster.distances(points)
     while len(groups) > count:
-        pairs = [(float(apart[np.ix_(groups[a], groups[b])].mean()), a, b) for a in range(fixed, len(groups)) for b in range(a + 1, len(groups))]
+        pairs = [
+            (float(apart[np.ix_(groups[a], groups[b])].mean()), a, b)
+            for a in range(fixed, len(groups))
+            for b in range(a + 1, len(groups))
+        ]
         _, a, b = min(pairs)
         groups[a] += groups.pop(b)
     while len(groups) < count:
-        spread = [(float(np.linalg.norm(points[e] - points[g].mean(0))), i, e) for i, g in enumerate(groups) if len(g) > 1 and i >= fixed for e in g]
+        spread = [
+            (float(np.linalg.norm(points[e] - points[g].mean(0))), i, e)
+            for i, g in enumerate(groups)
+            if len(g) > 1 and i >= fixed
+            for e in g
+        ]
         _, i, e = max(spread)
         groups[i].remove(e)
         groups.append([e])

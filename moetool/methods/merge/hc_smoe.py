@@ -8,11 +8,20 @@ from moetool.methods.merge.preset import Preset
 
 
 class HcSmoe(Preset):
-    """HC-SMoE (arXiv 2410.08589): average-linkage clusters of the experts' mean outputs by Euclidean distance, frequency-weighted mean.
+    """HC-SMoE (arXiv 2410.08589): average-linkage clusters of the experts' mean outputs by
+    Euclidean distance, frequency-weighted mean.
 
-    Its published commands misspell `hierarchical` and run K-means; this is the method of the paper. Router rows of a cluster: its centroid's
-    (the original keeps all rows and saves nothing).
+    Its published commands misspell `hierarchical` and run K-means; this is the method of the
+    paper. Router rows of a cluster: its centroid's (the original keeps all rows and saves
+    nothing).
     """
 
     name = "hc-smoe"
-    choices: ClassVar[dict[str, str]] = {"features": "mean-outputs", "cluster": "average", "weigh": "frequency", "combine": "mean", "align": "none", "router": "centroid"}
+    choices: ClassVar[dict[str, str]] = {
+        "features": "mean-outputs",
+        "cluster": "average",
+        "weigh": "frequency",
+        "combine": "mean",
+        "align": "none",
+        "router": "centroid",
+    }

@@ -1,4 +1,6 @@
-"""What a published merging method is: a choice for each of the parts, under its name. One file in this folder each."""
+"""What a published merging method is: a choice for each of the parts, under its name. One file in
+this folder each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from moetool.methods import discover
 
 
 class Preset:
-    """Subclass it in a file of this folder: `name`, whether it needs `text`, and `choices` for the options that were left on auto."""
+    """Subclass it in a file of this folder: `name`, whether it needs `text`, and `choices` for the
+    options that were left on auto.
+    """
 
     name: ClassVar[str] = ""
     text: ClassVar[bool] = True

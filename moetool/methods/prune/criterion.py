@@ -1,4 +1,6 @@
-"""What a pruning method is: a score for each expert, or a choice of those that stay. One file in this folder each."""
+"""What a pruning method is: a score for each expert, or a choice of those that stay. One file in
+this folder each.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from moetool.methods.reduce.view import View
 
 
 class Criterion:
-    """Subclass it in a file of this folder: give `name`, say what it needs, and define `score` or `keep`.
+    """Subclass it in a file of this folder: give `name`, say what it needs, and define `score` or
+    `keep`.
 
-    text: needs statistics; sample: needs that many of the block's inputs; constant: what goes stays as a constant.
+    text: needs statistics; sample: needs that many of the block's inputs; constant: what goes
+    stays as a constant.
     """
 
     name: ClassVar[str] = ""
@@ -40,7 +44,9 @@ class Criterion:
     def decide(self, view: View, count: int) -> Layer:
         """The decision for a layer."""
         kept = self.keep(view, count)
-        scores = () if type(self).score is Criterion.score else tuple(float(s) for s in self.score(view))
+        scores = (
+            () if type(self).score is Criterion.score else tuple(float(s) for s in self.score(view))
+        )
         return Layer.keep(kept, scores=scores, protected=view.protected)
 
 

@@ -9,7 +9,9 @@ from moetool.methods.reduce.view import View
 
 
 class ExpertActivationNorm(Criterion):
-    """EAN: sum of |f_j(x)| over the tokens routed to expert j (the `ean_sum` of the REAP code, arXiv 2510.13999)."""
+    """EAN: sum of |f_j(x)| over the tokens routed to expert j (the `ean_sum` of the REAP code,
+    arXiv 2510.13999).
+    """
 
     name = "ean"
 

@@ -9,8 +9,9 @@ from moetool.methods.reduce.view import View
 
 
 class EasyEp(Criterion):
-    """EASY-EP (arXiv 2504.06792): sum of g_j |f_j| max(0, 1 - cos(stream before, after the block)), so that tokens which the block leaves as
-    they are count little. Best with a few demonstrations of the one domain that matters (its code takes the 25 longest).
+    """EASY-EP (arXiv 2504.06792): sum of g_j |f_j| max(0, 1 - cos(stream before, after the
+    block)), so that tokens which the block leaves as they are count little. Best with a few
+    demonstrations of the one domain that matters (its code takes the 25 longest).
     """
 
     name = "easy-ep"

@@ -9,7 +9,9 @@ from moetool.methods.reduce.view import View
 
 
 class Frequency(Criterion):
-    """How often an expert is among the top-k. A baseline: where training balanced the load it can be worse than chance (bincount of top-k, REAP's `frequency`)."""
+    """How often an expert is among the top-k. A baseline: where training balanced the load it can
+    be worse than chance (bincount of top-k, REAP's `frequency`).
+    """
 
     name = "frequency"
 

@@ -9,7 +9,9 @@ from moetool.methods.reduce.view import View
 
 
 class GateMass(Criterion):
-    """Sum of an expert's combine weights over all tokens that chose it, as the model weighs them (sigmoid, groups and scaling included)."""
+    """Sum of an expert's combine weights over all tokens that chose it, as the model weighs them
+    (sigmoid, groups and scaling included).
+    """
 
     name = "gate-mass"
 

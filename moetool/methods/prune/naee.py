@@ -14,8 +14,9 @@ MOST = 300  # subsets tried one by one; beyond that experts go one at a time
 
 
 class Naee(Criterion):
-    """NAEE (arXiv 2402.14800): the subset whose layer output is nearest the full layer's on a sample of tokens, routing computed anew. Every
-    subset where there are at most 300 (8 -> 6 is 28); otherwise greedy: again and again the expert goes whose loss costs least.
+    """NAEE (arXiv 2402.14800): the subset whose layer output is nearest the full layer's on a
+    sample of tokens, routing computed anew. Every subset where there are at most 300 (8 -> 6 is
+    28); otherwise greedy: again and again the expert goes whose loss costs least.
     """
 
     name = "naee"
@@ -23,10 +24,19 @@ class Naee(Criterion):
     buffers = HELD + (HELD >> 1)
 
     def keep(self, view: View, count: int) -> list[int]:
-        trial = Trial(view.some(min(view.options.sample, HELD // (4 * view.experts * view.rows.shape[1]))), view.block)
-        if view.mixture.groups == 1 and comb(view.experts - len(view.protected), view.experts - count) <= MOST:
+        trial = Trial(
+            view.some(min(view.options.sample, HELD // (4 * view.experts * view.rows.shape[1]))),
+            view.block,
+        )
+        if (
+            view.mixture.groups == 1
+            and comb(view.experts - len(view.protected), view.experts - count) <= MOST
+        ):
             free = [e for e in range(view.experts) if e not in view.protected]
-            sets = [sorted({*view.protected, *chosen}) for chosen in combinations(free, count - len(view.protected))]
+            sets = [
+                sorted({*view.protected, *chosen})
+                for chosen in combinations(free, count - len(view.protected))
+            ]
             return min(sets, key=lambda s: (float(trial.errors(s).sum()), s))
         return self._greedy(view, trial, count)
 
@@ -38,7 +48,9 @@ class Naee(Criterion):
             for group in members:  # one from each router group in turn, so that groups stay equal
                 if len(kept) <= count:
                     break
-                cost = {e: trial.cost(kept, e) for e in kept if e in group and e not in view.protected}
+                cost = {
+                    e: trial.cost(kept, e) for e in kept if e in group and e not in view.protected
+                }
                 gone = min(cost, key=lambda e: (cost[e], e))
                 kept.remove(gone)
                 trial.now = None
@@ -46,7 +58,9 @@ class Naee(Criterion):
 
 
 class Trial:
-    """The layer with some experts missing, on a sample x [tokens, hidden]; all experts' outputs are computed once."""
+    """The layer with some experts missing, on a sample x [tokens, hidden]; all experts' outputs
+    are computed once.
+    """
 
     def __init__(self, x: Any, block: Any) -> None:
         import torch
@@ -57,7 +71,9 @@ class Trial:
         everyone = block.experts.count + block.identity
         self.out = torch.empty(len(x), everyone, x.shape[1], device=self.x.device)
         for e in range(block.experts.count):
-            self.out[:, e] = block.experts.out(block.experts.hidden(self.x if gate is None else self.x * gate[:, e : e + 1], e), e)
+            self.out[:, e] = block.experts.out(
+                block.experts.hidden(self.x if gate is None else self.x * gate[:, e : e + 1], e), e
+            )
         self.out[:, block.experts.count :] = self.x[:, None]
         self.full = self._mix(slice(None), list(range(block.experts.count)))[0]
         self.now: tuple[Any, Any] | None = None
@@ -70,16 +86,24 @@ class Trial:
 
         allowed = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.x.device)
         allowed[[*kept, *range(self.block.experts.count, self.out.shape[1])]] = True
-        routing = moe.select(self.x[rows], self.block.router, self.block.law, self.block.bias, allowed)
-        chosen = self.out[rows].gather(1, routing.index[..., None].expand(-1, -1, self.out.shape[-1]))
-        return (chosen if self.on_input else chosen * routing.weight[..., None]).sum(1), routing.index
+        routing = moe.select(
+            self.x[rows], self.block.router, self.block.law, self.block.bias, allowed
+        )
+        chosen = self.out[rows].gather(
+            1, routing.index[..., None].expand(-1, -1, self.out.shape[-1])
+        )
+        return (chosen if self.on_input else chosen * routing.weight[..., None]).sum(
+            1
+        ), routing.index
 
     def errors(self, kept: list[int]) -> Any:
         """Squared distance from the full layer's output, [tokens]."""
         return (self._mix(slice(None), kept)[0] - self.full).pow(2).sum(-1).double()
 
     def cost(self, kept: list[int], expert: int) -> float:
-        """How much the error grows when this one goes too: only tokens that chose it change (with groups all may)."""
+        """How much the error grows when this one goes too: only tokens that chose it change (with
+        groups all may).
+        """
         if self.now is None:
             made, index = self._mix(slice(None), kept)
             self.now = ((made - self.full).pow(2).sum(-1).double(), index)

@@ -10,7 +10,9 @@ from moetool.methods.reduce.view import View
 
 
 class Random(Criterion):
-    """Experts drawn by --seed, the same number in each layer: what every method must beat to be worth its text."""
+    """Experts drawn by --seed, the same number in each layer: what every method must beat to be
+    worth its text.
+    """
 
     name = "random"
     text = False

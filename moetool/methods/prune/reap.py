@@ -9,8 +9,9 @@ from moetool.methods.reduce.view import View
 
 
 class Reap(Criterion):
-    """REAP (arXiv 2510.13999): the mean of g_j(x) |f_j(x)| over the tokens routed to expert j. g is the weight that the model itself
-    gives (sigmoid and group-limited routers right, as in llm-compressor's REAPPruningModifier), norms only on an expert's own tokens.
+    """REAP (arXiv 2510.13999): the mean of g_j(x) |f_j(x)| over the tokens routed to expert j. g
+    is the weight that the model itself gives (sigmoid and group-limited routers right, as in
+    llm-compressor's REAPPruningModifier), norms only on an expert's own tokens.
     """
 
     name = "reap"

@@ -1,4 +1,6 @@
-"""No text needed: of experts whose router rows are alike, one stays. The default when there is no text."""
+"""No text needed: of experts whose router rows are alike, one stays. The default when there is no
+text.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from moetool.methods.reduce.view import View
 
 
 class RouterDistance(Criterion):
-    """STUN's first stage (arXiv 2409.06211): complete-linkage clusters of router rows by Euclidean distance, minus how often two experts
-    are chosen together where there are statistics (both scaled to mean 1); of each cluster the member nearest the mean row stays.
+    """STUN's first stage (arXiv 2409.06211): complete-linkage clusters of router rows by Euclidean
+    distance, minus how often two experts are chosen together where there are statistics (both
+    scaled to mean 1); of each cluster the member nearest the mean row stays.
     """
 
     name = "router-distance"
@@ -24,8 +27,15 @@ class RouterDistance(Criterion):
             free = [e for e in members if e not in view.protected]
             room = view.share(count) - (len(members) - len(free))
             kept += [e for e in members if e in view.protected]
-            labels = cluster.agglomerative(distance[np.ix_(free, free)], room, "complete") if room > 0 else np.array([])
-            kept += [cluster.nearest_member(view.rows, [free[i] for i in np.nonzero(labels == label)[0]]) for label in sorted(set(labels.tolist()))]
+            labels = (
+                cluster.agglomerative(distance[np.ix_(free, free)], room, "complete")
+                if room > 0
+                else np.array([])
+            )
+            kept += [
+                cluster.nearest_member(view.rows, [free[i] for i in np.nonzero(labels == label)[0]])
+                for label in sorted(set(labels.tolist()))
+            ]
         return sorted(kept)
 
     def _distance(self, view: View) -> np.ndarray:

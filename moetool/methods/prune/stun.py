@@ -12,8 +12,9 @@ SPREAD = 0.08  # how far a layer's share may lie from the mean (OWL's lambda)
 
 
 class Stun(RouterDistance):
-    """STUN (arXiv 2409.06211): router-distance clusters down to --ratio, then Wanda (arXiv 2306.11695) inside the kept experts until
-    --total-sparsity of all expert weights is gone or zero, spread over layers by OWL (arXiv 2310.05175): layers with more outliers keep more.
+    """STUN (arXiv 2409.06211): router-distance clusters down to --ratio, then Wanda (arXiv
+    2306.11695) inside the kept experts until --total-sparsity of all expert weights is gone or
+    zero, spread over layers by OWL (arXiv 2310.05175): layers with more outliers keep more.
     """
 
     name = "stun"
@@ -25,15 +26,22 @@ class Stun(RouterDistance):
 
         experts, found, total = view.block.experts, 0, 0
         for e in range(view.experts):
-            for matrix, energy in ((experts.gate_up[e], view.seen.in_sq[e]), (experts.down[e], view.seen.mid_sq[e])):
-                score = matrix.float().abs() * torch.from_numpy(np.sqrt(energy)).float()[None, :].to(matrix.device)
+            for matrix, energy in (
+                (experts.gate_up[e], view.seen.in_sq[e]),
+                (experts.down[e], view.seen.mid_sq[e]),
+            ):
+                score = matrix.float().abs() * torch.from_numpy(np.sqrt(energy)).float()[
+                    None, :
+                ].to(matrix.device)
                 found += int((score > OUTLIER * score.mean()).sum())
                 total += score.numel()
         return found / total
 
 
 def shares(outliers: dict[int, float], ratio: float, total: float) -> dict[int, float]:
-    """{layer: share of the kept experts' weights to zero} so that, with `ratio` of experts gone, `total` of all weights are gone or zero."""
+    """{layer: share of the kept experts' weights to zero} so that, with `ratio` of experts gone,
+    `total` of all weights are gone or zero.
+    """
     base = 1.0 - (1.0 - total) / (1.0 - ratio)
     low, high = min(outliers.values()), max(outliers.values())
     if high == low:

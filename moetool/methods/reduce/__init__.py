@@ -1,1 +1,3 @@
-"""What prune and merge share: budgets, protection, decisions, and the plan that cuts experts and everything counted with them."""
+"""What prune and merge share: budgets, protection, decisions, and the plan that cuts experts and
+everything counted with them.
+"""

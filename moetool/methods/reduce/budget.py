@@ -14,31 +14,51 @@ KINDS = ("uniform", "sensitivity")
 
 
 def uniform(mixture: Mixture, ratio: float) -> int:
-    """Experts a layer keeps when `ratio` of them go: floor(experts * ratio) are removed; with groups, as many in each (rounded).
+    """Experts a layer keeps when `ratio` of them go: floor(experts * ratio) are removed; with
+    groups, as many in each (rounded).
 
-    The floor and the rounding are llm-compressor's (modifiers/pruning/reap/base.py). Raises for fewer than a token needs.
+    The floor and the rounding are llm-compressor's (modifiers/pruning/reap/base.py). Raises for
+    fewer than a token needs.
     """
     if not 0.0 <= ratio < 1.0:
-        raise UsageError("--ratio is the share of experts removed", expected="0 <= ratio < 1, for example 0.25", found=ratio, hint="0.25 turns 128 experts into 96")
+        raise UsageError(
+            "--ratio is the share of experts removed",
+            expected="0 <= ratio < 1, for example 0.25",
+            found=ratio,
+            hint="0.25 turns 128 experts into 96",
+        )
     removed = int(mixture.experts * ratio + 1e-9)
     if mixture.groups > 1:
         asked, removed = removed, round(removed / mixture.groups) * mixture.groups
         if asked and not removed:
-            raise UsageError("the groups of a group-limited router must stay equal, and that leaves nothing to remove", expected=f"--ratio at least {mixture.groups / mixture.experts:g}: one expert from each of {mixture.groups} groups", found=ratio, hint="raise --ratio")
+            raise UsageError(
+                "the groups of a group-limited router must stay equal, and that leaves nothing to remove",
+                expected=f"--ratio at least {mixture.groups / mixture.experts:g}: one expert from each of {mixture.groups} groups",
+                found=ratio,
+                hint="raise --ratio",
+            )
     check_count(mixture, mixture.experts - removed)
     return mixture.experts - removed
 
 
-def by_sensitivity(mixture: Mixture, ratio: float, scores: Mapping[int, np.ndarray]) -> dict[int, int]:
-    """Experts each layer keeps when the same number goes altogether, but from where it is missed least.
+def by_sensitivity(
+    mixture: Mixture, ratio: float, scores: Mapping[int, np.ndarray]
+) -> dict[int, int]:
+    """Experts each layer keeps when the same number goes altogether, but from where it is missed
+    least.
 
-    Scores (high = needed) are shares of their layer's sum; the smallest shares of the whole model go first, as long as the layer keeps
-    what a token needs. As in M-SMoE's global threshold (arXiv 2310.01334), for any score.
+    Scores (high = needed) are shares of their layer's sum; the smallest shares of the whole model
+    go first, as long as the layer keeps what a token needs. As in M-SMoE's global threshold (arXiv
+    2310.01334), for any score.
     """
     total = (mixture.experts - uniform(mixture, ratio)) * len(scores)
     least = max(mixture.top_k, mixture.groups)
     kept = dict.fromkeys(scores, mixture.experts)
-    shares = sorted((float(s) / max(1e-300, float(row.sum())), layer, e) for layer, row in scores.items() for e, s in enumerate(np.maximum(row, 0)))
+    shares = sorted(
+        (float(s) / max(1e-300, float(row.sum())), layer, e)
+        for layer, row in scores.items()
+        for e, s in enumerate(np.maximum(row, 0))
+    )
     for _, layer, _ in shares:
         if not total:
             break
@@ -46,5 +66,8 @@ def by_sensitivity(mixture: Mixture, ratio: float, scores: Mapping[int, np.ndarr
             kept[layer] -= 1
             total -= 1
     if mixture.groups > 1:
-        kept = {layer: max(least, round(n / mixture.groups) * mixture.groups) for layer, n in kept.items()}
+        kept = {
+            layer: max(least, round(n / mixture.groups) * mixture.groups)
+            for layer, n in kept.items()
+        }
     return kept

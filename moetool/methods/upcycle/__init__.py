@@ -1,1 +1,3 @@
-"""Upcycling as a grammar: SITE, ASSEMBLE, CARVE, DIVERSIFY, ROUTE, SHARED, SCALE - one file a primitive."""
+"""Upcycling as a grammar: SITE, ASSEMBLE, CARVE, DIVERSIFY, ROUTE, SHARED, SCALE - one file a
+primitive.
+"""

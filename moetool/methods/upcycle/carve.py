@@ -1,4 +1,6 @@
-"""CARVE: which neurons an expert gets. Orders are decided once a layer and kept as tables of neuron numbers."""
+"""CARVE: which neurons an expert gets. Orders are decided once a layer and kept as tables of
+neuron numbers.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,27 @@ def parse(spec: str, split: int) -> tuple[str, str]:
     """(kind, matrix): kind is contiguous, random or kmeans; UsageError for anything else."""
     found = re.fullmatch(r"(contiguous|random)|kmeans(?::(gate|up))?", spec)
     if not found:
-        raise UsageError(f"--carve {spec!r} is not understood", expected=FORMS, hint="for example --split 8 --carve kmeans:gate")
+        raise UsageError(
+            f"--carve {spec!r} is not understood",
+            expected=FORMS,
+            hint="for example --split 8 --carve kmeans:gate",
+        )
     kind = found[1] or "kmeans"
     if kind != "contiguous" and split == 1:
-        raise UsageError(f"--carve {spec} has nothing to carve", expected="--split 2 or more", hint="leave --carve out, or add --split")
+        raise UsageError(
+            f"--carve {spec} has nothing to carve",
+            expected="--split 2 or more",
+            hint="leave --carve out, or add --split",
+        )
     return kind, found[2] or "gate"
 
 
-def order(kind: str, width: int, split: int, seed: int, name: str, read: Callable[[], Any]) -> list[int] | None:
-    """Neuron numbers, part after part ([width] integers), or None for the order on disk. `read` gives [width, hidden] rows."""
+def order(
+    kind: str, width: int, split: int, seed: int, name: str, read: Callable[[], Any]
+) -> list[int] | None:
+    """Neuron numbers, part after part ([width] integers), or None for the order on disk. `read`
+    gives [width, hidden] rows.
+    """
     if kind == "contiguous":
         return None
     if kind == "random":

@@ -29,10 +29,16 @@ class Diversify:
                 values["permute"] = True
             elif found := re.fullmatch(r"noise:(\d*\.?\d+)", part):
                 values["sigma"] = float(found[1])
-            elif (found := re.fullmatch(r"drop:(\d*\.?\d+)(?::(neuron|reference))?", part)) and float(found[1]) <= 1:
+            elif (
+                found := re.fullmatch(r"drop:(\d*\.?\d+)(?::(neuron|reference))?", part)
+            ) and float(found[1]) <= 1:
                 values |= {"ratio": float(found[1]), "whole_neurons": found[2] != "reference"}
             elif part != "none":
-                raise UsageError(f"--diversify {spec!r} is not understood", expected=FORMS, hint="for example --diversify drop:0.5")
+                raise UsageError(
+                    f"--diversify {spec!r} is not understood",
+                    expected=FORMS,
+                    hint="for example --diversify drop:0.5",
+                )
         return cls(**values)
 
     @property
@@ -41,12 +47,17 @@ class Diversify:
         return self.sigma > 0 or self.ratio > 0
 
     def params(self, layer: int, matrix: str, seed: int) -> dict[str, Any]:
-        """Options of the `neurons` operation for one matrix (gate, up or down) of one layer; empty when nothing happens."""
+        """Options of the `neurons` operation for one matrix (gate, up or down) of one layer; empty
+        when nothing happens.
+        """
         out: dict[str, Any] = {}
         if self.permute:
             out["permute"] = f"layer{layer}"
         if self.ratio > 0:
-            out["redraw"] = {"ratio": self.ratio, "same": f"layer{layer}" if self.whole_neurons else None}
+            out["redraw"] = {
+                "ratio": self.ratio,
+                "same": f"layer{layer}" if self.whole_neurons else None,
+            }
         if self.sigma > 0:
             out["noise"] = {"sigma": self.sigma}
         return out | {"seed": seed, "name": f"layer{layer}/{matrix}"} if out else {}

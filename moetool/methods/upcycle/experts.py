@@ -20,7 +20,9 @@ MATRICES = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Ffn:
-    """The three matrices of a gated FFN as pieces: gate and up [width, hidden], down [hidden, width]."""
+    """The three matrices of a gated FFN as pieces: gate and up [width, hidden], down [hidden,
+    width].
+    """
 
     gate: Piece
     up: Piece
@@ -36,13 +38,27 @@ class Ffn:
 
         def stored(role: str) -> Any:
             slot = layout.role(role)
-            return source.tensor(chosen.prefix + slot.name.replace("{layer}", str(layer))) if slot else None
+            return (
+                source.tensor(chosen.prefix + slot.name.replace("{layer}", str(layer)))
+                if slot
+                else None
+            )
 
         down, both = stored("ffn.down"), stored("ffn.gate_up")
         if down is None or (both is None and layout.role("ffn.gate") is None):
-            raise MoetoolError(f"{layout.model_type} has no gated FFN that can become experts", hint=f"see `moetool archs show {layout.model_type}`")
+            raise MoetoolError(
+                f"{layout.model_type} has no gated FFN that can become experts",
+                hint=f"see `moetool archs show {layout.model_type}`",
+            )
         if down.dtype not in FLOATS:
-            raise MoetoolError("the weights are not plain floats", file=f"{source.folder}/{down.file}", tensor=down.name, expected=", ".join(FLOATS), found=down.dtype, hint="dequantize the model first")
+            raise MoetoolError(
+                "the weights are not plain floats",
+                file=f"{source.folder}/{down.file}",
+                tensor=down.name,
+                expected=", ".join(FLOATS),
+                found=down.dtype,
+                hint="dequantize the model first",
+            )
         hidden, width = down.shape
         if both is not None:
             _fit(source, both, (2 * width, hidden))
@@ -54,13 +70,27 @@ class Ffn:
             gate, up = whole(gate_stored, number), whole(up_stored, number)
         size = layout.text(chosen.config).get(layout.fields.get("hidden", ""))
         if size is not None and size != hidden:
-            raise MoetoolError("an FFN does not fit the config", file=f"{source.folder}/{down.file}", tensor=down.name, expected=f"hidden size {size}", found=list(down.shape), hint="config.json and weights are not of the same model")
+            raise MoetoolError(
+                "an FFN does not fit the config",
+                file=f"{source.folder}/{down.file}",
+                tensor=down.name,
+                expected=f"hidden size {size}",
+                found=list(down.shape),
+                hint="config.json and weights are not of the same model",
+            )
         return cls(gate, up, whole(down, number), width, hidden, down.dtype)
 
 
 def _fit(source: Checkpoint, stored: Any, shape: tuple[int, int]) -> None:
     if stored.shape != shape:
-        raise MoetoolError("the matrices of an FFN do not fit each other", file=f"{source.folder}/{stored.file}", tensor=stored.name, expected=list(shape), found=list(stored.shape), hint="config.json and weights are not of the same model")
+        raise MoetoolError(
+            "the matrices of an FFN do not fit each other",
+            file=f"{source.folder}/{stored.file}",
+            tensor=stored.name,
+            expected=list(shape),
+            found=list(stored.shape),
+            hint="config.json and weights are not of the same model",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,12 +110,24 @@ class Layer:
     seed: int
 
 
-def write_moe(build: Builder, sources: Sequence[Checkpoint], chosen: Conversion, layer: Layer) -> None:
+def write_moe(
+    build: Builder, sources: Sequence[Checkpoint], chosen: Conversion, layer: Layer
+) -> None:
     """Plan all tensors of a MoE layer: router, side tensors, experts, shared expert."""
     ffns = [Ffn.read(s, chosen, layer.number, i) for i, s in enumerate(sources)]
     for other in ffns[1:]:
-        if (other.width, other.hidden, other.dtype) != (ffns[0].width, ffns[0].hidden, ffns[0].dtype):
-            raise MoetoolError("sources have FFNs of different shape", tensor=other.down.name, expected=list(ffns[0].down.shape), found=list(other.down.shape), hint="all sources must be fine-tunes of one model")
+        if (other.width, other.hidden, other.dtype) != (
+            ffns[0].width,
+            ffns[0].hidden,
+            ffns[0].dtype,
+        ):
+            raise MoetoolError(
+                "sources have FFNs of different shape",
+                tensor=other.down.name,
+                expected=list(ffns[0].down.shape),
+                found=list(other.down.shape),
+                hint="all sources must be fine-tunes of one model",
+            )
     width = ffns[0].width // layer.split
     places = _places(build, chosen, layer, width, ffns[0])
     for matrix in MATRICES:
@@ -100,7 +142,9 @@ def _name(chosen: Conversion, template: str, layer: int, expert: int | None = No
     return chosen.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-def _places(build: Builder, chosen: Conversion, layer: Layer, width: int, ffn: Ffn) -> dict[str, list[Piece]]:
+def _places(
+    build: Builder, chosen: Conversion, layer: Layer, width: int, ffn: Ffn
+) -> dict[str, list[Piece]]:
     """Announce the expert tensors; returns where each expert's gate, up and down go."""
     shapes = {"gate": (width, ffn.hidden), "up": (width, ffn.hidden), "down": (ffn.hidden, width)}
     if not layer.fused:
@@ -108,11 +152,25 @@ def _places(build: Builder, chosen: Conversion, layer: Layer, width: int, ffn: F
         places: dict[str, list[Piece]] = {m: [] for m in MATRICES}
         for expert in range(layer.experts):
             for matrix in MATRICES:
-                places[matrix].append(whole(build.target(_name(chosen, names[matrix], layer.number, expert), ffn.dtype, shapes[matrix])))
+                places[matrix].append(
+                    whole(
+                        build.target(
+                            _name(chosen, names[matrix], layer.number, expert),
+                            ffn.dtype,
+                            shapes[matrix],
+                        )
+                    )
+                )
         return places
     names = chosen.target.fused()
-    both = build.target(_name(chosen, names["gate_up"], layer.number), ffn.dtype, (layer.experts, 2 * width, ffn.hidden))
-    down = build.target(_name(chosen, names["down"], layer.number), ffn.dtype, (layer.experts, ffn.hidden, width))
+    both = build.target(
+        _name(chosen, names["gate_up"], layer.number),
+        ffn.dtype,
+        (layer.experts, 2 * width, ffn.hidden),
+    )
+    down = build.target(
+        _name(chosen, names["down"], layer.number), ffn.dtype, (layer.experts, ffn.hidden, width)
+    )
     slab = width * ffn.hidden
     return {
         "gate": [Piece(both.name, shapes["gate"], 2 * e * slab) for e in range(layer.experts)],
@@ -128,8 +186,12 @@ def _runs(layer: Layer, places: list[Piece]) -> Iterator[tuple[int, int, list[Pi
         yield source, experts[0], places[experts[0] : experts[-1] + 1]
 
 
-def _experts(build: Builder, matrix: str, piece: Piece, outs: list[Piece], first: int, layer: Layer) -> None:
-    """One matrix of a run of experts: byte copies where nothing is computed, one `neurons` task otherwise."""
+def _experts(
+    build: Builder, matrix: str, piece: Piece, outs: list[Piece], first: int, layer: Layer
+) -> None:
+    """One matrix of a run of experts: byte copies where nothing is computed, one `neurons` task
+    otherwise.
+    """
     if matrix == "down" and layer.shared:
         for out in outs:
             build.task("zeros", [], [out])
@@ -142,15 +204,32 @@ def _experts(build: Builder, matrix: str, piece: Piece, outs: list[Piece], first
         height = piece.shape[0] // layer.split if axis == 0 else piece.shape[0]
         for number, out in enumerate(outs):
             part = (first + number) % layer.split
-            build.copy(piece if layer.split == 1 else replace(rows(piece, part * height, (part + 1) * height), source=piece.source), out)
+            build.copy(
+                piece
+                if layer.split == 1
+                else replace(rows(piece, part * height, (part + 1) * height), source=piece.source),
+                out,
+            )
         return
-    build.task("neurons", [piece], outs, axis=axis, parts=layer.split, order=layer.order, first=first, scale=factor, **params)
+    build.task(
+        "neurons",
+        [piece],
+        outs,
+        axis=axis,
+        parts=layer.split,
+        order=layer.order,
+        first=first,
+        scale=factor,
+        **params,
+    )
 
 
 def _router(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
     slot = chosen.target.role("router")
     assert slot is not None
-    target = build.target(_name(chosen, slot.name, layer.number), ffn.dtype, (layer.experts, ffn.hidden))
+    target = build.target(
+        _name(chosen, slot.name, layer.number), ffn.dtype, (layer.experts, ffn.hidden)
+    )
     if layer.router.law == "zero":
         build.zeros(target)
     else:
@@ -179,9 +258,13 @@ def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
             build.copy(getattr(ffn, matrix), whole(target))
     switch = chosen.target.role("shared.switch")
     if switch is not None and (layer.shared or rule.get("always")):
-        build.zeros(build.target(_name(chosen, switch.name, layer.number), ffn.dtype, (1, ffn.hidden)))
+        build.zeros(
+            build.target(_name(chosen, switch.name, layer.number), ffn.dtype, (1, ffn.hidden))
+        )
 
 
 def idle_width(rule: dict[str, Any], expert_width: int) -> int:
-    """Width of a shared expert that must exist but is not wished: narrow zeros load in more places than empty tensors."""
+    """Width of a shared expert that must exist but is not wished: narrow zeros load in more places
+    than empty tensors.
+    """
     return min(int(rule.get("idle", 0)), expert_width)

@@ -28,10 +28,12 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Upcycle:
-    """Turn a dense model into a mixture of experts that computes the same function (or say what it computes instead).
+    """Turn a dense model into a mixture of experts that computes the same function (or say what it
+    computes instead).
 
-    Sparse upcycling: Komatsuzaki et al., arXiv 2212.05055. Virtual groups: He et al., arXiv 2410.07524. Drop-Upcycling:
-    arXiv 2502.19261. Branch-Train-MiX: arXiv 2403.07816. The identity behind the certificate is in methods/upcycle/scale.py.
+    Sparse upcycling: Komatsuzaki et al., arXiv 2212.05055. Virtual groups: He et al., arXiv
+    2410.07524. Drop-Upcycling: arXiv 2502.19261. Branch-Train-MiX: arXiv 2403.07816. The identity
+    behind the certificate is in methods/upcycle/scale.py.
     """
 
     experts: int = option(8, "routed experts in each MoE layer")
@@ -39,24 +41,56 @@ class Upcycle:
     split: int = option(1, "cut each FFN into this many parts; experts = parts x replicas")
     layers: str = option("all", f"which layers get experts: {site.FORMS}")
     target: str = option("auto", "model type to write, or auto; with --layers none: same")
-    layout: str = option("auto", "per-expert or fused tensors; auto is per-expert wherever the family reads it")
-    router: str = option("auto", "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA")
+    layout: str = option(
+        "auto", "per-expert or fused tensors; auto is per-expert wherever the family reads it"
+    )
+    router: str = option(
+        "auto", "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA"
+    )
     carve: str = option("contiguous", f"how --split chooses neurons: {carve.FORMS}")
-    diversify: str = option("none", "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], joined by +")
-    shared: bool = option(False, "keep the whole FFN as an always-on shared expert; routed experts start at zero output")
+    diversify: str = option(
+        "none",
+        "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], joined by +",
+    )
+    shared: bool = option(
+        False,
+        "keep the whole FFN as an always-on shared expert; routed experts start at zero output",
+    )
     scale: str = option("auto", "factor on expert outputs; auto solves the coverage identity")
-    trunk: str = option("base", "everything but the FFNs, with --from: base, mean, weights:a,b,... or interp:x")
-    expert_map: str = option("", "source of each expert (0 is SRC, 1 the first --from), for example 0,1,1,2")
+    trunk: str = option(
+        "base", "everything but the FFNs, with --from: base, mean, weights:a,b,... or interp:x"
+    )
+    expert_map: str = option(
+        "", "source of each expert (0 is SRC, 1 the first --from), for example 0,1,1,2"
+    )
 
     def __post_init__(self) -> None:
         if self.experts < 1 or self.top_k < 1 or self.split < 1:
-            raise UsageError("--experts, --top-k and --split are at least 1", found=f"{self.experts}, {self.top_k}, {self.split}", hint="for example --experts 8 --top-k 2")
+            raise UsageError(
+                "--experts, --top-k and --split are at least 1",
+                found=f"{self.experts}, {self.top_k}, {self.split}",
+                hint="for example --experts 8 --top-k 2",
+            )
         if self.top_k > self.experts:
-            raise UsageError("more experts run than there are", expected=f"--top-k at most {self.experts}", found=self.top_k, hint="raise --experts or lower --top-k")
+            raise UsageError(
+                "more experts run than there are",
+                expected=f"--top-k at most {self.experts}",
+                found=self.top_k,
+                hint="raise --experts or lower --top-k",
+            )
         if self.experts % self.split:
-            raise UsageError("--experts must be a multiple of --split", expected=f"a multiple of {self.split}", found=self.experts, hint=f"for example --experts {self.split * max(1, round(self.experts / self.split))}")
+            raise UsageError(
+                "--experts must be a multiple of --split",
+                expected=f"a multiple of {self.split}",
+                found=self.experts,
+                hint=f"for example --experts {self.split * max(1, round(self.experts / self.split))}",
+            )
         if self.layout not in ("auto", "per-expert", "fused"):
-            raise UsageError(f"--layout {self.layout!r} is not known", expected="auto, per-expert or fused", hint="leave it out")
+            raise UsageError(
+                f"--layout {self.layout!r} is not known",
+                expected="auto, per-expert or fused",
+                hint="leave it out",
+            )
         carve.parse(self.carve, self.split)
         Diversify.parse(self.diversify)
         Router.parse(self.router, self.split, self.top_k)
@@ -68,9 +102,20 @@ class Upcycle:
         kind, matrix = carve.parse(self.carve, self.split)
         tables = {}
         needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
-        for layer in site.parse(self.layers, chosen.source.field("layers", chosen.config)) if kind != "contiguous" else ():
+        for layer in (
+            site.parse(self.layers, chosen.source.field("layers", chosen.config))
+            if kind != "contiguous"
+            else ()
+        ):
             ffn = Ffn.read(sources[0], chosen, layer)
-            order = carve.order(kind, ffn.width, self.split, settings.seed, f"layer{layer}", lambda ffn=ffn: _matrix(sources[0], ffn, matrix))
+            order = carve.order(
+                kind,
+                ffn.width,
+                self.split,
+                settings.seed,
+                f"layer{layer}",
+                lambda ffn=ffn: _matrix(sources[0], ffn, matrix),
+            )
             tables[f"layer{layer}"] = order or []
         report: dict[str, Any] = {}
         if len(sources) > 1:
@@ -87,16 +132,29 @@ class Upcycle:
         layers = site.parse(self.layers, count)
         origin = assemble.expert_map(self.expert_map, self.experts, self.split, len(sources))
         weights = assemble.trunk_weights(self.trunk, len(sources))
-        diversify, router = Diversify.parse(self.diversify), Router.parse(self.router, self.split, self.top_k)
+        diversify, router = (
+            Diversify.parse(self.diversify),
+            Router.parse(self.router, self.split, self.top_k),
+        )
         mixed = len(set(origin)) > 1 or weights is not None or origin[0] != 0
         certificate = scale.solve(
-            experts=self.experts, top_k=self.top_k, split=self.split, router_law=router.law, router_repeat=router.repeat, target=chosen.target,
-            shared=self.shared, changed=diversify.changes_function, assembled=mixed, asked=self.scale,
-        )  # fmt: skip
+            experts=self.experts,
+            top_k=self.top_k,
+            split=self.split,
+            router_law=router.law,
+            router_repeat=router.repeat,
+            target=chosen.target,
+            shared=self.shared,
+            changed=diversify.changes_function,
+            assembled=mixed,
+            asked=self.scale,
+        )
         ffn = Ffn.read(base, chosen, layers[0])
         folded = any(p.op != "copy" for pieces in chosen.pair.tensors.values() for p in pieces)
         certificate = scale.rounded(certificate, ffn.dtype, folded)
-        config = self._config(chosen, base, layers, ffn, certificate.scale if certificate.place == "config" else 1.0)
+        config = self._config(
+            chosen, base, layers, ffn, certificate.scale if certificate.place == "config" else 1.0
+        )
         build, trunk = Builder(), Trunk.of(sources, chosen, weights)
         trunk.write(build, "before")
         for layer in range(count):
@@ -104,44 +162,112 @@ class Upcycle:
             if layer not in layers:
                 trunk.write_ffn(build, layer)
                 continue
-            write_moe(build, sources, chosen, Layer(
-                number=layer, experts=self.experts, split=self.split, origin=origin, order=f"layer{layer}" if decisions.tables.get(f"layer{layer}") else None,
-                diversify=diversify, router=router, scale=certificate.scale if certificate.place == "down_proj" else 1.0, shared=self.shared,
-                fused=self._fused(chosen), seed=settings.seed,
-            ))  # fmt: skip
+            write_moe(
+                build,
+                sources,
+                chosen,
+                Layer(
+                    number=layer,
+                    experts=self.experts,
+                    split=self.split,
+                    origin=origin,
+                    order=f"layer{layer}" if decisions.tables.get(f"layer{layer}") else None,
+                    diversify=diversify,
+                    router=router,
+                    scale=certificate.scale if certificate.place == "down_proj" else 1.0,
+                    shared=self.shared,
+                    fused=self._fused(chosen),
+                    seed=settings.seed,
+                ),
+            )
         trunk.write(build, "after")
-        plan = Plan.build([s.fingerprint() for s in sources], config.value, build.targets, build.tasks, max_shard=settings.max_shard, dropped=trunk.dropped, tables=decisions.tables)
+        plan = Plan.build(
+            [s.fingerprint() for s in sources],
+            config.value,
+            build.targets,
+            build.tasks,
+            max_shard=settings.max_shard,
+            dropped=trunk.dropped,
+            tables=decisions.tables,
+        )
         facts = self._facts(plan, chosen, layers, origin, ffn)
         return Made(plan, certificate, config.value, config.dropped, facts | decisions.report)
 
-    def _plan_dense(self, sources: Sequence[Checkpoint], chosen: Conversion, decisions: Decisions, settings: Settings) -> Made:
-        """No experts: the trunks, FFNs included, combined tensor by tensor (UnIVAL, arXiv 2307.16184)."""
+    def _plan_dense(
+        self,
+        sources: Sequence[Checkpoint],
+        chosen: Conversion,
+        decisions: Decisions,
+        settings: Settings,
+    ) -> Made:
+        """No experts: the trunks, FFNs included, combined tensor by tensor (UnIVAL, arXiv
+        2307.16184).
+        """
         weights = assemble.trunk_weights(self.trunk, len(sources))
         build, trunk = Builder(), Trunk.of(sources, chosen, weights)
         for place in ("before", *range(chosen.source.field("layers", chosen.config) or 0), "after"):
             trunk.write(build, place)
-        plan = Plan.build([s.fingerprint() for s in sources], sources[0].config, build.targets, build.tasks, max_shard=settings.max_shard, dropped=trunk.dropped)
+        plan = Plan.build(
+            [s.fingerprint() for s in sources],
+            sources[0].config,
+            build.targets,
+            build.tasks,
+            max_shard=settings.max_shard,
+            dropped=trunk.dropped,
+        )
         same = weights is None or weights == [1.0] + [0.0] * (len(sources) - 1)
-        certificate = Certificate("exact", "a copy of the base") if same else Certificate("none", "trunks of several models are mixed: there is no single function to keep", None)
+        certificate = (
+            Certificate("exact", "a copy of the base")
+            if same
+            else Certificate(
+                "none",
+                "trunks of several models are mixed: there is no single function to keep",
+                None,
+            )
+        )
         facts = {
-            "source_type": chosen.source.model_type, "target_type": chosen.source.model_type, "layers": [], "experts": 0, "top_k": 0, "expert_width": 0,
-            "layout": "dense", "parameters": plan.parameters, "active_parameters": plan.parameters, "expert_sources": [],
-        }  # fmt: skip
+            "source_type": chosen.source.model_type,
+            "target_type": chosen.source.model_type,
+            "layers": [],
+            "experts": 0,
+            "top_k": 0,
+            "expert_width": 0,
+            "layout": "dense",
+            "parameters": plan.parameters,
+            "active_parameters": plan.parameters,
+            "expert_sources": [],
+        }
         return Made(plan, certificate, sources[0].config, {}, facts | decisions.report)
 
     def _conversion(self, base: Checkpoint) -> Conversion:
         if (self.layers == "none") != (self.target == "same"):
-            raise UsageError("--layers none and --target same belong together: no experts, only trunks mixed", found=f"--layers {self.layers} --target {self.target}", hint="use both or neither")
+            raise UsageError(
+                "--layers none and --target same belong together: no experts, only trunks mixed",
+                found=f"--layers {self.layers} --target {self.target}",
+                hint="use both or neither",
+            )
         if self.layers == "none":
             return dense(base)
         first = candidates(base)[0]
         count = first.source.field("layers", first.config)
         width = Ffn.read(base, first, 0).width
         if width % self.split:
-            raise UsageError("the FFN cannot be cut into equal parts", expected=f"a divisor of its width {width}", found=f"--split {self.split}", hint=f"try --split {_near_divisor(width, self.split)}")
+            raise UsageError(
+                "the FFN cannot be cut into equal parts",
+                expected=f"a divisor of its width {width}",
+                found=f"--split {self.split}",
+                hint=f"try --split {_near_divisor(width, self.split)}",
+            )
         if width // self.split % 8:
-            raise UsageError("expert width must be a multiple of 8", expected=f"{width} / split divisible by 8", found=f"{width // self.split} at --split {self.split}", hint=f"transformers' grouped kernels need it; try --split {_near_divisor(width // 8, self.split)}")
-        wish = Wish(self.target, self.layout, self.layers, self.shared, self.split, self.top_k, width, count)
+            raise UsageError(
+                "expert width must be a multiple of 8",
+                expected=f"{width} / split divisible by 8",
+                found=f"{width // self.split} at --split {self.split}",
+                hint=f"transformers' grouped kernels need it; try --split {_near_divisor(width // 8, self.split)}",
+            )
+        wish = Wish(
+            self.target, self.layout, self.layers, self.shared, self.split, self.top_k, width, count
+        )
         return choose(base, wish)
 
     def _fused(self, chosen: Conversion) -> bool:
@@ -149,33 +275,66 @@ class Upcycle:
             return self.layout == "fused"
         return not (chosen.target.per_expert() and chosen.target.experts["reads_per_expert"])
 
-    def _config(self, chosen: Conversion, base: Checkpoint, layers: tuple[int, ...], ffn: Ffn, routed_scale: float) -> pairing.Config:
+    def _config(
+        self,
+        chosen: Conversion,
+        base: Checkpoint,
+        layers: tuple[int, ...],
+        ffn: Ffn,
+        routed_scale: float,
+    ) -> pairing.Config:
         target, fields = chosen.target, chosen.target.fields
         expert_width = ffn.width // self.split
         decided: dict[str, Any] = {fields["experts"]: self.experts, fields["top_k"]: self.top_k}
-        decided |= {alias: self.experts for alias, real in target.aliases.items() if real == fields["experts"] and alias in ("num_experts", "num_local_experts")}
+        decided |= {
+            alias: self.experts
+            for alias, real in target.aliases.items()
+            if real == fields["experts"] and alias in ("num_experts", "num_local_experts")
+        }
         decided[fields.get("expert_width", fields.get("width", "intermediate_size"))] = expert_width
         if "expert_width" in fields and "width" in fields:
             decided[fields["width"]] = ffn.width
         if "routed_scale" in fields:
             decided[fields["routed_scale"]] = routed_scale
-        decided |= shared_fields(target, ffn.width, expert_width) if self.shared else shared_fields(target, 0, expert_width)
+        decided |= (
+            shared_fields(target, ffn.width, expert_width)
+            if self.shared
+            else shared_fields(target, 0, expert_width)
+        )
         made = site.fields(layers, chosen.source.field("layers", chosen.config), target, ffn.width)
         decided |= made if isinstance(made, dict) else {}
         inner = pairing.map_config(chosen.pair, chosen.source, target, chosen.config, decided)
         if chosen.outer is None:
             return inner
-        whole_config = {k: v for k, v in base.config.items() if k != "text_config"} | {"text_config": inner.value}
-        return pairing.Config(whole_config, {f"text_config.{k}": v for k, v in inner.dropped.items()})
+        whole_config = {k: v for k, v in base.config.items() if k != "text_config"} | {
+            "text_config": inner.value
+        }
+        return pairing.Config(
+            whole_config, {f"text_config.{k}": v for k, v in inner.dropped.items()}
+        )
 
-    def _facts(self, plan: Plan, chosen: Conversion, layers: tuple[int, ...], origin: tuple[int, ...], ffn: Ffn) -> dict[str, Any]:
+    def _facts(
+        self,
+        plan: Plan,
+        chosen: Conversion,
+        layers: tuple[int, ...],
+        origin: tuple[int, ...],
+        ffn: Ffn,
+    ) -> dict[str, Any]:
         expert = 3 * ffn.hidden * (ffn.width // self.split)
         idle = len(layers) * expert * (self.experts - self.top_k)
         return {
-            "source_type": (chosen.outer or chosen.pair).source, "target_type": chosen.target.model_type, "layers": list(layers), "experts": self.experts, "top_k": self.top_k,
-            "expert_width": ffn.width // self.split, "layout": "fused" if self._fused(chosen) else "per-expert", "parameters": plan.parameters,
-            "active_parameters": plan.parameters - idle, "expert_sources": list(origin),
-        }  # fmt: skip
+            "source_type": (chosen.outer or chosen.pair).source,
+            "target_type": chosen.target.model_type,
+            "layers": list(layers),
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "expert_width": ffn.width // self.split,
+            "layout": "fused" if self._fused(chosen) else "per-expert",
+            "parameters": plan.parameters,
+            "active_parameters": plan.parameters - idle,
+            "expert_sources": list(origin),
+        }
 
 
 def shared_fields(target: Any, width: int, expert_width: int) -> dict[str, Any]:
@@ -191,10 +350,17 @@ def _near_divisor(width: int, near: int) -> int:
 
 
 def _check_memory(ffn: Ffn, settings: Settings) -> int:
-    """Peak bytes of clustering one matrix: scikit-learn itself, the rows in float64 and twice in float32 (measured); refused when --memory is less."""
+    """Peak bytes of clustering one matrix: scikit-learn itself, the rows in float64 and twice in
+    float32 (measured); refused when --memory is less.
+    """
     needed = CLUSTER_RESERVE + 20 * ffn.width * ffn.hidden
     if settings.memory is not None and needed > settings.memory:
-        raise MoetoolError("clustering does not fit into --memory", expected=f"at least {needed:,} bytes", found=f"{settings.memory:,} bytes", hint="raise --memory, or use --carve random")
+        raise MoetoolError(
+            "clustering does not fit into --memory",
+            expected=f"at least {needed:,} bytes",
+            found=f"{settings.memory:,} bytes",
+            hint="raise --memory, or use --carve random",
+        )
     return needed
 
 

@@ -14,7 +14,9 @@ DEFAULT_SIGMA = 0.02
 
 @dataclass(frozen=True)
 class Router:
-    """The first value of a router matrix [experts, hidden]. `repeat` G: each row stands G times (virtual groups)."""
+    """The first value of a router matrix [experts, hidden]. `repeat` G: each row stands G times
+    (virtual groups).
+    """
 
     law: str
     sigma: float = 0.0
@@ -22,22 +24,40 @@ class Router:
 
     @classmethod
     def parse(cls, spec: str, split: int, top_k: int) -> Router:
-        """The router of a spec; `auto` is group-equal rows where whole groups are selected, normal:0.02 elsewhere."""
+        """The router of a spec; `auto` is group-equal rows where whole groups are selected,
+        normal:0.02 elsewhere.
+        """
         whole_groups = split > 1 and top_k % split == 0
         if spec == "auto":
             spec = f"{'group' if whole_groups else 'normal'}:{DEFAULT_SIGMA}"
-        found = re.fullmatch(r"(zero|kaiming)|(normal|uniform|group)(?::(\d*\.?\d+(?:e-?\d+)?))?", spec)
+        found = re.fullmatch(
+            r"(zero|kaiming)|(normal|uniform|group)(?::(\d*\.?\d+(?:e-?\d+)?))?", spec
+        )
         if not found:
-            raise UsageError(f"--router {spec!r} is not understood", expected=FORMS, hint="for example --router normal:0.02")
+            raise UsageError(
+                f"--router {spec!r} is not understood",
+                expected=FORMS,
+                hint="for example --router normal:0.02",
+            )
         law = found[1] or found[2]
         sigma = float(found[3]) if found[3] else DEFAULT_SIGMA
         if law == "zero" or (found[2] and sigma == 0):
             return cls("zero")
         if law == "group" and not whole_groups:
-            raise UsageError("--router group needs whole groups to be selected", expected=f"--split above 1 and --top-k a multiple of it (here --split {split} --top-k {top_k})", hint="use --router normal:0.02")
+            raise UsageError(
+                "--router group needs whole groups to be selected",
+                expected=f"--split above 1 and --top-k a multiple of it (here --split {split} --top-k {top_k})",
+                hint="use --router normal:0.02",
+            )
         repeat = split if whole_groups else 1
         return cls({"group": "normal", "uniform": "centred"}.get(law, law), sigma, repeat)
 
     def params(self, seed: int, name: str) -> dict[str, Any]:
         """Options of the `draw` operation."""
-        return {"law": self.law, "sigma": self.sigma, "repeat": self.repeat, "seed": seed, "name": name}
+        return {
+            "law": self.law,
+            "sigma": self.sigma,
+            "repeat": self.repeat,
+            "seed": seed,
+            "name": name,
+        }

@@ -12,7 +12,9 @@ FORMS = "all, none, every:N[+OFFSET], first-half, second-half, last:N, or a list
 
 
 def parse(spec: str, count: int) -> tuple[int, ...]:
-    """Layer numbers of a model with `count` layers; UsageError for a form or a number that does not exist."""
+    """Layer numbers of a model with `count` layers; UsageError for a form or a number that does
+    not exist.
+    """
     every = range(count)
     if spec == "all":
         return tuple(every)
@@ -29,9 +31,17 @@ def parse(spec: str, count: int) -> tuple[int, ...]:
     elif re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
         chosen = tuple(sorted({i for part in spec.split(",") for i in _span(part)}))
     else:
-        raise UsageError(f"--layers {spec!r} is not understood", expected=FORMS, hint="for example --layers every:2")
+        raise UsageError(
+            f"--layers {spec!r} is not understood",
+            expected=FORMS,
+            hint="for example --layers every:2",
+        )
     if not chosen or chosen[-1] >= count:
-        raise UsageError(f"--layers {spec} names a layer that is not there", expected=f"layers 0 to {count - 1}", hint=f"forms: {FORMS}")
+        raise UsageError(
+            f"--layers {spec} names a layer that is not there",
+            expected=f"layers 0 to {count - 1}",
+            hint=f"forms: {FORMS}",
+        )
     return chosen
 
 
@@ -41,11 +51,17 @@ def _span(part: str) -> range:
 
 
 def fields(layers: tuple[int, ...], count: int, target: Layout, width: int) -> dict[str, Any] | str:
-    """The target's config fields for these MoE layers, or a sentence why the family cannot hold them."""
+    """The target's config fields for these MoE layers, or a sentence why the family cannot hold
+    them.
+    """
     sites = target.overlay.sites
     dense = [i for i in range(count) if i not in layers]
     if not sites:
-        return {} if not dense else f"{target.model_type} has experts in every layer (here {len(dense)} of {count} would stay dense)"
+        return (
+            {}
+            if not dense
+            else f"{target.model_type} has experts in every layer (here {len(dense)} of {count} would stay dense)"
+        )
     if "dense_list" in sites:
         return {sites["dense_list"]: dense, sites["step"]: 1}
     if "types" in sites:
@@ -57,6 +73,10 @@ def fields(layers: tuple[int, ...], count: int, target: Layout, width: int) -> d
         return {sites["dense_prefix"]: len(dense)}
     start, end, step = sites["range"]
     for stride in range(1, count + 1):
-        if layers and tuple(i for i in range(layers[0], layers[-1] + 1) if (i + 1) % stride == 0) == layers:
+        if (
+            layers
+            and tuple(i for i in range(layers[0], layers[-1] + 1) if (i + 1) % stride == 0)
+            == layers
+        ):
             return {start: layers[0], end: layers[-1], step: stride}
     return f"{target.model_type} takes a first and last layer and a stride only"

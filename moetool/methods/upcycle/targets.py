@@ -1,4 +1,6 @@
-"""Which family the result is written as: the first that loses nothing, or a sentence for each that would."""
+"""Which family the result is written as: the first that loses nothing, or a sentence for each that
+would.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from moetool.surgery.pair import Pair, pairs
 
 @dataclass(frozen=True)
 class Conversion:
-    """Source and target family of the text model; `outer` is the multimodal family around it, `prefix` its name prefix."""
+    """Source and target family of the text model; `outer` is the multimodal family around it,
+    `prefix` its name prefix.
+    """
 
     pair: Pair
     source: Layout
@@ -24,7 +28,6 @@ class Conversion:
     config: dict[str, Any]
     outer: Pair | None = None
     prefix: str = ""
-
 
     @property
     def stays_dense(self) -> bool:
@@ -57,7 +60,12 @@ def candidates(source: Checkpoint) -> list[Conversion]:
     """Every conversion there is data for; MoetoolError when the family is unknown or is not dense."""
     model_type = source.config.get("model_type")
     if not isinstance(model_type, str):
-        raise MoetoolError("the config names no model_type", file=f"{source.folder}/config.json", found=model_type, hint="restore config.json from the original model")
+        raise MoetoolError(
+            "the config names no model_type",
+            file=f"{source.folder}/config.json",
+            found=model_type,
+            hint="restore config.json from the original model",
+        )
     layout = Layout.load(model_type)
     found = []
     for pair in pairs():
@@ -70,14 +78,30 @@ def candidates(source: Checkpoint) -> list[Conversion]:
         text = source.config.get("text_config") or {}
         if text.get("model_type", inner_source) == inner_source:
             inner = next(p for p in pairs() if (p.source, p.target) == (inner_source, inner_target))
-            found.append(Conversion(inner, Layout.load(inner_source), Layout.load(inner_target), text, pair, pair.prefix))
+            found.append(
+                Conversion(
+                    inner,
+                    Layout.load(inner_source),
+                    Layout.load(inner_target),
+                    text,
+                    pair,
+                    pair.prefix,
+                )
+            )
     if not found:
-        raise MoetoolError(f"no conversion from {model_type} to a mixture of experts", file=source.folder, expected=f"one of {', '.join(sorted({p.source for p in pairs()}))}", hint=why_not(layout))
+        raise MoetoolError(
+            f"no conversion from {model_type} to a mixture of experts",
+            file=source.folder,
+            expected=f"one of {', '.join(sorted({p.source for p in pairs()}))}",
+            hint=why_not(layout),
+        )
     return found
 
 
 def why_not(layout: Layout) -> str:
-    """Why a family has no conversion: for each near candidate what would be lost (archs/near_misses.json), or one plain sentence."""
+    """Why a family has no conversion: for each near candidate what would be lost
+    (archs/near_misses.json), or one plain sentence.
+    """
     near = json.loads((DATA / "near_misses.json").read_text()).get(layout.model_type)
     if near:
         return "; ".join(f"not {target}: {why}" for target, why in near.items())
@@ -87,15 +111,34 @@ def why_not(layout: Layout) -> str:
 
 
 def gap(source: Layout, target: Layout) -> str:
-    """What keeps two families apart, read off their layouts: trunk tensors that one has and the other lacks."""
+    """What keeps two families apart, read off their layouts: trunk tensors that one has and the
+    other lacks.
+    """
 
     def trunk(layout: Layout) -> set[str]:
-        return {s.name for s in layout.tensors if s.role is None and s.when is None and "vision" not in s.name and "visual" not in s.name}
+        return {
+            s.name
+            for s in layout.tensors
+            if s.role is None
+            and s.when is None
+            and "vision" not in s.name
+            and "visual" not in s.name
+        }
 
-    needs, lacks = (sorted(n.rpartition("{layer}.")[2] for n in names) for names in (trunk(target) - trunk(source), trunk(source) - trunk(target)))
-    parts = [f"{target.model_type} needs {', '.join(needs[:4])}, which {source.model_type} has not"] if needs else []
+    needs, lacks = (
+        sorted(n.rpartition("{layer}.")[2] for n in names)
+        for names in (trunk(target) - trunk(source), trunk(source) - trunk(target))
+    )
+    parts = (
+        [f"{target.model_type} needs {', '.join(needs[:4])}, which {source.model_type} has not"]
+        if needs
+        else []
+    )
     parts += [f"{target.model_type} has no place for {', '.join(lacks[:4])}"] if lacks else []
-    return "; ".join(parts) or f"their tensors have the same names, but nobody has shown that {target.model_type} computes the same"
+    return (
+        "; ".join(parts)
+        or f"their tensors have the same names, but nobody has shown that {target.model_type} computes the same"
+    )
 
 
 def refusals(conversion: Conversion, wish: Wish) -> list[str]:
@@ -108,31 +151,53 @@ def refusals(conversion: Conversion, wish: Wish) -> list[str]:
         found.append(fields)
     if wish.shared and not target.overlay.shared:
         found.append(f"{target.model_type} has no shared expert")
-    if wish.layout == "per-expert" and not (target.per_expert() and target.experts["reads_per_expert"]):
-        found.append(f"{target.model_type} reads stacked experts only: per-expert names would load as random experts (use --layout fused)")
+    if wish.layout == "per-expert" and not (
+        target.per_expert() and target.experts["reads_per_expert"]
+    ):
+        found.append(
+            f"{target.model_type} reads stacked experts only: per-expert names would load as random experts (use --layout fused)"
+        )
     if wish.layout == "fused" and not target.fused():
         found.append(f"{target.model_type} has no stacked form")
-    if target.overlay.law["score"] == "sparsemixer" and (wish.split > 1 or (wish.top_k != 2 and not wish.shared)):
-        found.append(f"{target.model_type} always runs two experts with weight 1 each (--top-k 2, no --split)")
+    if target.overlay.law["score"] == "sparsemixer" and (
+        wish.split > 1 or (wish.top_k != 2 and not wish.shared)
+    ):
+        found.append(
+            f"{target.model_type} always runs two experts with weight 1 each (--top-k 2, no --split)"
+        )
     return found
 
 
 def choose(source: Checkpoint, wish: Wish) -> Conversion:
-    """The wished conversion, or with `auto` the first that fits; MoetoolError with a reason for each that does not."""
+    """The wished conversion, or with `auto` the first that fits; MoetoolError with a reason for
+    each that does not.
+    """
     options = candidates(source)
-    named = [c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)]
+    named = [
+        c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)
+    ]
     if not named:
         known = sorted({c.pair.target for c in options})
         hint = did_you_mean(wish.target, [*known, "auto"])
         if wish.target in families()["moe"]:
             hint = f"{gap(options[0].source, Layout.load(wish.target))}; use --target auto"
-        raise MoetoolError(f"no exact conversion from {source.config.get('model_type')} to {wish.target}", expected=", ".join(known), found=wish.target, hint=hint)
+        raise MoetoolError(
+            f"no exact conversion from {source.config.get('model_type')} to {wish.target}",
+            expected=", ".join(known),
+            found=wish.target,
+            hint=hint,
+        )
     reasons = {c.pair.target: refusals(c, wish) for c in named}
     for conversion in named:
         if not reasons[conversion.pair.target]:
             return conversion
     lines = {target: "; ".join(why) for target, why in reasons.items()}
-    raise MoetoolError(f"no target can hold {source.config.get('model_type')} without loss", file=source.folder, **{f"not {t}": w for t, w in lines.items()}, hint=_next_step(reasons, str(source.config.get("model_type"))))
+    raise MoetoolError(
+        f"no target can hold {source.config.get('model_type')} without loss",
+        file=source.folder,
+        **{f"not {t}": w for t, w in lines.items()},
+        hint=_next_step(reasons, str(source.config.get("model_type"))),
+    )
 
 
 def _next_step(reasons: dict[str, Sequence[str]], model_type: str) -> str:

@@ -1,4 +1,6 @@
-"""Everything that is not an expert: attention, norms, embeddings, and the FFNs of layers that stay dense."""
+"""Everything that is not an expert: attention, norms, embeddings, and the FFNs of layers that stay
+dense.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Place = int | str  # a layer number, "before" or "after" the layers
 
 @dataclass(frozen=True)
 class Trunk:
-    """The trunk of all sources, sorted by where its tensors lie; `weights` None means the base's own bytes."""
+    """The trunk of all sources, sorted by where its tensors lie; `weights` None means the base's
+    own bytes.
+    """
 
     sources: Sequence[Checkpoint]
     chosen: Conversion
@@ -29,20 +33,35 @@ class Trunk:
     dropped: dict[str, str]
 
     @classmethod
-    def of(cls, sources: Sequence[Checkpoint], chosen: Conversion, weights: list[float] | None) -> Trunk:
-        """Sort the base's tensors; MoetoolError for one that the family does not know or a layer that is not there."""
+    def of(
+        cls, sources: Sequence[Checkpoint], chosen: Conversion, weights: list[float] | None
+    ) -> Trunk:
+        """Sort the base's tensors; MoetoolError for one that the family does not know or a layer
+        that is not there.
+        """
         base, dropped = sources[0], _left_out(sources[0], chosen)
         count = chosen.source.field("layers", chosen.config)
         names: dict[Place, list[str]] = defaultdict(list)
         for name in sorted(base.tensors):
             if name in dropped or is_ffn(chosen, name):
                 continue
-            found = chosen.source.match(name.removeprefix(chosen.prefix)) if name.startswith(chosen.prefix) else None
+            found = (
+                chosen.source.match(name.removeprefix(chosen.prefix))
+                if name.startswith(chosen.prefix)
+                else None
+            )
             if found is None or found.layer is None or "visual" in name:
                 names["before" if "embed" in name else "after"].append(name)
                 continue
             if found.layer >= count:
-                raise MoetoolError("a tensor belongs to a layer that the config does not have", file=base.folder, tensor=name, expected=f"layers 0 to {count - 1}", found=f"layer {found.layer}", hint="correct num_hidden_layers, or the weights are not this config's")
+                raise MoetoolError(
+                    "a tensor belongs to a layer that the config does not have",
+                    file=base.folder,
+                    tensor=name,
+                    expected=f"layers 0 to {count - 1}",
+                    found=f"layer {found.layer}",
+                    hint="correct num_hidden_layers, or the weights are not this config's",
+                )
             names[found.layer].append(name)
         return cls(sources, chosen, weights, names, dropped)
 
@@ -53,13 +72,23 @@ class Trunk:
         for name in self.names.get(place, ()):
             stored = base.tensors[name]
             if chosen.outer is not None and not name.startswith(chosen.prefix):
-                self._one(build, whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+                self._one(
+                    build, whole(stored), whole(build.target(name, stored.dtype, stored.shape))
+                )
                 continue
             inner = name.removeprefix(chosen.prefix)
             _check_shape(base, chosen, name, inner)
-            for new, span, op, params in pairing.map_tensor(chosen.pair, chosen.source, chosen.target, inner, text):
-                if new != inner and chosen.prefix + new in base.tensors and chosen.prefix + new not in self.dropped:
-                    continue  # an untied head of its own stands in the file, and is mapped when its turn comes
+            for new, span, op, params in pairing.map_tensor(
+                chosen.pair, chosen.source, chosen.target, inner, text
+            ):
+                if (
+                    new != inner
+                    and chosen.prefix + new in base.tensors
+                    and chosen.prefix + new not in self.dropped
+                ):
+                    # an untied head of its own stands in the file, and is mapped when its turn
+                    # comes
+                    continue
                 piece = rows(stored, *span) if span else whole(stored)
                 target = build.target(chosen.prefix + new, stored.dtype, piece.shape)
                 self._one(build, piece, whole(target), op, params)
@@ -70,28 +99,59 @@ class Trunk:
         for matrix in MATRICES:
             slot = self.chosen.target.role(f"ffn.{matrix}")
             if slot is None:
-                raise MoetoolError(f"{self.chosen.target.model_type} has no dense FFN", expected="experts in every layer", hint="use --layers all")
+                raise MoetoolError(
+                    f"{self.chosen.target.model_type} has no dense FFN",
+                    expected="experts in every layer",
+                    hint="use --layers all",
+                )
             piece: Piece = getattr(ffn, matrix)
-            target = build.target(self.chosen.prefix + slot.name.replace("{layer}", str(layer)), ffn.dtype, piece.shape)
+            target = build.target(
+                self.chosen.prefix + slot.name.replace("{layer}", str(layer)),
+                ffn.dtype,
+                piece.shape,
+            )
             self._one(build, piece, whole(target))
 
-    def _one(self, build: Builder, piece: Piece, out: Piece, op: str = "copy", params: dict[str, Any] | None = None) -> None:
+    def _one(
+        self,
+        build: Builder,
+        piece: Piece,
+        out: Piece,
+        op: str = "copy",
+        params: dict[str, Any] | None = None,
+    ) -> None:
         if op != "copy":
             if self.weights is not None:
-                raise UsageError("a mixed trunk is not possible for a family whose norms are folded", hint="use --trunk base")
+                raise UsageError(
+                    "a mixed trunk is not possible for a family whose norms are folded",
+                    hint="use --trunk base",
+                )
             build.task(op, [piece], [out], **(params or {}))
         elif self.weights is None:
             build.copy(piece, out)
         else:
-            build.task("combine", [replace(piece, source=i) for i in range(len(self.sources))], [out], weights=self.weights)
+            build.task(
+                "combine",
+                [replace(piece, source=i) for i in range(len(self.sources))],
+                [out],
+                weights=self.weights,
+            )
 
 
 def is_ffn(chosen: Conversion, name: str) -> bool:
     """Whether a tensor is part of a text FFN that may become experts."""
     if chosen.stays_dense:
         return False
-    found = chosen.source.match(name.removeprefix(chosen.prefix)) if name.startswith(chosen.prefix) else None
-    return bool(found and str(found.slot.role).startswith("ffn.") and not str(found.slot.role).endswith("_bias"))
+    found = (
+        chosen.source.match(name.removeprefix(chosen.prefix))
+        if name.startswith(chosen.prefix)
+        else None
+    )
+    return bool(
+        found
+        and str(found.slot.role).startswith("ffn.")
+        and not str(found.slot.role).endswith("_bias")
+    )
 
 
 def _left_out(base: Checkpoint, chosen: Conversion) -> dict[str, str]:
@@ -110,4 +170,11 @@ def _check_shape(base: Checkpoint, chosen: Conversion, name: str, inner: str) ->
     expected = chosen.source.shape(found.slot, chosen.source.text(chosen.config)) if found else None
     if expected is None or None in expected or tuple(expected) == stored.shape:
         return
-    raise MoetoolError("a tensor's shape does not fit the config", file=f"{base.folder}/{stored.file}", tensor=name, expected=list(expected), found=list(stored.shape), hint="config.json and weights are not of the same model")
+    raise MoetoolError(
+        "a tensor's shape does not fit the config",
+        file=f"{base.folder}/{stored.file}",
+        tensor=name,
+        expected=list(expected),
+        found=list(stored.shape),
+        hint="config.json and weights are not of the same model",
+    )
