@@ -154,12 +154,12 @@ def verify(
 def _prepare(
     method: str, sources: tuple[str, ...], out: str, options: dict[str, Any], dry_run: bool = True
 ) -> Any:
-    from moetool import road
+    from moetool import pipeline
 
     common = {k: v for k, v in options.items() if k in _COMMON}
     chosen = {k: v for k, v in options.items() if k not in _COMMON}
-    return road.prepare(
-        road.Options(
+    return pipeline.prepare(
+        pipeline.Options(
             out=out,
             sources=sources,
             method=method,
@@ -173,7 +173,7 @@ def _prepare(
 def _write(
     method: str, sources: tuple[str, ...], out: str, dry_run: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
-    from moetool import road
+    from moetool import pipeline
 
     prepared = _prepare(method, sources, out, options, dry_run)
-    return prepared.summary() if dry_run else road.make(prepared)
+    return prepared.summary() if dry_run else pipeline.make(prepared)

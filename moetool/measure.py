@@ -88,7 +88,7 @@ def _summary(made: Any, checkpoint: Any) -> dict[str, Any]:
                 "reap_most": float(reap.max()),
             }
         )
-    layers = int(mixture.layout.field("layers", mixture.home.config))
+    layers = int(mixture.layout.field("layers", mixture.text_model.config))
     return {
         "summary": rows,
         "super_experts": {str(n): e for n, e in protect.super_experts(largest, layers).items()},
@@ -127,7 +127,7 @@ def evaluate(
     from moetool.evaluate import gate, perplexity
     from moetool.forward.batches import Cut
     from moetool.forward.profile import Calibration
-    from moetool.methods.reduce.frame import parse_percent
+    from moetool.methods.reduce.decide import parse_percent
     from moetool.surgery import source
     from moetool.surgery.checkpoint import Checkpoint
     from moetool.surgery.factored import unfold

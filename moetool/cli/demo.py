@@ -1,4 +1,4 @@
-"""`moetool demo`: the whole road on the checkpoint that ships with moetool."""
+"""`moetool demo`: the whole pipeline on the checkpoint that ships with moetool."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def _figure(value: float | None) -> str:
 
 
 def _one(name: str, options: dict[str, Any], source: Path, out: Path) -> dict[str, Any]:
-    from moetool import road
+    from moetool import pipeline
     from moetool.evaluate.verify import verify
 
     session.sink.say(f"{name} ...")
     session.working = True
-    report = road.make(
-        road.prepare(
-            road.Options(
+    report = pipeline.make(
+        pipeline.prepare(
+            pipeline.Options(
                 out=str(out), sources=(str(source),), method="upcycle", method_options=options
             )
         ),

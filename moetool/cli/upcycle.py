@@ -192,11 +192,11 @@ def write(
     dry_run: bool,
 ) -> int:
     """Prepare, show or make, report."""
-    from moetool import road
+    from moetool import pipeline
 
     sink, walks = session.sink, method in ("prune", "merge")
     session.working = walks  # a walk ends after its layer; all other looking is short
-    options = road.Options(
+    options = pipeline.Options(
         out=out,
         sources=sources,
         method=method,
@@ -205,7 +205,7 @@ def write(
         dry_run=dry_run,
         **rest,
     )
-    prepared = road.prepare(options, progress=sink.steps, stop=session.stop)
+    prepared = pipeline.prepare(options, progress=sink.steps, stop=session.stop)
     if dry_run:
         summary = prepared.summary()
         for line in prepared.made.warnings:
@@ -215,7 +215,7 @@ def write(
         )
         return 0
     session.working = True
-    report = road.make(
+    report = pipeline.make(
         prepared, progress=sink.progress if not walks else sink.either, stop=session.stop
     )
     session.working, session.finished = False, True

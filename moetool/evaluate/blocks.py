@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, home
+from moetool.surgery.layout import Layout, text_model
 from moetool.surgery.spec import Piece, Stored, whole
 
 TOKENS = 32
@@ -39,7 +39,7 @@ class Side:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Side:
-        at = home(checkpoint.config)
+        at = text_model(checkpoint.config)
         return cls(checkpoint, at.layout, at.config, at.prefix)
 
     def stored(self, role: str, layer: int, expert: int | None = None) -> Stored | None:

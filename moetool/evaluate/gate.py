@@ -44,7 +44,7 @@ def measure(
     """Evaluate finished shards against their source on --text (or the calibration text) and hold
     them against the gates; {"quality": ...}.
     """
-    from moetool.methods.reduce.frame import parse_percent, specs
+    from moetool.methods.reduce.decide import parse_percent, specs
 
     files = specs(method.text) or specs(method.calibrate)
     if not files:

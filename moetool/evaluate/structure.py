@@ -11,7 +11,7 @@ from typing import Any
 from moetool.errors import VerificationFailed
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.factored import unfold
-from moetool.surgery.layout import Layout, home
+from moetool.surgery.layout import Layout, text_model
 
 
 def recorded(folder: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str,
 
 def check_names(checkpoint: Checkpoint) -> int:
     """Compare names and shapes with the family's layout; returns how many slots were compared."""
-    at = home(checkpoint.config)
+    at = text_model(checkpoint.config)
     layout, config, prefix = at.layout, at.config, at.prefix
     fused = layout.fused()
     stacked = bool(fused) and any(

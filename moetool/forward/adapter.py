@@ -19,7 +19,7 @@ from typing import Any
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import home
+from moetool.surgery.layout import text_model
 from moetool.surgery.spec import rows, whole
 
 _STACKS = ("layers", "h", "blocks", "block")
@@ -67,7 +67,7 @@ class Shell:
         """The module list of decoder layers, and the module that runs them."""
         from torch import nn
 
-        at = home(self.source.config)
+        at = text_model(self.source.config)
         count = at.layout.field("layers", at.config)
         found = [
             (name, module)
@@ -106,7 +106,7 @@ class Shell:
         self._missing = set(state) - {t for t in state if _tied(self.model, t)}
         head = self.stack + "."
         for name in self.source.tensors:
-            if self._beyond(name):
+            if self._left_out(name):
                 continue
             there, pattern = rename_source_key(
                 name, renamings, converters, self.model.base_model_prefix, state
@@ -120,7 +120,7 @@ class Shell:
             places.setdefault(int(number) if number.isdigit() else None, []).append(name)
         return places
 
-    def _beyond(self, name: str) -> bool:
+    def _left_out(self, name: str) -> bool:
         """Whether a tensor belongs to an expert that is left out."""
         if (
             self._only is None

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """A MoE block: router [experts + identity, hidden] and bias in float32, experts as stored or
+    """A MoE block: router [experts + zero experts, hidden] and bias in float32, experts as stored or
     widened, the shared expert in float32.
     """
 
@@ -31,7 +31,7 @@ class Block:
     experts: moe.Experts
     law: moe.Law
     shared: dict[str, Tensor]
-    identity: int = 0
+    zero_experts: int = 0
 
     def route(self, x: Tensor) -> moe.Routing:
         """x [tokens, hidden] -> where they go."""
@@ -55,11 +55,11 @@ class Block:
         )
 
     def with_experts(self, keep: list[int]) -> Block:
-        """The block with only these experts, in this order; identity experts stay last."""
+        """The block with only these experts, in this order; zero experts stay last."""
         e = self.experts
         order = torch.tensor(keep, device=self.router.device)
         with_identity = torch.cat(
-            [order, torch.arange(e.count, e.count + self.identity, device=order.device)]
+            [order, torch.arange(e.count, e.count + self.zero_experts, device=order.device)]
         )
         law = replace(self.law, top_k=min(self.law.top_k, len(with_identity)))
         pick = lambda t: None if t is None else t[order]  # noqa: E731
@@ -105,7 +105,7 @@ def read(
         )
     bias = mixture.side(layer, "router.bias")
     act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
-    kept = list(range(min(only or count, count))) + list(range(count, count + mixture.identity))
+    kept = list(range(min(only or count, count))) + list(range(count, count + mixture.zero_experts))
     return Block(
         router=_whole(mixture.source, router.stored, device)[kept],
         bias=None
@@ -114,7 +114,7 @@ def read(
         experts=_experts(mixture, layer, min(only or count, count), act, device, widen),
         law=moe.Law(**mixture.law()),
         shared={r: _whole(mixture.source, s, device) for r, s in mixture.shared(layer).items()},
-        identity=mixture.identity,
+        zero_experts=mixture.zero_experts,
     )
 
 

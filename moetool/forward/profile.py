@@ -20,7 +20,7 @@ from moetool.forward import text
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import home
+from moetool.surgery.layout import text_model
 
 FEW = 64  # an expert that saw fewer tokens than this is named in a warning
 Tell = Callable[[str, int, int], None]
@@ -36,7 +36,7 @@ class Calibration:
 
     def read(self, source: Checkpoint) -> batching.Batches:
         """Token batches for this model. Raises for bad files before anything is computed."""
-        at = home(source.config)
+        at = text_model(source.config)
         words = at.layout.text(at.config)
         longest = words.get("max_position_embeddings")
         return batching.make(
@@ -143,7 +143,7 @@ def make(
     from moetool.forward.walk import Budget, Walk
 
     profiler = Profiler(wanted, folder)
-    hidden, width = int(mixture.layout.field("hidden", mixture.home.config)), _width(mixture)
+    hidden, width = int(mixture.layout.field("hidden", mixture.text_model.config)), _width(mixture)
     walk = Walk(
         source,
         batches,
@@ -171,7 +171,7 @@ def make(
 
 def _width(mixture: Mixture) -> int:
     pieces = mixture.pieces(mixture.layers[0], 0)
-    down, hidden = pieces["down"], mixture.layout.field("hidden", mixture.home.config)
+    down, hidden = pieces["down"], mixture.layout.field("hidden", mixture.text_model.config)
     return down.count // int(hidden)
 
 

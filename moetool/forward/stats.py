@@ -52,7 +52,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's statistics as numpy arrays; E experts (identity experts, where there are any,
+    """One layer's statistics as numpy arrays; E experts (zero experts, where there are any,
     come last in `count`, `gate`, `prob`).
 
     count, gate, reap [files, E]: tokens routed, sum of gate weights, sum of gate * |output|. prob
@@ -121,7 +121,11 @@ class Profiler:
     def begin(self, layer: int, block: Block, tokens: int) -> None:
         """Start a layer; `tokens` are all that will come."""
         e, hidden = block.experts.count, block.router.shape[1]
-        width, everyone, files = block.experts.down.shape[2], e + block.identity, self.wanted.files
+        width, everyone, files = (
+            block.experts.down.shape[2],
+            e + block.zero_experts,
+            self.wanted.files,
+        )
         self._layer, self._block, self._expected, self._seen = layer, block, tokens, 0
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         self._sums: dict[str, Tensor] = {

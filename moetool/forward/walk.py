@@ -27,7 +27,7 @@ from moetool.kernels import moe
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.factored import Factored
-from moetool.surgery.layout import home
+from moetool.surgery.layout import text_model
 
 Tensor = torch.Tensor
 COMPARED = 256  # tokens on which the family's own block is asked
@@ -104,7 +104,7 @@ class Needs:
 
 def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
     """What a walk over these batches holds; `extra` is what the onlooker keeps for a layer."""
-    at = home(source.config)
+    at = text_model(source.config)
     width = int(at.layout.field("hidden", at.config) or 0)
     count = int(at.layout.field("layers", at.config) or 1)
     mixture = Mixture.of(source) if at.layout.kind == "moe" else None
@@ -176,7 +176,7 @@ class Walk:
             name,
         )
         self.stop = stop or threading.Event()
-        at = home(source.config)
+        at = text_model(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
         needed = needs(source, batches, extra=extra)
         self.widen, spill, self.peak = needed.fit(budget.memory)

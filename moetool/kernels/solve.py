@@ -50,9 +50,7 @@ def refit(
         out = experts.out(h, expert)
         left.index_add_(0, rows, out if on_input else out * weight, alpha=-1)
         work.append((expert, rows, h if on_input else h * weight))
-    if (
-        experts.count < routing.scores.shape[1]
-    ):  # identity experts: what they add is not ours to change
+    if experts.count < routing.scores.shape[1]:  # zero experts: what they add is not ours to change
         for expert in range(experts.count, routing.scores.shape[1]):
             token, slot = torch.where(routing.index == expert)
             left.index_add_(0, token, x[token] * routing.weight[token, slot][:, None], alpha=-1)

@@ -1,4 +1,4 @@
-"""What every method gives the road in road.py: decisions small enough for JSON, then a plan with
+"""What every method gives the pipeline: decisions small enough for JSON, then a plan with
 its certificate.
 """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from moetool.road import Prepared
+    from moetool.pipeline import Prepared
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -13,7 +13,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from moetool.road import Prepared
+    from moetool.pipeline import Prepared
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.

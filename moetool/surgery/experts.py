@@ -18,7 +18,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Home, Layout, Slot, home
+from moetool.surgery.layout import Layout, Slot, TextModel, text_model
 from moetool.surgery.spec import FLOATS, Piece, Stored, rows, whole
 
 ALIASES = ("num_experts", "num_local_experts")
@@ -74,15 +74,17 @@ class Counted:
 @dataclass(frozen=True)
 class Mixture:
     """The experts of a checkpoint. Made by `Mixture.of`; `layers` are those that hold experts, MTP
-    layers last (`beyond`).
+    layers last (`mtp_layers`).
     """
 
     source: Checkpoint
-    home: Home
+    text_model: TextModel
     experts: int
-    identity: int  # router rows beyond the experts that name no tensors (LongCat's zero experts)
+    zero_experts: (
+        int  # router rows beyond the experts that name no tensors (LongCat's zero experts)
+    )
     layers: tuple[int, ...]
-    beyond: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
     counted: dict[str, Counted] = field(repr=False)
 
     @classmethod
@@ -90,7 +92,7 @@ class Mixture:
         """Find them by name and shape; MoetoolError when the family has none, or a tensor of an
         expert fits no rule.
         """
-        at = home(source.config)
+        at = text_model(source.config)
         layout = at.layout
         if layout.kind != "moe":
             raise MoetoolError(
@@ -108,8 +110,8 @@ class Mixture:
                 found=experts,
                 hint="restore the config from the original model",
             )
-        identity = int(layout.text(at.config).get(layout.overlay.law.get("zero", ""), 0) or 0)
-        finder = _Finder(at, experts, identity)
+        zero_experts = int(layout.text(at.config).get(layout.overlay.law.get("zero", ""), 0) or 0)
+        finder = _Finder(at, experts, zero_experts)
         counted = {
             name: found
             for name, stored in source.tensors.items()
@@ -128,7 +130,7 @@ class Mixture:
             source,
             at,
             experts,
-            identity,
+            zero_experts,
             tuple(n for n in numbers if n < count),
             tuple(n for n in numbers if n >= count),
             counted,
@@ -136,16 +138,16 @@ class Mixture:
 
     @property
     def layout(self) -> Layout:
-        return self.home.layout
+        return self.text_model.layout
 
     @cached_property
     def text(self) -> dict[str, Any]:
         """The text part of the config, defaults filled in."""
-        return self.layout.text(self.home.config)
+        return self.layout.text(self.text_model.config)
 
     @property
     def top_k(self) -> int:
-        return int(self.layout.field("top_k", self.home.config) or 1)
+        return int(self.layout.field("top_k", self.text_model.config) or 1)
 
     @property
     def groups(self) -> int:
@@ -153,7 +155,7 @@ class Mixture:
         rule = self.layout.overlay.law.get("groups")
         if not rule or (rule == "max" and self.text.get("topk_method") == "greedy"):
             return 1
-        return int(self.layout.field("groups", self.home.config) or 1)
+        return int(self.layout.field("groups", self.text_model.config) or 1)
 
     @cached_property
     def by_layer(self) -> dict[int, list[Counted]]:
@@ -185,7 +187,7 @@ class Mixture:
         router = self.side(layer, "router")
         return (
             (router.stored.shape[-1] if router.flat else router.stored.shape[0] // router.rows)
-            - self.identity
+            - self.zero_experts
             if router
             else self.experts
         )
@@ -200,7 +202,9 @@ class Mixture:
         for role in ("gate", "up", "down", "switch"):
             slot = self.layout.role(f"shared.{role}")
             stored = (
-                self.source.tensors.get(self.home.prefix + slot.name.replace("{layer}", str(layer)))
+                self.source.tensors.get(
+                    self.text_model.prefix + slot.name.replace("{layer}", str(layer))
+                )
                 if slot
                 else None
             )
@@ -223,7 +227,7 @@ class Mixture:
         """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides
         where the two sides differ.
         """
-        hidden = int(self.layout.field("hidden", self.home.config) or 0)
+        hidden = int(self.layout.field("hidden", self.text_model.config) or 0)
         flags = self.layout.experts
         transposed = bool(
             flags.get("is_transposed") or self.layout.overlay.gate_up.startswith("transposed")
@@ -306,7 +310,7 @@ class Mixture:
 
     def config_with(self, changed: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint's whole config with fields of its text part changed."""
-        path = self.home.path
+        path = self.text_model.path
         whole_config: dict[str, Any] = {**self.source.config}
         inner = whole_config
         for part in path:
@@ -332,8 +336,8 @@ _ROLES = {"gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"}
 class _Finder:
     """Says of a tensor how it counts experts; built once for a checkpoint."""
 
-    def __init__(self, at: Home, experts: int, identity: int) -> None:
-        self._at, self._experts, self._identity = at, experts, identity
+    def __init__(self, at: TextModel, experts: int, zero_experts: int) -> None:
+        self._at, self._experts, self._zero_experts = at, experts, zero_experts
         self._layers = int(at.layout.field("layers", at.config) or 0)
         self._field = at.layout.fields["experts"]
         router = at.layout.role("router")
@@ -413,7 +417,7 @@ class _Finder:
         return (self._stem + inner[1], self._layers) if inner else (name, 0)
 
     def _side(self, stored: Stored, slot: Slot, layer: int) -> Counted | None:
-        shape, total = slot.shape or [], self._experts + self._identity
+        shape, total = slot.shape or [], self._experts + self._zero_experts
         if slot.name.endswith("tid2eid"):
             return Counted(stored, layer, "ids", "ids")
         counts = [
@@ -473,7 +477,7 @@ def strays(mixture: Mixture) -> Iterator[str]:
     for name, stored in mixture.source.tensors.items():
         if (
             name in mixture.counted
-            or mixture.layout.match(name.removeprefix(mixture.home.prefix)) is not None
+            or mixture.layout.match(name.removeprefix(mixture.text_model.prefix)) is not None
         ):
             continue
         if re.search(r"\bexperts?\b|\bexperts\.", name) and mixture.experts in stored.shape[:1]:

@@ -288,7 +288,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Home:
+class TextModel:
     """The part of a checkpoint that is a text model: its layout, the config to read with it, the
     prefix of its names, and the path to the fields inside the whole config.
     """
@@ -299,7 +299,7 @@ class Home:
     path: tuple[str, ...] = ()
 
 
-def home(config: dict[str, Any]) -> Home:
+def text_model(config: dict[str, Any]) -> TextModel:
     """Where the text model of this config is described: the family itself, or the family of a
     multimodal model's text part.
     """
@@ -311,8 +311,8 @@ def home(config: dict[str, Any]) -> Home:
         and inner
         and (layout.model_type == "llava" or not layout.text_config or inner in families()["moe"])
     ):
-        return Home(Layout.load(inner), text, "language_model.", ("text_config",))
-    return Home(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
+        return TextModel(Layout.load(inner), text, "language_model.", ("text_config",))
+    return TextModel(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
 
 def is_dead(name: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import moetool
-from moetool import road
+from moetool import pipeline
 from moetool.demo import MODEL, TEXT
 from moetool.recipe import read
 
@@ -92,8 +92,8 @@ def changes(recipe: Path, out: Path) -> list[str]:
 
 def plan(recipe: Path, out: Path) -> Any:
     found = read(recipe, changes(recipe, out))
-    return road.prepare(
-        road.Options(
+    return pipeline.prepare(
+        pipeline.Options(
             out=found["out"],
             sources=(found["source"], *found["from"]),
             method=found["method"],

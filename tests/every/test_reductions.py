@@ -354,7 +354,7 @@ def with_mtp(folder: Path, out: Path) -> Path:
 
 def test_mtp_layers_are_cut_too(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source = with_mtp(models("deepseek_v3"), tmp_path / "mtp")
-    assert Mixture.of(Checkpoint.open(source)).beyond == (4,)
+    assert Mixture.of(Checkpoint.open(source)).mtp_layers == (4,)
     report = moetool.prune(
         str(source),
         str(tmp_path / "out"),

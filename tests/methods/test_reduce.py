@@ -17,8 +17,8 @@ from moetool import methods
 from moetool.methods.merge import group, preset
 from moetool.methods.prune import criterion
 from moetool.methods.reduce import budget, decision, protect
+from moetool.methods.reduce.decide import parse_percent
 from moetool.methods.reduce.decision import Decided, Layer
-from moetool.methods.reduce.frame import parse_percent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 

@@ -9,7 +9,7 @@ from typing import Any
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, home
+from moetool.surgery.layout import Layout, text_model
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Stored, whole
 
@@ -154,7 +154,7 @@ class ConvertLayout:
 
 
 def _experts_of(source: Checkpoint) -> tuple[Layout, dict[str, Any], str]:
-    at = home(source.config)
+    at = text_model(source.config)
     layout, config, prefix = at.layout, at.config, at.prefix
     if layout.kind != "moe":
         raise MoetoolError(

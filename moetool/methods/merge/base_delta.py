@@ -10,8 +10,8 @@ from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
 from moetool.methods.merge import group
 from moetool.methods.reduce import facts
+from moetool.methods.reduce.decide import Job
 from moetool.methods.reduce.decision import Decided, Layer
-from moetool.methods.reduce.frame import Job
 from moetool.surgery.experts import Mixture
 from moetool.surgery.factored import CONFIG, factored_name
 from moetool.surgery.plan import Plan

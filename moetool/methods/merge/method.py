@@ -13,8 +13,8 @@ from moetool.methods.contract import Builder, Certificate, Decisions, Made, Sett
 from moetool.methods.merge import align, base_delta, features, group, preset
 from moetool.methods.reduce import facts
 from moetool.methods.reduce.cut import ROUTERS, Cluster, Cut
+from moetool.methods.reduce.decide import Job, Reduction, option, refuse_quantized
 from moetool.methods.reduce.decision import Decided, Layer, order_key
-from moetool.methods.reduce.frame import Job, Reduction, option, refuse_quantized
 from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture

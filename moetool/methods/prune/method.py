@@ -12,8 +12,7 @@ from moetool.methods.prune import criterion, stun
 from moetool.methods.prune.criterion import Criterion
 from moetool.methods.reduce import facts
 from moetool.methods.reduce.cut import Cluster, Cut, solved_name
-from moetool.methods.reduce.decision import Decided, Layer
-from moetool.methods.reduce.frame import (
+from moetool.methods.reduce.decide import (
     Job,
     Reduction,
     option,
@@ -21,6 +20,7 @@ from moetool.methods.reduce.frame import (
     refuse_quantized,
     stats_source,
 )
+from moetool.methods.reduce.decision import Decided, Layer
 from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture

@@ -68,7 +68,7 @@ class Trial:
         self.block, self.x = block, x.to(block.router.device)
         self.on_input = block.law.score == "sigmoid-on-input"
         gate = block.route(self.x).scores if self.on_input else None
-        everyone = block.experts.count + block.identity
+        everyone = block.experts.count + block.zero_experts
         self.out = torch.empty(len(x), everyone, x.shape[1], device=self.x.device)
         for e in range(block.experts.count):
             self.out[:, e] = block.experts.out(

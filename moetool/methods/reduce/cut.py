@@ -166,7 +166,7 @@ class Cut:
         for c in tensors:
             if (
                 c.kind == "expert" and c.expert is not None and c.expert >= self.mixture.experts
-            ):  # LongCat writes gate and up for identity experts
+            ):  # LongCat writes gate and up for zero experts
                 self.build.copy(
                     whole(c.stored),
                     whole(
@@ -316,14 +316,16 @@ class Cut:
         return outs, kinds
 
     def _side(self, c: Counted, layer: Layer, slots: Sequence[int | None]) -> None:
-        """Router rows, biases and scales: one entry for each expert of the output, identity
+        """Router rows, biases and scales: one entry for each expert of the output, zero_experts
         experts last.
         """
-        experts, identity = (
+        experts, zero_experts = (
             self.mixture.experts,
             c.stored.shape[-1 if c.flat else 0] // (1 if c.flat else c.rows) - self.mixture.experts,
         )
-        target = self.build.target(c.stored.name, c.stored.dtype, c.shape(len(slots) + identity))
+        target = self.build.target(
+            c.stored.name, c.stored.dtype, c.shape(len(slots) + zero_experts)
+        )
         size = c.slab(0).count
         for new, group in enumerate(slots):
             out = Piece(target.name, c.slab(0).shape, new * size)
@@ -336,7 +338,7 @@ class Cut:
                 ) if never else self.build.tasks.append(_zeros(out))
             else:
                 self._entry(c, layer, group, out)
-        for extra in range(identity):
+        for extra in range(zero_experts):
             self.build.copy(
                 c.slab(experts + extra),
                 Piece(target.name, c.slab(0).shape, (len(slots) + extra) * size),

@@ -154,7 +154,7 @@ class Decided:
 
     def check(self, mixture: Mixture, where: str) -> None:
         """Refuse decisions for another model."""
-        wanted = [*mixture.layers, *mixture.beyond]
+        wanted = [*mixture.layers, *mixture.mtp_layers]
         if self.experts != mixture.experts or sorted(self.layers) != wanted:
             raise UsageError(
                 "these decisions are for another model",
@@ -333,7 +333,7 @@ def checked_counts(decided: Decided, mixture: Mixture) -> None:
 def check_count(mixture: Mixture, count: int, layer: int | None = None) -> None:
     """Refuse fewer experts than a token needs; group-limited routers reach only their best groups."""
     where = {} if layer is None else {"tensor": f"layer {layer}"}
-    reach = count + mixture.identity
+    reach = count + mixture.zero_experts
     text = mixture.text
     if mixture.groups > 1:
         if count % mixture.groups:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moetool.methods.contract import Decisions
+from moetool.methods.reduce.decide import removed
 from moetool.methods.reduce.decision import Decided, experts_lists, render
-from moetool.methods.reduce.frame import removed
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
 
@@ -19,7 +19,7 @@ def of(
     per_expert = any(c.expert is not None for c in mixture.counted.values() if c.kind == "expert")
     width = (
         mixture.pieces(mixture.layers[0], 0)["down"].count
-        // int(mixture.layout.field("hidden", mixture.home.config) or 1)
+        // int(mixture.layout.field("hidden", mixture.text_model.config) or 1)
         if mixture.plain
         else None
     )

@@ -20,13 +20,13 @@ from moetool.forward.stats import LayerStats, Profiler, Wanted
 from moetool.forward.walk import Budget, Walk
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce.cut import solved_name
+from moetool.methods.reduce.decide import parts_source, tokens_per_expert
 from moetool.methods.reduce.decision import Decided, Layer
-from moetool.methods.reduce.frame import parts_source, tokens_per_expert
 from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from moetool.methods.reduce.frame import Job
+    from moetool.methods.reduce.decide import Job
 
 
 def walk(
@@ -113,7 +113,7 @@ def walk(
         return new
 
     hidden, width = (
-        int(mixture.layout.field("hidden", mixture.home.config)),
+        int(mixture.layout.field("hidden", mixture.text_model.config)),
         profiling._width(mixture),
     )
     beside = (

@@ -223,7 +223,7 @@ class Job:
                     self.verb,
                     self.method,
                     self.mixture.experts,
-                    dict.fromkeys([*self.mixture.layers, *self.mixture.beyond], everyone),
+                    dict.fromkeys([*self.mixture.layers, *self.mixture.mtp_layers], everyone),
                 ),
                 (),
                 0,
@@ -233,7 +233,7 @@ class Job:
             profile, memory or self._promise(), dict(replay.layers) if replay else {}
         )
         if replay is None:
-            layers |= self._beyond()
+            layers |= self._mtp_layers()
         decided = Decided(self.verb, self.method, self.mixture.experts, layers)
         deciding.checked_counts(decided, self.mixture)
         self._leave(decided)
@@ -433,7 +433,7 @@ class Job:
             return {}
         found = protect.super_experts(
             {n: profile.layer(n).max_out for n in self.mixture.layers},
-            int(self.mixture.layout.field("layers", self.mixture.home.config)),
+            int(self.mixture.layout.field("layers", self.mixture.text_model.config)),
         )
         least = min(self.kept // self.mixture.groups, self.kept)
         found = {n: e for n, e in found.items() if len(e) <= least}
@@ -454,20 +454,20 @@ class Job:
             {n: self.scores(self._view(n, profile, guarded)) for n in self.mixture.layers},
         )
 
-    def _beyond(self) -> dict[int, Layer]:
+    def _mtp_layers(self) -> dict[int, Layer]:
         """MTP layers: no text goes through them, so their own router rows decide."""
-        if not self.mixture.beyond:
+        if not self.mixture.mtp_layers:
             return {}
         from moetool.methods.prune.router_distance import RouterDistance
 
         self.warnings.append(
-            f"{len(self.mixture.beyond)} MTP layers see no text: their experts were chosen by router rows"
+            f"{len(self.mixture.mtp_layers)} MTP layers see no text: their experts were chosen by router rows"
         )
         return {
             n: RouterDistance().decide(
                 View(self.mixture, n, self.options, self.settings.seed), self.kept
             )
-            for n in self.mixture.beyond
+            for n in self.mixture.mtp_layers
         }
 
     def _walk(

@@ -1,4 +1,4 @@
-"""The one road of every command that writes: look -> decide -> plan -> check -> make -> finish.
+"""The one pipeline of every command that writes: look -> decide -> plan -> check -> make -> finish.
 
 Nothing here prints. `Run.prepare` reads headers (and what the method asks for), `Run.make` writes;
 a caller passes `tell` to see progress and sets `stop` to end early with everything finished kept.
