@@ -53,3 +53,13 @@ def show_seconds(seconds: float) -> str:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def parse_share(text: str | float) -> float:
+    """`25%` -> 0.25, `0.25` -> 0.25; raises UsageError on anything else."""
+    found = re.fullmatch(
+        r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*", str(text), re.IGNORECASE
+    )
+    if not found:
+        raise UsageError(f"{text!r} is not a share", hint="write it like 0.25 or 25%")
+    return float(found[1]) / (100 if found[2] else 1)

@@ -5,10 +5,12 @@ its certificate.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Protocol
 
+from moetool.methods.options import Field, Gate, Value
+from moetool.methods.options import fields as fields_of
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Target, Task
@@ -71,14 +73,126 @@ class Made:
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
 
 
-class Method(Protocol):
-    """A frozen dataclass whose fields are its options."""
+@dataclass(frozen=True)
+class Line:
+    """One line of what a verb says on the screen: `  experts      8 of width 384`."""
 
-    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions: ...
+    label: str
+    sentence: str
 
-    def plan(
-        self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings
-    ) -> Made: ...
+    def __str__(self) -> str:
+        return f"  {self.label:<12} {self.sentence}"
+
+
+class Facts(Protocol):
+    """What one verb's report says beside what every report says; a frozen dataclass."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys that stand in the report."""
+        ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of an output before its first byte is written."""
+
+    sources: tuple[str, ...]
+    out: str
+    method: str
+    options: dict[str, Value]
+    seed: int
+    certificate: Certificate
+    output_bytes: int
+    tensors: int
+    shards: int
+    read_bytes: int
+    peak_memory: int
+    jobs: int
+    free_disk: int
+    plan_digest: str
+    dropped_tensors: dict[str, str]
+    dropped_fields: dict[str, str]
+    facts: Facts
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object, facts among the other keys."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
+        data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
+        return data | self.facts.as_json()
+
+
+@dataclass(frozen=True)
+class Report(Summary):
+    """A summary, and what became of it."""
+
+    warnings: tuple[str, ...] = ()
+    resumed_shards: int = 0
+    seconds: float = 0.0
+    ray_nodes: tuple[str, ...] = ()
+    quality: dict[str, Any] | None = None  # evaluate/perplexity.py, where there was text for it
+    stages: dict[str, float] | None = None  # seconds of decide, write, measure
+    peak_rss: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What did not happen is left out."""
+        found = super().as_json() | {"warnings": list(self.warnings)}
+        found["ray_nodes"] = list(self.ray_nodes)
+        optional = ("ray_nodes", "quality", "stages", "peak_rss")
+        return {k: v for k, v in found.items() if k not in optional or v}
+
+
+class Method:
+    """A verb that writes. `options` is an instance of `Options` (moetool/methods/options.py); verbs
+    with several ways (prune, merge) hold one as well.
+    """
+
+    Options: ClassVar[type]
+    several: ClassVar[str] = ""  # help of --from, where a verb takes more than one source
+    examples: ClassVar[tuple[str, ...]] = ()  # for --help; `demo` stands for the embedded model
+    interruptible: ClassVar[bool] = False  # deciding takes long, and can be stopped after a layer
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    def ways(cls) -> Mapping[str, type[Any]]:
+        """name -> class of each way (empty: the verb is its only way). Imports no numpy."""
+        return {}
+
+    @classmethod
+    def fields(cls) -> tuple[Field, ...]:
+        """Everything the verb can be told: its own options, then those of its ways."""
+        return fields_of(cls.Options)
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Method:
+        """The verb with these options, from any origin; UsageError for what does not fit."""
+        raise NotImplementedError
+
+    def recorded(self) -> dict[str, Value]:
+        """All options, flat: `make` of them gives the same method again."""
+        return {f.name: getattr(self.options, f.name) for f in fields_of(type(self.options))}
+
+    @property
+    def gate(self) -> Gate | None:
+        """What is measured on the staged output before it gets its name; None: nothing."""
+        return None
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        """Look at the sources; numbers small enough for JSON."""
+        raise NotImplementedError
+
+    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
+        """The plan and its certificate; every refusal that needs only headers happens here."""
+        raise NotImplementedError
+
+    def lines(self, summary: Summary) -> list[Line]:
+        """What the verb says on the screen, between `SRC -> OUT` and the lines common to all."""
+        return []
+
+    def files(self, report: Report) -> dict[str, bytes]:
+        """Small files beside the weights, once everything is known (report.json, ...)."""
+        return {}
 
 
 class Builder:

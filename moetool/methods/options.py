@@ -1,0 +1,289 @@
+"""Options, written once.
+
+A method's options are a frozen dataclass: groups of fields that several methods share (below) and
+fields of its own, each made by `option`. The command line, `methods show`, the check of recipes,
+the signatures of the Python verbs and the JSON Schema are all made from them. Nothing heavy is
+imported here: `--help` reads this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+from moetool.errors import UsageError, did_you_mean
+from moetool.units import parse_bytes, parse_share
+
+if TYPE_CHECKING:
+    from typing import Any
+
+WHAT, TEXT, GATE, RUN, FINE = "What", "Text", "Quality gate", "How it runs", "Fine points"
+PANELS = (WHAT, TEXT, GATE, RUN, FINE)
+
+Value = str | int | float | bool | tuple[str, ...] | None
+Chosen = TypeVar("Chosen")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option as everybody sees it. `type` is bool, int, float, str, or tuple for an option that
+    is repeated; `unit` says how text is read: "share" (0.25 or 25%), "bytes" (2GB) or "".
+    `of` names the ways it belongs to (empty: the whole verb).
+    """
+
+    name: str
+    type: type
+    default: Value
+    help: str
+    panel: str = FINE
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+    metavar: str = ""
+    minimum: float | None = None
+    of: tuple[str, ...] = ()
+
+    @property
+    def spelled(self) -> str:
+        """As on the command line and in recipes, without the dashes: `total-sparsity`."""
+        return self.name.rstrip("_").replace("_", "-")
+
+    def read(self, value: object) -> Value:
+        """The value as the field holds it, from text, YAML or Python; UsageError that names it."""
+        if value is None and self.default is None:
+            return None
+        if self.type is tuple:
+            return self._several(value)
+        if self.type is bool:
+            return self._flag(value)
+        if self.type is str:
+            return self._word(value)
+        return self._number(value)
+
+    def _several(self, value: object) -> tuple[str, ...]:
+        if isinstance(value, str):
+            return tuple(filter(None, value.split(",")))
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise self._refused(value, "text, or a list of texts")
+
+    def _flag(self, value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise self._refused(value, "true or false")
+
+    def _word(self, value: object) -> str:
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise self._refused(value, "text")
+        text = str(value)
+        if self.choices and text not in self.choices:
+            raise UsageError(
+                f"--{self.spelled} {text!r} is not known",
+                expected=", ".join(self.choices),
+                hint=did_you_mean(text, self.choices),
+            )
+        return text
+
+    def _number(self, value: object) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self._refused(value, "a number")
+        try:
+            made = self._parsed(value)
+        except ValueError:
+            raise self._refused(value, "a number") from None
+        if self.minimum is not None and not made >= self.minimum:
+            raise self._refused(value, f"at least {self.minimum:g}")
+        return made
+
+    def _parsed(self, value: str | int | float) -> int | float:
+        if self.unit == "bytes":
+            return parse_bytes(value if isinstance(value, str) else int(value))
+        if self.unit == "share":
+            return parse_share(value)
+        if self.type is int and isinstance(value, float):
+            if not value.is_integer():
+                raise self._refused(value, "a whole number")
+            return int(value)
+        made: int | float = self.type(value)
+        return made
+
+    def _refused(self, value: object, expected: str) -> UsageError:
+        return UsageError(
+            f"--{self.spelled}={value!r} cannot be", expected=expected, hint=self.help
+        )
+
+
+def option(
+    default: Any,
+    text: str,
+    panel: str = FINE,
+    *,
+    choices: Sequence[str] | Callable[[], Iterable[str]] = (),
+    **more: Any,
+) -> Any:
+    """A field with its help; `choices` may be a function, so that a registry is asked when somebody
+    looks. `more`: unit, metavar, minimum of `Field`.
+    """
+    return field(
+        default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}
+    )
+
+
+@lru_cache(maxsize=64)
+def fields(cls: type, of: tuple[str, ...] = ()) -> tuple[Field, ...]:
+    """The options of a dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(cls)
+    return tuple(_field(f, hints[f.name], of) for f in dataclasses.fields(cls) if f.metadata)
+
+
+def _field(made: dataclasses.Field[Any], hint: object, of: tuple[str, ...]) -> Field:
+    more = dict(made.metadata)
+    choices = more.pop("choices")
+    return Field(
+        name=made.name,
+        type=_plain(hint),
+        default=made.default,
+        choices=tuple(choices() if callable(choices) else choices),
+        of=of,
+        **more,
+    )
+
+
+def _plain(hint: object) -> type:
+    """bool, int, float, str or tuple, of an annotation like `float | None` or `tuple[str, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return str
+    found = typing.get_origin(hint) or hint
+    if found not in (bool, int, float, str, tuple):
+        raise TypeError(f"an option cannot be {hint!r}")
+    return typing.cast(type, found)
+
+
+def build(cls: type[Chosen], values: Mapping[str, object], what: str) -> Chosen:
+    """An options dataclass from names and values of any origin; unknown names and values that do
+    not fit are UsageErrors. `what` is who takes them, for the message.
+    """
+    known = {f.name: f for f in fields(cls)}
+    clean = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UsageError(
+                f"{what} has no option {key!r}",
+                hint=did_you_mean(key, [f.spelled for f in known.values()]),
+            )
+        clean[name] = known[name].read(value)
+    return cls(**clean)
+
+
+# --- groups
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command that writes understands."""
+
+    seed: int = option(0, "everything random derives from it", RUN)
+    jobs: int = option(0, "workers; 0: as many as cores and --memory allow", RUN, minimum=0)
+    memory: int | None = option(
+        None,
+        "promise: refuse, or use fewer workers, rather than need more (2GB)",
+        RUN,
+        unit="bytes",
+        metavar="SIZE",
+    )
+    max_shard_size: int = option(
+        5_000_000_000, "largest output file (5GB)", RUN, unit="bytes", metavar="SIZE"
+    )
+    overwrite: bool = option(False, "replace OUT, and an unfinished other output in its place", RUN)
+    strict: bool = option(False, "refuse sources with NaN or inf instead of warning", RUN)
+    dry_run: bool = option(False, "say what would be written, and write nothing", RUN)
+    device: str = option(
+        "cpu", "where tensors are computed: cpu, cuda, cuda:1", RUN, metavar="DEVICE"
+    )
+    engine: str = option(
+        "local", "threads on this machine, or a Ray cluster", RUN, choices=("local", "ray")
+    )
+    ray_address: str = option("", "Ray cluster; empty starts one here", RUN, metavar="ADDRESS")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that goes through a model, and how it is cut."""
+
+    calibrate: tuple[str, ...] = option(
+        (),
+        "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, or - for standard input; "
+        "repeat it",
+        TEXT,
+        metavar="FILE[:SHARE]",
+    )
+    stats: str = option(
+        "", "a profile made by `moetool profile`, instead of --calibrate", TEXT, metavar="DIR"
+    )
+    tokens: int = option(262_144, "tokens of calibration text", TEXT, minimum=1)
+    seq_len: int = option(2048, "tokens of a sequence", TEXT, minimum=2)
+    pack: bool = option(
+        True, "join documents and cut them into whole sequences, or one sequence a document", TEXT
+    )
+    text_field: str = option(
+        "", "field of .jsonl and .parquet that holds the text", TEXT, metavar="NAME"
+    )
+    batch_tokens: int = option(4096, "tokens that go through a layer at once", TEXT, minimum=1)
+    sample: int = option(
+        2048, "tokens of a layer kept for methods that run all experts", TEXT, minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Methods that solve for weights, layer after layer."""
+
+    propagate: bool = option(
+        False, "look at each layer with the layers below it already changed", WHAT
+    )
+    refit: bool = option(
+        False,
+        "solve down_proj of the kept experts again, so that each layer's output stays as near "
+        "as it can",
+        WHAT,
+    )
+    refit_tokens: int = option(32_768, "tokens of a layer that --refit solves on", minimum=1)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How much may be lost before the command fails."""
+
+    max_kl: float = option(
+        0.0,
+        "gate: exit code 4, and nothing that loads, when the KL divergence from SRC is larger "
+        "(0: none)",
+        GATE,
+        minimum=0,
+    )
+    max_perplexity_increase: float | None = option(
+        None, "the same for perplexity, for example 2%", GATE, unit="share", metavar="SHARE"
+    )
+    text: tuple[str, ...] = option(
+        (),
+        "held-out text for the gate and the report; default for the gate: the calibration text; "
+        "repeat it",
+        GATE,
+        metavar="FILE",
+    )
+    text_tokens: int = option(32_768, "tokens of --text", GATE, minimum=1)
+
+    @property
+    def gated(self) -> bool:
+        return self.max_kl > 0 or self.max_perplexity_increase is not None
