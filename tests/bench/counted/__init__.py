@@ -1,0 +1,1 @@
+"""What `tests/bench/house.py` counts, a file a kind."""
