@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moetool.errors import UsageError
-
-Tell = Callable[[str, int, int], None]
+from moetool.progress import Progress, silent
 
 
 def profile(
@@ -27,7 +26,7 @@ def profile(
     seed: int = 0,
     memory: int | None = None,
     device: str = "cpu",
-    tell: Tell = lambda *a: None,
+    tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Statistics of every expert on text, into the folder `stats`. Returns profile.json with a
@@ -116,7 +115,7 @@ def evaluate(
     max_perplexity_increase: str = "",
     memory: int | None = None,
     device: str = "cpu",
-    tell: Tell = lambda *a: None,
+    tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on text; with a reference KL, top-1 agreement and flips. Raises

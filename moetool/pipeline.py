@@ -17,13 +17,12 @@ from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 from moetool.methods.contract import Made, Method, Settings
+from moetool.progress import Progress, silent
 from moetool.report import card, compression, provenance
 from moetool.surgery import engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan, Shard
 from moetool.surgery.writer import Writer, check_target, existing
-
-Progress = Callable[[str, int, int], None]  # (stage, done bytes, all bytes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def prepare(
         options.memory,
         work,
         options.dry_run,
-        progress or (lambda *a: None),
+        progress or silent,
         stop,
     )
     begun = time.perf_counter()

@@ -5,7 +5,6 @@ there to load.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate.perplexity import evaluate
 from moetool.forward.batches import Cut
 from moetool.forward.profile import Calibration
+from moetool.progress import Progress
 from moetool.surgery.checkpoint import Checkpoint
 
 
@@ -38,7 +38,7 @@ def measure(
     method: Any,
     options: Any,
     *,
-    tell: Callable[[str, int, int], None],
+    tell: Progress,
     stop: threading.Event | None,
 ) -> dict[str, Any]:
     """Evaluate finished shards against their source on --text (or the calibration text) and hold

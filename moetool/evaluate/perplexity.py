@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 from moetool.errors import MoetoolError
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
+from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 
 LOGIT_BYTES = 256 << 20  # of logits held at once
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -66,7 +65,7 @@ def evaluate(
     memory: int | None = None,
     folder: Path | None = None,
     device: str = "cpu",
-    tell: Tell = lambda *a: None,
+    tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Perplexity for each file and over all; with a reference also KL, top-1 agreement and flips.

@@ -5,10 +5,11 @@ and compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moetool.errors import VerificationFailed
+from moetool.progress import Progress, silent
 from moetool.surgery import engine
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
@@ -25,7 +26,7 @@ def compare_bytes(
     named: int | None = None,
     sealed: Mapping[str, str] | None = None,
     device: str = "cpu",
-    tell: Callable[[str, int, int], None] = lambda *a: None,
+    tell: Progress = silent,
 ) -> dict[str, Any]:
     """Walk the plan and compare; returns counts and a sha256 over all copied bytes. Raises
     VerificationFailed at the first difference.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from moetool.errors import VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
+from moetool.progress import Progress, silent
 from moetool.surgery import source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Stored
@@ -23,7 +24,7 @@ def verify(
     load: bool | None = None,
     memory: int = 8_000_000_000,
     device: str = "cpu",
-    tell: Callable[[str, int, int], None] = lambda *a: None,
+    tell: Progress = silent,
 ) -> dict[str, Any]:
     """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed
     (exit code 4).

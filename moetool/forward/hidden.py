@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moetool import atomic
 from moetool.forward.batches import Batch
 
 
@@ -41,7 +42,10 @@ class Hidden:
         """
         found = sorted(self.folder.glob("hidden-*.bin")) if self.folder else []
         whole = [f for f in found if f.stat().st_size == 4 * self.shape[0] * self.shape[1]]
-        for stale in [*found, *(self.folder.glob("hidden-*.tmp") if self.folder else [])]:
+        for stale in [
+            *found,
+            *(self.folder.glob("hidden-*" + atomic.SUFFIX) if self.folder else []),
+        ]:
             if not whole or stale != whole[-1]:
                 stale.unlink()
         if not whole:
@@ -59,7 +63,7 @@ class Hidden:
             assert self.folder is not None
             self._close_write()
             self._write = os.open(
-                self.folder / f"hidden-{self.layer + 1:05d}.tmp",
+                atomic.beside(self.folder / f"hidden-{self.layer + 1:05d}.bin"),
                 os.O_RDWR | os.O_CREAT | os.O_TRUNC,
                 0o666,
             )
@@ -103,13 +107,13 @@ class Hidden:
             return
         name = self.folder / f"hidden-{self.layer:05d}.bin"
         if self.spill:
-            os.replace(name.with_suffix(".tmp"), name)
+            atomic.publish(atomic.beside(name))
             if self._read >= 0:
                 os.close(self._read)
             self._read, self._write = self._write, -1
         elif keep and self._now is not None:
-            self._now.tofile(name.with_suffix(".tmp"))
-            os.replace(name.with_suffix(".tmp"), name)
+            with atomic.writing(name) as temporary:
+                self._now.tofile(temporary)
         if self.spill or keep:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / f"hidden-{before:05d}.bin")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool import atomic
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import text
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted
+from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import text_model
 
 FEW = 64  # an expert that saw fewer tokens than this is named in a warning
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ def claim(folder: Path, seal: str) -> None:
             *folder.glob("profile.json"),
         ]:
             left.unlink()
-        temporary = folder / "walk.json.tmp"
-        temporary.write_text(seal)
-        os.replace(temporary, mark)
+        atomic.write(mark, seal)
 
 
 def make(
@@ -99,7 +97,7 @@ def make(
     buffers: int = 0,
     memory: int | None = None,
     device: str = "cpu",
-    tell: Tell = lambda *a: None,
+    tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> Profile:
     """Profile a MoE into `folder`; layers that an earlier run of the same command finished are
@@ -116,7 +114,7 @@ def make(
     )
     seal = digest(source, batches, wanted)
     strangers = (
-        [p.name for p in folder.iterdir() if p.suffix != ".tmp"]
+        [p.name for p in folder.iterdir() if p.suffix != atomic.SUFFIX]
         if folder.exists() and not (folder / "walk.json").exists()
         else []
     )
@@ -162,9 +160,7 @@ def make(
         *batches.notes,
         *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n)),
     ]
-    temporary = folder / "profile.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "profile.json")
+    atomic.write(folder / "profile.json", json.dumps(facts, indent=1) + "\n")
     walk.hidden.clear()
     return Profile.open(folder)
 

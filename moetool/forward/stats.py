@@ -10,7 +10,6 @@ EASY-EP arXiv 2504.06792, HC-SMoE arXiv 2410.08589, MoNE arXiv 2507.00390, super
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moetool import atomic
 from moetool.errors import MoetoolError
 from moetool.forward.block import Block
 from moetool.kernels import moe
@@ -256,15 +256,11 @@ def save(folder: Path, stats: LayerStats) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"layer-{stats.layer:05d}.safetensors"
-    save_file(
-        {
-            f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v))
-            for k, v in stats.arrays.items()
-        },
-        name.with_suffix(".tmp"),
-        metadata={"tokens": str(stats.tokens)},
-    )
-    os.replace(name.with_suffix(".tmp"), name)
+    arrays = {
+        f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v)) for k, v in stats.arrays.items()
+    }
+    with atomic.writing(name) as temporary:
+        save_file(arrays, temporary, metadata={"tokens": str(stats.tokens)})
 
 
 def _shipped(name: str, value: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ Whatever is wrong with a file is said with its name and line. Nothing here needs
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,11 @@ from typing import Any
 
 from moetool.demo import TEXT
 from moetool.errors import MoetoolError, UsageError
+from moetool.surgery.source import DATASET, HubId
 
 MAX_LINE = 64 << 20
 FIELDS = ("text", "content", "input_ids", "messages")
 _SHARE = re.compile(r"(?P<path>.+):(?P<share>\d*\.?\d+)")
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,14 @@ def _read(name: str, field: str) -> Iterator[Document]:
             hint="name the files, one --calibrate each",
         )
     if not path.exists():
-        hub = _HUB_ID.fullmatch(name)
-        if (
-            hub is None
-            or name.startswith((".", os.sep))
-            or path.suffix in (".txt", ".jsonl", ".parquet", ".json")
-        ):
+        hub = HubId.read(name)
+        if hub is None or path.suffix in (".txt", ".jsonl", ".parquet", ".json"):
             raise MoetoolError(
                 "there is no such file",
                 file=name,
                 hint="check the path; a Hub dataset is written org/name[@revision]",
             )
-        for file in _download(hub["repo"], hub["revision"]):
+        for file in _downloaded(hub):
             yield from _file(file, field)
         return
     yield from _file(path, field)
@@ -309,28 +304,8 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         ) from None
 
 
-def _download(repo: str, revision: str | None) -> list[Path]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(
-                repo,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=["*.jsonl", "*.parquet", "*.txt", "**/*.jsonl", "**/*.parquet"],
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as problem:
-        reason = (
-            str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        )
-        raise MoetoolError(
-            f"{repo} is no local file, and the Hub does not give it: {reason}",
-            expected="a file, or a dataset org/name[@revision]",
-            hint="check the spelling, your network, and `hf auth login` for gated data",
-        ) from None
+def _downloaded(hub: HubId) -> list[Path]:
+    folder = hub.download(DATASET)
     files = sorted(
         p
         for p in folder.rglob("*")
@@ -339,7 +314,7 @@ def _download(repo: str, revision: str | None) -> list[Path]:
     if not files:
         raise MoetoolError(
             "the dataset holds no file that moetool reads",
-            file=repo,
+            file=hub.repo,
             expected=".jsonl, .parquet or .txt",
             hint="export it: datasets.load_dataset(...).to_json(...)",
         )

@@ -24,6 +24,7 @@ from moetool.forward.batches import Batch, Batches
 from moetool.forward.block import Block
 from moetool.forward.hidden import Hidden
 from moetool.kernels import moe
+from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.factored import Factored
@@ -54,7 +55,6 @@ class Look(Protocol):
 
 
 Change = Callable[[int, Block], Block | None]
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Walk:
         budget: Budget,
         *,
         extra: int = 0,
-        tell: Tell = lambda *a: None,
+        tell: Progress = silent,
         stop: threading.Event | None = None,
         name: str = "layers",
     ) -> None:

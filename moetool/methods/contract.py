@@ -5,12 +5,13 @@ its certificate.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from moetool.methods.options import Field, Gate, Value
 from moetool.methods.options import fields as fields_of
+from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Target, Task
@@ -42,7 +43,7 @@ class Settings:
     memory: int | None = None
     work: str = ""  # a folder for what long deciding leaves behind until the output is there
     dry_run: bool = False
-    tell: Callable[[str, int, int], None] = field(default=lambda *a: None, compare=False)
+    tell: Progress = field(default=silent, compare=False)
     stop: threading.Event | None = field(default=None, compare=False)
 
 

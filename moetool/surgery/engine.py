@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
 from moetool.surgery import ops, scan
 from moetool.surgery.checkpoint import Checkpoint, read_range
@@ -97,7 +98,7 @@ def jobs_of(
         )
         used = {key for t in computed for key in ops.tables_of(t)}
         yield Job(
-            os.path.join(folder, shard.name + ".tmp"),
+            os.path.join(folder, shard.name + atomic.SUFFIX),
             header,
             len(header) + shard.size,
             tuple(_copies(tasks, sources, starts, dtypes)),

@@ -8,11 +8,12 @@ unsigned maximum over the raw integers find them without decoding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Task
 
@@ -41,7 +42,7 @@ def suspects(
     tasks: Sequence[Task],
     *,
     workers: int = 1,
-    tell: Callable[[str, int, int], None] = lambda *a: None,
+    tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> set[Suspect]:
     """The byte ranges read by the tasks that hold NaN or inf."""

@@ -4,21 +4,90 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from moetool.errors import MoetoolError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is taken from a Hub repository, and the words for it when that fails."""
+
+    kind: str  # as the Hub calls it: model | dataset
+    patterns: tuple[str, ...]
+    local: str
+    expected: str
+    gated: str
+
+
+MODEL = Wanted(
+    "model",
+    (
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.tiktoken",
+        "LICENSE*",
+        "NOTICE*",
+    ),
+    "path",
+    "a folder, a .safetensors file or org/name[@revision]",
+    "models",
+)
+DATASET = Wanted(
+    "dataset",
+    ("*.jsonl", "*.parquet", "*.txt", "**/*.jsonl", "**/*.parquet"),
+    "file",
+    "a file, or a dataset org/name[@revision]",
+    "data",
+)
+
+
+@dataclass(frozen=True)
+class HubId:
+    """`org/name[@revision]`, read."""
+
+    repo: str
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, name: str) -> HubId | None:
+        """None for what cannot be a Hub id: a path with more parts, a relative or absolute path."""
+        found = _HUB_ID.fullmatch(name)
+        if found is None or name.startswith((".", os.sep)):
+            return None
+        return cls(found["repo"], found["revision"])
+
+    def download(self, wanted: Wanted) -> Path:
+        """The folder of the snapshot in the Hub's cache; MoetoolError when it cannot be had."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            folder = snapshot_download(
+                self.repo,
+                repo_type=wanted.kind,
+                revision=self.revision,
+                allow_patterns=list(wanted.patterns),
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as problem:
+            reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+            raise MoetoolError(
+                f"{self.repo} is no local {wanted.local}, and the Hub does not give it: {reason}",
+                expected=wanted.expected,
+                hint="check the spelling, your network, "
+                f"and `hf auth login` for gated {wanted.gated}",
+            ) from None
+        return Path(folder)
 
 
 def locate(name: str) -> Path:
@@ -30,24 +99,5 @@ def locate(name: str) -> Path:
     path = Path(name).expanduser()
     if name == "demo" and not path.exists():
         return Path(__file__).resolve().parent.parent / "demo" / "model"
-    found = _HUB_ID.fullmatch(name)
-    if path.exists() or found is None or name.startswith((".", os.sep)):
-        return path
-    return _download(found["repo"], found["revision"])
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as problem:
-        reason = (
-            str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        )
-        raise MoetoolError(
-            f"{repo} is no local path, and the Hub does not give it: {reason}",
-            expected="a folder, a .safetensors file or org/name[@revision]",
-            hint="check the spelling, your network, and `hf auth login` for gated models",
-        ) from None
+    hub = HubId.read(name)
+    return path if path.exists() or hub is None else hub.download(MODEL)

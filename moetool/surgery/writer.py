@@ -8,7 +8,6 @@ another plan, a folder with other content: all refused before a byte is written.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import INDEX, Checkpoint
 from moetool.surgery.plan import Plan, Shard
@@ -129,8 +129,7 @@ class Writer:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(mine).encode(), 0)
-        for left in self.staging.glob("*.tmp"):
-            left.unlink()
+        atomic.sweep(self.staging)
 
     def _strangers(self) -> list[str]:
         """Weight files in the staging folder that are not whole shards of this plan."""
@@ -162,7 +161,7 @@ class Writer:
 
     def publish(self, temporary: str) -> None:
         """Give a finished shard its final name."""
-        os.replace(temporary, temporary.removesuffix(".tmp"))
+        atomic.publish(Path(temporary))
 
     def finish(
         self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: dict[str, Any]
@@ -176,38 +175,15 @@ class Writer:
                 hint="run the same command again",
             )
         for name, source in sorted(travelling.items()):
-            shutil.copyfile(source, self.staging / (name + ".tmp"))
-            os.replace(self.staging / (name + ".tmp"), self.staging / name)
+            atomic.copy(source, self.staging / name)
         everything = dict(files)
         if len(self.plan.shards) > 1:
             everything[INDEX] = as_json(self.plan.index())
         for name, data in sorted(everything.items()):
-            self._put(name, data)
-        self._put("config.json", as_json(config))
+            atomic.write(self.staging / name, data)
+        atomic.write(self.staging / "config.json", as_json(config))
         os.unlink(self.staging / STATE)
-        self._publish_folder()
-
-    def _put(self, name: str, data: bytes) -> None:
-        temporary = self.staging / (name + ".tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, self.staging / name)
-
-    def _publish_folder(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.moetool-old")
-        if self.overwrite and self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.out, old)
-        try:
-            os.replace(self.staging, self.out)
-        except OSError as problem:
-            if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise MoetoolError(
-                    "the output folder was filled while moetool worked",
-                    file=self.out,
-                    hint="look at it, remove it, and run the same command again",
-                ) from None
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        atomic.publish_folder(self.staging, self.out, overwrite=self.overwrite)
 
 
 def existing(path: Path) -> Path:

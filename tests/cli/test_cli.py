@@ -225,7 +225,12 @@ def test_hub_ids_go_through_the_hub(
 
     asked: list[Any] = []
 
-    def download(repo: str, revision: str | None = None, allow_patterns: Any = None) -> str:
+    def download(
+        repo: str,
+        revision: str | None = None,
+        allow_patterns: Any = None,
+        repo_type: str | None = None,
+    ) -> str:
         asked.append((repo, revision, "*.bin" in allow_patterns))
         return str(llama)
 

@@ -4,15 +4,14 @@ what the changed layers below give it.
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moetool import atomic
 from moetool.forward import profile as profiling
 from moetool.forward.batches import Batches
 from moetool.forward.block import Block
@@ -100,7 +99,7 @@ def walk(
         layers[number] = layer
         job.facts.setdefault("tokens_per_expert", {})[str(number)] = tokens_per_expert(stats)
         new = refit_layer(job, view, layer, block, _sample(stats), folder)
-        _write(
+        atomic.write(
             folder / f"decision-{number:05d}.json",
             json.dumps(
                 {
@@ -140,7 +139,7 @@ def walk(
         name="propagate",
     )
     walking.run(profiler, change)
-    _write(folder / "done.json", json.dumps({"peak": walking.peak}))
+    atomic.write(folder / "done.json", json.dumps({"peak": walking.peak}))
     walking.hidden.clear()
     return layers, solved_source(folder) if options.refit else (), walking.peak
 
@@ -207,17 +206,8 @@ def _save(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    if path.exists() and filecmp.cmp(temporary, path, shallow=False):
-        temporary.unlink()  # a file that is read while the output is written keeps its time
-    else:
-        os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    with atomic.writing(path, keep_same=True) as temporary:
+        save_file(tensors, temporary)
 
 
 def solved_source(folder: Path) -> tuple[Checkpoint, ...]:
