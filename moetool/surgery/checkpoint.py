@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool import strict_json
 from moetool.errors import MoetoolError
+from moetool.reading import opened
+from moetool.surgery import header
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -196,7 +199,7 @@ def read_header(path: Path) -> tuple[list[Stored], str, int]:
     checked.
     """
     try:
-        with path.open("rb") as handle:
+        with opened(path, "weight file") as handle:
             size = os.fstat(handle.fileno()).st_size
             raw = handle.read(8)
             if len(raw) < 8:
@@ -233,38 +236,7 @@ def read_header(path: Path) -> tuple[list[Stored], str, int]:
 
 
 def _parse_header(path: Path, body: bytes, base: int, size: int) -> list[Stored]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
-            raise MoetoolError(
-                "a name stands twice in the header",
-                file=path,
-                tensor=twice,
-                hint="the file was written by a broken tool: save it again",
-            )
-        return table
-
-    try:
-        header = json.loads(body)
-        entries = len(header) - ("__metadata__" in header) if isinstance(header, dict) else 0
-        if (
-            body.count(b'"data_offsets"') != entries
-        ):  # a name twice, or an odd file: read it again, slowly and strictly
-            header = json.loads(body, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
-        raise MoetoolError(
-            f"the header is not JSON ({problem})",
-            file=path,
-            hint="this is no safetensors file, or it is damaged: download it again",
-        ) from None
-    if not isinstance(header, dict):
-        raise MoetoolError(
-            "the header is not a JSON object", file=path, hint="download the file again"
-        )
-    header.pop("__metadata__", None)
-    stored = [_entry(path, name, entry, base) for name, entry in header.items()]
+    stored = [_entry(path, name, e, base) for name, e in header.table(body, path).items()]
     stored.sort(key=lambda t: (t.start, t.stop))
     position = base
     for tensor in stored:
@@ -299,12 +271,10 @@ def _parse_header(path: Path, body: bytes, base: int, size: int) -> list[Stored]
 def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        bits, count = DTYPE_BITS.get(dtype), 1
-        honest = type(dtype) is str
+        bits = DTYPE_BITS.get(dtype)
+        honest = type(dtype) is str and len(entry) == 3
         for n in (start, stop, *shape):
-            honest = honest and type(n) is int and n >= 0
-        for n in shape:
-            count *= n
+            honest = honest and type(n) is int and 0 <= n < header.LARGEST
     except (TypeError, KeyError, ValueError):
         honest = False
     if not honest:
@@ -325,12 +295,13 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
             found=dtype,
             hint="update moetool, or re-save the checkpoint in another dtype",
         )
-    if stop - start != count * bits // 8:
+    size = header.byte_count(shape, bits)
+    if stop - start != size:
         raise MoetoolError(
             "a tensor's byte range does not fit its shape",
             file=path,
             tensor=name,
-            expected=f"{count * bits // 8} bytes for {dtype} {list(shape)}",
+            expected=f"{'whole' if size is None else size} bytes for {dtype} {list(shape)}",
             found=f"{stop - start} bytes",
             hint="the header lies: save the file again",
         )
@@ -339,35 +310,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
     """A JSON object from a file; MoetoolError otherwise."""
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise MoetoolError(
-            f"the {what} is missing",
-            file=path,
-            hint="it belongs beside the weights: copy it from the original model",
-        ) from None
-    except OSError as problem:
-        raise MoetoolError(
-            f"cannot read the {what}: {problem.strerror}",
-            file=path,
-            hint="check the path and its permissions",
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
-        raise MoetoolError(
-            f"the {what} is not JSON ({problem})",
-            file=path,
-            hint="restore it from the original model",
-        ) from None
-    if not isinstance(data, dict):
-        raise MoetoolError(
-            f"the {what} is not a JSON object",
-            file=path,
-            expected="an object",
-            found=type(data).__name__,
-            hint="restore it from the original model",
-        )
-    return data
+    return strict_json.load(path, what)
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
