@@ -16,7 +16,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.spec import Piece, Task, size_of
 
 Tables = Mapping[str, list[int]]
-# Resident memory of the bare process, measured on CPython 3.11 (tests/bench/memory.py), and of
+# Resident memory of the bare process, measured on CPython 3.11 (tests/every/test_memory.py), and of
 # numpy and torch on top.
 RESERVE = 40_000_000
 NUMPY_RESERVE = 24_000_000
