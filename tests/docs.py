@@ -1,0 +1,111 @@
+"""README's tables of ways, pairs, recipes and forms, written from the registries: `python
+tests/docs.py` rewrites them, `--check` says which are stale (exit code 1).
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what a NAME is made from stands in
+TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def sentence(about: str) -> str:
+    """The first sentence of a text, on one line."""
+    return re.split(r"\.(?=\s|$)", " ".join(about.split()), maxsplit=1)[0]
+
+
+def ways(verb: str) -> str:
+    """The ways of a verb, those that need no text first, each with its docstring's first sentence."""
+    from moetool import methods
+
+    found = sorted(methods.describe(verb)["methods"], key=lambda way: (way["text"], way["name"]))
+    return markdown(
+        [f"`{verb} --method`", "is", "text"],
+        ([f"`{w['name']}`{default(w)}", sentence(w["about"]), said(w)] for w in found),
+    )
+
+
+def default(way: dict[str, str]) -> str:
+    """When --method auto means this way."""
+    return f" (default, {way['auto']})" if way.get("auto") else ""
+
+
+def said(way: dict[str, str]) -> str:
+    """Whether it needs text."""
+    return "yes" if way["text"] else "no"
+
+
+def pairs() -> str:
+    """Dense family -> families with experts, in the order in which --target auto tries them."""
+    from moetool.surgery.pair import pairs as known
+
+    into: dict[str, list[str]] = {}
+    for pair in known():
+        inner = f" (with a {pair.inner.rpartition('--')[2]} inside)" if pair.inner else ""
+        into.setdefault(pair.source, []).append(pair.target + inner)
+    rows = ([source, ", ".join(targets)] for source, targets in sorted(into.items()))
+    return markdown(["dense", "mixture of experts"], rows)
+
+
+def recipes() -> str:
+    """Every recipe and its paper."""
+    rows = []
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        text = yaml.safe_load(path.read_text())
+        rows.append([f"`{path.relative_to(ROOT)}`", str(text["paper"])])
+    return markdown(["recipe", "is"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ways of prune": lambda: ways("prune"),
+    "ways of merge": lambda: ways("merge"),
+    "pairs": pairs,
+    "recipes": recipes,
+}
+
+
+def written(text: str) -> str:
+    """A page with each marked table made anew; KeyError for a table that nobody makes."""
+    return MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[4], text)
+
+
+def stale(text: str) -> list[str]:
+    """Names of the tables that are not what the registries say, and of those not marked at all."""
+    found = {m[2]: m[3] for m in MARKED.finditer(text)}
+    return [name for name, make in TABLES.items() if found.get(name) != make()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite README's tables, or say which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 when one is stale")
+    check = parser.parse_args(argv).check
+    text = README.read_text()
+    for name in stale(text):
+        print(f"{'stale' if check else 'written'}: {name}")
+    if not check:
+        README.write_text(written(text))
+    return int(check and bool(stale(text)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""README's tables say what the registries say."""
+
+from __future__ import annotations
+
+import docs
+import pytest
+
+
+def test_no_table_is_stale() -> None:
+    assert docs.stale(docs.README.read_text()) == [], "run: python tests/docs.py"
+
+
+def test_every_marked_table_is_made_and_every_table_is_marked() -> None:
+    text = docs.README.read_text()
+    assert sorted(m[2] for m in docs.MARKED.finditer(text)) == sorted(docs.TABLES)
+    assert text.count("<!-- table:") == len(docs.TABLES) == text.count("<!-- end -->")
+
+
+def test_a_change_is_found_and_written_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    text = docs.README.read_text()
+    old = text.replace("| `reap`", "| `raep`").replace("recipes/upcycle/btx.yaml` |", "gone` |")
+    assert docs.stale(old) == ["ways of prune", "recipes"] and docs.written(old) == text
+    with pytest.raises(KeyError):
+        docs.written(text.replace("table: pairs", "table: peers"))
+    page = docs.Path(str(tmp_path)) / "README.md"
+    page.write_text(old)
+    monkeypatch.setattr(docs, "README", page)
+    assert docs.main(["--check"]) == 1 and page.read_text() == old
+    assert docs.main([]) == 0 and page.read_text() == text
+    assert docs.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("about", "first"),
+    [
+        ("One (arXiv 2510.13999): a sum. g is small.", "One (arXiv 2510.13999): a sum"),
+        ("No end", "No end"),
+        ("Two\n   lines. Three.", "Two lines"),
+        ("Version 1.5 of it.", "Version 1.5 of it"),
+    ],
+)
+def test_first_sentence(about: str, first: str) -> None:
+    assert docs.sentence(about) == first
+
+
+def test_bars_do_not_break_a_table() -> None:
+    assert docs.markdown(["a"], [["|x|"]]) == "| a |\n| --- |\n| \\|x\\| |\n"
