@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from moetool.errors import UsageError
@@ -19,14 +20,33 @@ _POWERS = {
 }
 
 
+LARGEST = 2**63  # bytes; no file system holds more
+
+
+STRENGTH = 1e4  # a factor or a standard deviation; five times it is still a number in float16
+
+
+def parse_number(text: str | float, *, largest: float = math.inf) -> float:
+    """`0.02` -> 0.02; raises ValueError on anything else, on what is not finite (a limit of nan
+    would hold back nothing), and on what is further from 0 than `largest`.
+    """
+    number = float(text)
+    if not math.isfinite(number) or abs(number) > largest:
+        raise ValueError(f"{text!r} is not a finite number of at most {largest:g}")
+    return number
+
+
 def parse_bytes(text: str | int) -> int:
     """`5GB` -> 5000000000, `64MiB` -> 67108864, a plain number is bytes; raises UsageError on
     anything else.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(text), re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise UsageError(f"{text!r} is not a size", hint="write it like 2GB, 512MiB or 1000000")
-    return int(float(found[1]) * _POWERS[(found[2] or "").lower()])
+    size = float(found[1]) * _POWERS[(found[2] or "").lower()] if found else 0.0
+    if not 0 < size < LARGEST:
+        raise UsageError(
+            f"{str(text)[:60]!r} is not a size", hint="write it like 2GB, 512MiB or 1000000"
+        )
+    return int(size)
 
 
 def show_bytes(count: float) -> str:
@@ -60,6 +80,7 @@ def parse_share(text: str | float) -> float:
     found = re.fullmatch(
         r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*", str(text), re.IGNORECASE
     )
-    if not found:
-        raise UsageError(f"{text!r} is not a share", hint="write it like 0.25 or 25%")
-    return float(found[1]) / (100 if found[2] else 1)
+    share = float(found[1]) / (100 if found[2] else 1) if found else math.inf
+    if not math.isfinite(share):
+        raise UsageError(f"{str(text)[:60]!r} is not a share", hint="write it like 0.25 or 25%")
+    return share

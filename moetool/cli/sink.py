@@ -4,12 +4,12 @@ stderr.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from moetool import strict_json
 from moetool.units import show_bytes, show_seconds
 
 
@@ -26,7 +26,7 @@ class Sink:
         """The answer of a command: one JSON object, or text (nothing in quiet mode)."""
         self._end_line()
         if self.mode == "json":
-            print(json.dumps(data, ensure_ascii=False))
+            print(strict_json.text(data))
         elif self.mode == "human" and human:
             print(human)
 
@@ -40,7 +40,7 @@ class Sink:
         """A failure: always said, in every mode."""
         self._end_line()
         if self.mode == "json":
-            print(json.dumps(problem.as_dict(), ensure_ascii=False))
+            print(strict_json.text(problem.as_dict()))
         print(f"error: {problem}", file=sys.stderr)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:

@@ -14,6 +14,7 @@ from moetool.surgery.checkpoint import Checkpoint
 
 TOKENS = 48
 GREEDY = 40
+TIE = 1e-5  # relative to the largest logit
 
 
 def available() -> bool:
@@ -92,20 +93,36 @@ def compare_logits(
         gc.collect()
         return logits, greedy
 
-    expected, words = run(source)
-    made, others = run(out)
+    expected, (words, steps) = run(source)
+    made, (others, _) = run(out)
     return {
-        "relative": float((made - expected).abs().max() / expected.abs().max()),
+        "relative": float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30)),
         "max_logit": float(expected.abs().max()),
         "same_greedy": bool((words == others).all()),
         "greedy_tokens": GREEDY,
+        "greedy_tie": _tie(words, others, steps),
     }
 
 
-def _greedy(model: Any, ids: Any) -> Any:
-    """40 greedy tokens, without a cache: plain and the same for every family."""
+def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
+    """40 greedy tokens, without a cache: plain and the same for every family. Returns the ids and
+    the logits [GREEDY, vocabulary] that chose them.
+    """
     import torch
 
+    steps = []
     for _ in range(GREEDY):
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    return ids
+        steps.append(model(input_ids=ids).logits[0, -1].float())
+        ids = torch.cat([ids, steps[-1].argmax(-1).reshape(1, 1)], dim=1)
+    return ids, torch.stack(steps)
+
+
+def _tie(words: Any, others: Any, steps: Any) -> bool:
+    """Whether the first word that differs was as good as the other one: nearer than rounding."""
+    apart = (words != others)[0].nonzero()
+    if not len(apart):
+        return False
+    at = int(apart[0])
+    logits = steps[at - (words.shape[1] - GREEDY)]
+    gap = (logits[words[0, at]] - logits[others[0, at]]).abs()
+    return bool(gap <= TIE * logits.abs().max())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, VerificationFailed
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
 from moetool.progress import Progress, silent
@@ -43,18 +43,22 @@ class Sums:
         n = max(1, self.predictions)
         found: dict[str, Any] = {
             "tokens": self.predictions,
-            "perplexity": math.exp(self.loss / n),
+            "perplexity": _exp(self.loss / n),
             "accuracy": self.right / n,
         }
         if with_reference:
             found |= {
-                "reference_perplexity": math.exp(self.reference_loss / n),
-                "perplexity_increase": math.exp((self.loss - self.reference_loss) / n) - 1.0,
+                "reference_perplexity": _exp(self.reference_loss / n),
+                "perplexity_increase": _exp((self.loss - self.reference_loss) / n) - 1.0,
                 "kl": self.kl / n,
                 "top1_agreement": self.same / n,
                 "flips": self.flips / n,
             }
         return found
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
 
 
 def evaluate(
@@ -103,6 +107,7 @@ def evaluate(
     everything = Sums()
     for s in sums:
         everything.add(s)
+    _check_finite(everything, model, reference)
     rows = [
         {"file": n, **s.row(reference is not None)}
         for n, s in zip(batches.files, sums, strict=True)
@@ -115,6 +120,19 @@ def evaluate(
         "notes": list(batches.notes),
         "peak_memory": max(w.peak for w in walks),
     }
+
+
+def _check_finite(sums: Sums, model: Checkpoint, reference: Checkpoint | None) -> None:
+    """A model whose answers are no numbers has no perplexity, and no gate could hold it back."""
+    for at, losses in ((reference, (sums.reference_loss,)), (model, (sums.loss, sums.kl))):
+        if at is not None and any(math.isnan(x) or math.isinf(x) for x in losses):
+            kind = VerificationFailed if at is model and reference is not None else MoetoolError
+            raise kind(
+                "the model's answers are NaN or infinite",
+                file=at.folder,
+                expected="finite logits",
+                hint="a weight is NaN or inf, or too large: --strict names the tensor",
+            )
 
 
 def _batch(walks: list[Any], number: int) -> Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -152,15 +153,16 @@ def _function(
     result: dict[str, Any] = {"blocks": measured}
     exact = level in ("exact", "exact_if")
     limit = ROUNDED if "rounded" in record["report"]["certificate"]["why"] else EXACT
-    worst = max(measured, key=lambda e: e["relative"], default=None)
-    if exact and worst and worst["relative"] > limit:
+    wrong = [e for e in measured if not e["relative"] <= limit]  # NaN is wrong as well
+    if exact and wrong:
+        worst = max(wrong, key=lambda e: (math.isnan(e["relative"]), e["relative"]))
         raise VerificationFailed(
             "a MoE block does not compute what its FFN did",
             file=out.folder,
             tensor=f"layer {worst['layer']}",
             expected=f"relative error at most {limit:g}",
-            found=f"{worst['relative']:.3g}",
-            hint="report this as a bug of moetool",
+            found=_shown(worst["relative"]),
+            hint=_next(worst["relative"]),
         )
     fits = 4 * 2 * record["report"]["parameters"] < memory
     if load is False or not logits.available() or not (fits or load):
@@ -173,12 +175,36 @@ def _function(
             else "not asked for",
         }
     result["logits"] = logits.compare_logits(sources[0], out, device=device)
-    if exact and result["logits"]["relative"] > limit:
+    _check_logits(result["logits"], out, limit, level)
+    return result
+
+
+def _check_logits(found: dict[str, Any], out: Checkpoint, limit: float, level: str) -> None:
+    """Exact means: the same logits, and with them the same words."""
+    exact, relative = level in ("exact", "exact_if"), found["relative"]
+    if (exact or math.isnan(relative)) and not relative <= limit:
         raise VerificationFailed(
             "logits are not those of the source",
             file=out.folder,
             expected=f"relative difference at most {limit:g}",
-            found=f"{result['logits']['relative']:.3g}",
+            found=_shown(relative),
+            hint=_next(relative),
+        )
+    if level == "exact" and limit == EXACT and not (found["same_greedy"] or found["greedy_tie"]):
+        raise VerificationFailed(
+            "the model says other words than its source",
+            file=out.folder,
+            expected=f"the same {found['greedy_tokens']} greedy tokens",
+            found="others",
             hint="report this as a bug of moetool",
         )
-    return result
+
+
+def _shown(relative: float) -> str:
+    return "NaN: the model's answers are no numbers" if math.isnan(relative) else f"{relative:.3g}"
+
+
+def _next(relative: float) -> str:
+    if math.isnan(relative):
+        return "a weight is NaN or inf: --strict names it in the source"
+    return "report this as a bug of moetool"

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from moetool.errors import UsageError, did_you_mean
+from moetool.units import parse_number
 
 METHODS = {
     "upcycle": "moetool.methods.upcycle.method:Upcycle",
@@ -48,13 +49,14 @@ def _typed(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         if kind in (int, float) and not isinstance(value, bool):
-            return kind(value)
-    except (TypeError, ValueError):
+            return parse_number(value) if kind is float else kind(value)
+    except (TypeError, ValueError, OverflowError):
         pass
-    if isinstance(value, kind):
+    if isinstance(value, kind) and kind is not float:
         return value
     raise UsageError(
         f"{method}: {field.name}={value!r} is not {kind.__name__}",
+        expected="a finite number" if kind is float else None,
         hint=str(field.metadata.get("help", "")),
     )
 

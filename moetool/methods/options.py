@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from moetool.errors import UsageError, did_you_mean
-from moetool.units import parse_bytes, parse_share
+from moetool.units import parse_bytes, parse_number, parse_share
 
 if TYPE_CHECKING:
     from typing import Any
@@ -97,8 +97,8 @@ class Field:
             raise self._refused(value, "a number")
         try:
             made = self._parsed(value)
-        except ValueError:
-            raise self._refused(value, "a number") from None
+        except (ValueError, OverflowError):
+            raise self._refused(value, "a finite number") from None
         if self.minimum is not None and not made >= self.minimum:
             raise self._refused(value, f"at least {self.minimum:g}")
         return made
@@ -112,8 +112,7 @@ class Field:
             if not value.is_integer():
                 raise self._refused(value, "a whole number")
             return int(value)
-        made: int | float = self.type(value)
-        return made
+        return parse_number(value) if self.type is float else int(value)
 
     def _refused(self, value: object, expected: str) -> UsageError:
         return UsageError(

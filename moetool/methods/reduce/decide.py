@@ -154,8 +154,8 @@ def parse_percent(text: str) -> float | None:
     if not text:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if not found:
-        raise UsageError(f"{text!r} is not a percentage", hint="write it like 2%")
+    if not found or len(found[1]) > 9:
+        raise UsageError(f"{text[:60]!r} is not a percentage", hint="write it like 2%")
     return float(found[1]) / (100 if found[2] else 1)
 
 

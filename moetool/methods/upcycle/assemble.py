@@ -9,6 +9,7 @@ from typing import Any
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import DTYPE_BITS, FLOATS, Piece
+from moetool.units import STRENGTH
 
 # Fields in which fine-tunes of one base may differ without changing what their tensors mean.
 _FREE = {
@@ -88,6 +89,12 @@ def trunk_weights(spec: str, sources: int) -> list[float] | None:
         return [1.0 - x, x]
     if found := re.fullmatch(r"weights:(-?\d*\.?\d+(?:,-?\d*\.?\d+)*)", spec):
         weights = [float(w) for w in found[1].split(",")]
+        if max(map(abs, weights)) > STRENGTH:
+            raise UsageError(
+                f"--trunk {spec[:60]} has a weight that is too large",
+                expected=f"at most {STRENGTH:g}",
+                hint="give weights whose sum is near 1",
+            )
         if len(weights) != sources:
             raise UsageError(
                 f"--trunk {spec} has {len(weights)} weights",

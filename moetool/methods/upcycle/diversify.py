@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetool.errors import UsageError
+from moetool.units import STRENGTH
 
 FORMS = "none, permute, noise:SIGMA, drop:RATIO[:neuron|:reference], joined by +"
 
@@ -27,7 +28,9 @@ class Diversify:
         for part in spec.split("+"):
             if part == "permute":
                 values["permute"] = True
-            elif found := re.fullmatch(r"noise:(\d*\.?\d+)", part):
+            elif (found := re.fullmatch(r"noise:(\d*\.?\d+)", part)) and float(
+                found[1]
+            ) <= STRENGTH:
                 values["sigma"] = float(found[1])
             elif (
                 found := re.fullmatch(r"drop:(\d*\.?\d+)(?::(neuron|reference))?", part)

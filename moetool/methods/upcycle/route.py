@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetool.errors import UsageError
+from moetool.units import STRENGTH
 
 FORMS = "zero, normal:SIGMA, kaiming, uniform:SIGMA (centred), or group:SIGMA (equal rows in each group of --split)"
 DEFAULT_SIGMA = 0.02
@@ -33,14 +34,14 @@ class Router:
         found = re.fullmatch(
             r"(zero|kaiming)|(normal|uniform|group)(?::(\d*\.?\d+(?:e-?\d+)?))?", spec
         )
-        if not found:
+        sigma = float(found[3]) if found and found[3] else DEFAULT_SIGMA
+        if not found or sigma > STRENGTH:
             raise UsageError(
                 f"--router {spec!r} is not understood",
-                expected=FORMS,
+                expected=f"{FORMS}; SIGMA at most {STRENGTH:g}",
                 hint="for example --router normal:0.02",
             )
         law = found[1] or found[2]
-        sigma = float(found[3]) if found[3] else DEFAULT_SIGMA
         if law == "zero" or (found[2] and sigma == 0):
             return cls("zero")
         if law == "group" and not whole_groups:

@@ -14,6 +14,7 @@ from typing import Any
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
 from moetool.surgery.layout import Layout
+from moetool.units import STRENGTH, parse_number
 
 
 def solve(
@@ -45,11 +46,11 @@ def solve(
     )
     if asked != "auto":
         try:
-            factor = float(asked)
+            factor = parse_number(asked, largest=STRENGTH)
         except ValueError:
             raise UsageError(
                 f"--scale {asked!r} is not understood",
-                expected="auto or a number",
+                expected=f"auto or a number of at most {STRENGTH:g}",
                 hint="leave it out to have it solved",
             ) from None
     if shared or factor == 1.0:
