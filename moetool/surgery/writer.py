@@ -7,7 +7,6 @@ another plan, a folder with other content: all refused before a byte is written.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -107,6 +106,8 @@ class Writer:
             old = json.loads(seen) if seen else None
         except json.JSONDecodeError:
             old = {}
+        if old is not None and not isinstance(old, dict):
+            old = {}  # JSON, but not ours
         if old is None and self._strangers():
             old = {}  # killed between its last two steps, and not ours
         mine = {"digest": self.plan.digest, "sources": self._stamps()}
@@ -215,12 +216,13 @@ def check_target(out: Path, sources: Sequence[str], *, overwrite: bool) -> None:
             hint="choose another output folder",
         )
     if out.is_dir() and not overwrite:
-        with contextlib.suppress(StopIteration):
-            found = next(os.scandir(out)).name
+        with os.scandir(out) as entries:
+            found = next(entries, None)
+        if found is not None:
             raise UsageError(
                 "the output folder is not empty",
                 file=out,
-                found=found,
+                found=found.name,
                 hint="choose another folder, or add --overwrite to replace it",
             )
     parent = existing(out.parent)
