@@ -37,10 +37,9 @@ def profile(
     from moetool.forward.stats import Wanted
     from moetool.surgery import source
     from moetool.surgery.checkpoint import Checkpoint
-    from moetool.surgery.factored import unfold
 
     _positive(tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len - 1, sample=sample + 1)
-    checkpoint = unfold(Checkpoint.open(source.locate(moe)))
+    checkpoint = Checkpoint.open(source.locate(moe))
     calibration = profiling.Calibration(
         tuple(calibrate), Cut(tokens, seq_len, pack, True, seed, batch_tokens), text_field
     )
@@ -129,7 +128,6 @@ def evaluate(
     from moetool.methods.reduce.decide import parse_percent
     from moetool.surgery import source
     from moetool.surgery.checkpoint import Checkpoint
-    from moetool.surgery.factored import unfold
 
     _positive(tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len - 1)
     increase = parse_percent(max_perplexity_increase)
@@ -140,7 +138,7 @@ def evaluate(
             hint="give what the model was made from",
         )
     opened = [
-        unfold(Checkpoint.open(source.locate(name)))
+        Checkpoint.open(source.locate(name))
         for name in ([model, reference] if reference else [model])
     ]
     calibration = Calibration(

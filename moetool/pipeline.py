@@ -121,7 +121,7 @@ def prepare(
     took = time.perf_counter() - begun
     made = method.plan(sources, decisions, settings)
     sources += decisions.extra
-    dtype_of = lambda piece: sources[piece.source].tensor(piece.name).dtype  # noqa: E731
+    dtype_of = lambda piece: sources[piece.source].part(piece.name).dtype  # noqa: E731
     ops.rehearse(made.plan.tasks, dtype_of, made.plan.tables)
     jobs, peak = fit_memory(made.plan, sources, options)
     peak = max(peak, decisions.memory)

@@ -51,14 +51,12 @@ class Side:
             self.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
         )
 
-    def tensor(self, piece: Piece, dtype: str) -> Any:
+    def tensor(self, piece: Piece) -> Any:
         """A piece as float32."""
-        from moetool.kernels import codec
-
-        return codec.decode(self.checkpoint.read(piece), dtype, piece.shape).float()
+        return self.checkpoint.matrix(piece).float()
 
     def whole(self, stored: Stored) -> Any:
-        return self.tensor(whole(stored), stored.dtype)
+        return self.tensor(whole(stored))
 
     def expert(self, layer: int, expert: int) -> Iterator[Any]:
         """gate, up, down of one expert, from either layout."""
@@ -68,11 +66,9 @@ class Side:
             assert both and down
             _, double, hidden = both.shape
             slab = double * hidden
-            yield self.tensor(Piece(both.name, (double // 2, hidden), expert * slab), both.dtype)
-            yield self.tensor(
-                Piece(both.name, (double // 2, hidden), expert * slab + slab // 2), both.dtype
-            )
-            yield self.tensor(Piece(down.name, down.shape[1:], expert * slab // 2), down.dtype)
+            yield self.tensor(Piece(both.name, (double // 2, hidden), expert * slab))
+            yield self.tensor(Piece(both.name, (double // 2, hidden), expert * slab + slab // 2))
+            yield self.tensor(Piece(down.name, down.shape[1:], expert * slab // 2))
             return
         for role in ("gate", "up", "down"):
             stored = self.stored(f"expert.{role}", layer, expert)

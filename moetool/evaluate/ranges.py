@@ -105,7 +105,7 @@ def _compare_zeros(out: Checkpoint, made: Piece) -> None:
 
 
 def _different(out: Checkpoint, piece: Piece, expected: str) -> VerificationFailed:
-    file = out.tensors[piece.name].file if piece.name in out.tensors else ""
+    file = out.stored[piece.name].file if piece.name in out.stored else ""
     return VerificationFailed(
         "bytes are not what the plan makes",
         file=f"{out.folder}/{file}",

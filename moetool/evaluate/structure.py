@@ -10,7 +10,6 @@ from typing import Any
 
 from moetool.errors import VerificationFailed
 from moetool.surgery.checkpoint import Checkpoint, read_json
-from moetool.surgery.factored import unfold
 from moetool.surgery.layout import Layout, text_model
 
 
@@ -52,18 +51,18 @@ def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str,
             found=config,
             hint="restore it, or make the output again",
         )
-    if len(checkpoint.tensors) != record["report"]["tensors"]:
+    if len(checkpoint.stored) != record["report"]["tensors"]:
         raise VerificationFailed(
             "the number of tensors is not the planned one",
             file=checkpoint.folder,
             expected=record["report"]["tensors"],
-            found=len(checkpoint.tensors),
+            found=len(checkpoint.stored),
             hint="make the output again",
         )
     return {
         "shards": len(checkpoint.files),
-        "tensors": len(checkpoint.tensors),
-        "names_checked": check_names(unfold(checkpoint)),
+        "tensors": len(checkpoint.stored),
+        "names_checked": check_names(checkpoint),
     }
 
 

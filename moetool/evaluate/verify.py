@@ -124,7 +124,7 @@ def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
 def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, int]:
     """Every tensor of the first source is used or dropped by name."""
     used = {p.name for t in plan.tasks for p in t.inputs if p.source == 0}
-    lost = sorted(set(sources[0].tensors) - used - set(plan.dropped))
+    lost = sorted(set(sources[0].stored) - used - set(plan.dropped))
     if lost and len(sources) == 1:
         raise VerificationFailed(
             "a source tensor is neither used nor dropped by name",

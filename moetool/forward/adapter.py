@@ -20,7 +20,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import text_model
-from moetool.surgery.spec import rows, whole
+from moetool.surgery.spec import rows
 
 _STACKS = ("layers", "h", "blocks", "block")
 # Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
@@ -201,22 +201,16 @@ class Shell:
     def _read(self, name: str) -> Any:
         import torch
 
-        from moetool.kernels import codec
-
         stored = self.source.tensor(name)
         counted = self._only[1].counted.get(name) if self._only else None
         if self._only is None or counted is None or counted.expert is not None:
-            return codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+            return self.source.matrix(name)
         count, mixture = self._only
         axis = len(stored.shape) - 1 if counted.flat else 0
         tensor = (
-            codec.decode(self.source.read(whole(stored)), stored.dtype, stored.shape)
+            self.source.matrix(name)
             if axis
-            else codec.decode(
-                self.source.read(rows(stored, 0, count * counted.rows)),
-                stored.dtype,
-                (count * counted.rows, *stored.shape[1:]),
-            )
+            else self.source.matrix(rows(stored, 0, count * counted.rows))
         )
         extra = stored.shape[axis] - mixture.experts * counted.rows
         if axis:
@@ -225,11 +219,7 @@ class Shell:
             torch.cat(
                 [
                     tensor,
-                    codec.decode(
-                        self.source.read(rows(stored, stored.shape[0] - extra, stored.shape[0])),
-                        stored.dtype,
-                        (extra, *stored.shape[1:]),
-                    ),
+                    self.source.matrix(rows(stored, stored.shape[0] - extra, stored.shape[0])),
                 ]
             )
             if extra

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 
 from moetool.errors import MoetoolError
-from moetool.kernels import codec, form, moe
-from moetool.surgery.checkpoint import Checkpoint, read_range
+from moetool.kernels import form, moe
 from moetool.surgery.experts import Mixture
-from moetool.surgery.factored import Factored
-from moetool.surgery.spec import Piece, Stored
 
 Tensor = torch.Tensor
 
@@ -105,23 +102,19 @@ def read(
         )
     bias = mixture.side(layer, "router.bias")
     act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
+
+    def whole(name: str) -> Tensor:
+        return mixture.source.matrix(name, device).float()
+
     kept = list(range(min(only or count, count))) + list(range(count, count + mixture.zero_experts))
     return Block(
-        router=_whole(mixture.source, router.stored, device)[kept],
-        bias=None
-        if bias is None
-        else _whole(mixture.source, bias.stored, device).reshape(-1)[kept],
+        router=whole(router.stored.name)[kept],
+        bias=None if bias is None else whole(bias.stored.name).reshape(-1)[kept],
         experts=_experts(mixture, layer, min(only or count, count), act, device, widen),
         law=moe.Law(**mixture.law()),
-        shared={r: _whole(mixture.source, s, device) for r, s in mixture.shared(layer).items()},
+        shared={r: whole(s.name) for r, s in mixture.shared(layer).items()},
         zero_experts=mixture.zero_experts,
     )
-
-
-def _whole(source: Checkpoint, stored: Stored, device: str) -> Tensor:
-    data = read_range(f"{source.folder}/{stored.file}", stored.start, stored.stop - stored.start)
-    made: Tensor = codec.decode(data, stored.dtype, stored.shape, device).float()
-    return made
 
 
 def _experts(
@@ -133,7 +126,7 @@ def _experts(
     for expert in range(count):
         pieces = mixture.pieces(layer, expert)
         parts = form.canonical(
-            {r: _part(mixture, p, device) for r, p in pieces.items()},
+            {r: mixture.source.matrix(p, device) for r, p in pieces.items()},
             transposed=lie["transposed"],
             interleaved=lie["interleaved"],
         )
@@ -148,18 +141,3 @@ def _experts(
     return moe.Experts(
         stack["gate_up"], stack["down"], act, stack.get("gate_up_bias"), stack.get("down_bias")
     )
-
-
-def _part(mixture: Mixture, piece: Piece, device: str) -> Tensor:
-    factors = (
-        mixture.source.parts.get(piece.name)
-        if isinstance(mixture.source, Factored) and mixture.source.parts
-        else None
-    )
-    if factors:
-        base, u, v = (_whole(mixture.source, f, device) for f in factors)
-        return base + u @ v
-    made: Tensor = codec.decode(
-        mixture.source.read(piece), mixture.source.tensor(piece.name).dtype, piece.shape, device
-    )
-    return made

@@ -27,7 +27,6 @@ from moetool.kernels import moe
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.factored import Factored
 from moetool.surgery.layout import text_model
 
 Tensor = torch.Tensor
@@ -110,26 +109,28 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
     mixture = Mixture.of(source) if at.layout.kind == "moe" else None
     experts = {n for n, c in mixture.counted.items() if c.kind == "expert"} if mixture else set()
     sizes: dict[int, int] = {}
+    wide: dict[int, int] = {}
     others: dict[int | None, int] = {}
     for name, stored in source.tensors.items():
-        elements = stored.stop - stored.start
+        held = stored.held
         if name in experts and mixture:
             layer = mixture.counted[name].layer
-            sizes[layer] = sizes.get(layer, 0) + elements
+            sizes[layer] = sizes.get(layer, 0) + held
+            wide[layer] = wide.get(layer, 0) + (held if stored.parts else 2 * held)
         else:
             found = at.layout.match(name.removeprefix(at.prefix))
             layer_ = (
                 found.layer if found and found.layer is not None and found.layer < count else None
             )
-            others[layer_] = others.get(layer_, 0) + elements * (
-                4 // max(1, elements // max(1, int(np.prod(stored.shape))))
+            others[layer_] = others.get(layer_, 0) + held * (
+                4 // max(1, held // max(1, stored.elements))
             )
-    widest = max(sizes.values(), default=0)
+    widest, widened = max(sizes.values(), default=0), max(wide.values(), default=0)
     outside = others.pop(None, 0)
     tokens = max(b.ids.size for b in batches.batches)
     one = (
-        widest // max(1, mixture.experts) if mixture else 0
-    )  # an expert as stored; in float32 twice that
+        widened // 2 // max(1, mixture.experts) if mixture else 0
+    )  # half an expert in float32: as it is stored, where that is 16 bits
     compared = (
         2 * 4 * one * compared_experts(mixture) if mixture else 0
     )  # theirs: listed, stacked, joined; then ours
@@ -142,7 +143,7 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
         + 1500 * len(source.tensors)
     )
     hidden = 4 * width * sum(b.ids.size for b in batches.batches)
-    return Needs(floor, widest + 8 * one, 2 * widest + 8 * one, compared, hidden, outside)
+    return Needs(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
 
 
 def compared_experts(mixture: Mixture) -> int:
@@ -258,11 +259,7 @@ class Walk:
             return
         assert self.mixture is not None
         own = module.get_submodule(self._block_name(layer))
-        if (
-            not self._checked
-            and self.mixture.count_in(layer) == self.mixture.experts
-            and not isinstance(self.source, Factored)
-        ):
+        if not self._checked and self.mixture.count_in(layer) == self.mixture.experts:
             self._compare(layer)
             self._checked = True
         block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)

@@ -9,7 +9,7 @@ from typing import Any
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Found, Layout
-from moetool.surgery.spec import DTYPE_BITS, Stored
+from moetool.surgery.spec import Stored
 
 
 @dataclass
@@ -41,7 +41,7 @@ def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
     unknown: list[str] = []
     total = 0
     for stored in checkpoint.tensors.values():
-        count = _elements(stored)
+        count = stored.elements
         total += count
         found = _recognise(stored.name, layout, inner)
         if found is None:
@@ -75,9 +75,12 @@ def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": total,
         "active_parameters": total - idle,
         "bytes": sum(size for size, _ in checkpoint.files.values()),
-        "tensors": len(checkpoint.tensors),
+        "tensors": len(checkpoint.stored),
         "shards": len(checkpoint.files),
-        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())),
+        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.stored.values()).items())),
+        "forms": dict(
+            sorted(Counter(t.parts.form for t in checkpoint.tensors.values() if t.parts).items())
+        ),
         "top_k": top_k if any(r["experts"] for r in rows) else None,
         "hidden": text.get(home.fields.get("hidden", "")) if home else None,
         "vocab": text.get(home.fields.get("vocab", "")) if home else None,
@@ -119,10 +122,6 @@ def _any_form(layout: Layout, name: str) -> Found | None:
             if number.isdigit() and slot:
                 return Found(type(slot)(template, None, f"expert.{role}", "moe"), int(number))
     return found
-
-
-def _elements(stored: Stored) -> int:
-    return (stored.stop - stored.start) * 8 // DTYPE_BITS[stored.dtype]
 
 
 def _note(layer: _Layer, found: Found, stored: Stored, count: int) -> None:

@@ -1,10 +1,11 @@
 """Read a safetensors checkpoint without loading it: names, dtypes, shapes and byte ranges, all
 checked.
 
-A Checkpoint is a value (no open handle), so it can be pickled to a worker. Everything a hostile or
-broken file can say is checked here, once: header length, JSON, duplicate names, dtypes, shapes,
-overlapping or missing ranges, truncation, indexes that lead out of the folder, indexes and shards
-that disagree. Format: safetensors README.
+A Checkpoint is a value (no open handle), so it can be pickled to a worker. Its readers see every
+matrix under the name and with the shape that its family knows, in whatever form it is stored
+(surgery/forms/). Everything a hostile or broken file can say is checked here, once: header length,
+JSON, duplicate names, dtypes, shapes, overlapping or missing ranges, truncation, indexes that lead
+out of the folder, indexes and shards that disagree. Format: safetensors README.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetool import strict_json
 from moetool.errors import MoetoolError
 from moetool.reading import opened
-from moetool.surgery import header
-from moetool.surgery.spec import DTYPE_BITS, Piece, Stored
+from moetool.surgery import forms, header
+from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
@@ -54,12 +59,19 @@ _TRAVEL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. `files` maps each weight file to (bytes, sha256 of its header)."""
+    """A checkpoint on disk. `files` maps each weight file to (bytes, sha256 of its header).
+
+    `tensors` and `config` are what a reader works with: matrices by the names of their family,
+    whatever they are made of, and a config without what it told loaders of their forms (`told`,
+    by form). `lying` are the tensors as they lie in the files, where that is not the same.
+    """
 
     folder: str
     config: dict[str, Any]
     tensors: dict[str, Stored]
     files: dict[str, tuple[int, str]]
+    lying: dict[str, Stored] = field(default_factory=dict, repr=False)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -100,7 +112,7 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         if promised is not None:
             _compare_index(folder, promised, tensors)
-        return cls(str(folder), config, tensors, files)
+        return cls._seen(str(folder), config, tensors, files)
 
     @classmethod
     def staged(cls, folder: str, shards: list[str], config: dict[str, Any]) -> Checkpoint:
@@ -111,20 +123,64 @@ class Checkpoint:
             stored, digest, size = read_header(Path(folder) / shard)
             files[shard] = (size, digest)
             tensors |= {t.name: t for t in stored}
-        return cls(folder, config, tensors, files)
+        return cls._seen(folder, config, tensors, files)
+
+    @classmethod
+    def _seen(
+        cls,
+        folder: str,
+        config: dict[str, Any],
+        tensors: dict[str, Stored],
+        files: dict[str, tuple[int, str]],
+    ) -> Checkpoint:
+        """Ask every form which matrices it knows among the tensors."""
+        try:
+            found = forms.seen(tensors, config)
+        except MoetoolError as problem:
+            problem.where.setdefault("file", folder)
+            raise
+        if not found.told:
+            return cls(folder, config, tensors, files)
+        return cls(folder, found.config, found.tensors, files, tensors, found.told)
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor as it lies in a file, parts of matrices included."""
+        return self.lying or self.tensors
+
+    def part(self, name: str) -> Stored:
+        """The tensor of this name as it lies in a file; MoetoolError when it is missing."""
+        return _present(self.stored, name, self.folder)
+
+    def numbers(self, piece: Piece) -> np.ndarray:
+        """A piece of a floating tensor as a float64 array [*shape], without torch where it lies
+        in the file as it is.
+        """
+        from moetool.kernels import codec
+
+        stored = self.tensor(piece.name)
+        if stored.parts is not None:
+            made: np.ndarray = self.matrix(piece).double().numpy()
+            return made
+        return codec.as_float64(self.read(piece), stored.dtype).reshape(piece.shape)
+
+    def matrix(self, what: str | Piece, device: str = "cpu") -> Tensor:
+        """A tensor, or a piece of one, as a torch tensor: decoded where it is stored in parts
+        (then in float32), else in the dtype of its bytes.
+        """
+        from moetool.kernels import codec
+
+        piece = whole(self.tensor(what)) if isinstance(what, str) else what
+        parts, how = forms.split(self.tensor(piece.name), piece)
+        read = [
+            codec.decode(self.read(part), self.part(part.name).dtype, part.shape, device)
+            for part in parts
+        ]
+        return forms.decoded(read, [how])[0]
 
     def tensor(self, name: str) -> Stored:
-        """The stored tensor of this name; MoetoolError when it is missing."""
-        if name not in self.tensors:
-            raise MoetoolError(
-                "a tensor is missing",
-                file=self.folder,
-                tensor=name,
-                expected="present",
-                found="absent",
-                hint="the checkpoint is incomplete: download or save it again",
-            )
-        return self.tensors[name]
+        """The tensor of this name as readers see it; MoetoolError when it is missing."""
+        return _present(self.tensors, name, self.folder)
 
     def fingerprint(self) -> list[list[Any]]:
         """[file, bytes, header sha256] of every weight file: what a plan's digest knows of its
@@ -151,8 +207,8 @@ class Checkpoint:
         return out
 
     def range_of(self, piece: Piece) -> tuple[str, int, int]:
-        """(file, first byte, byte count) of a piece."""
-        stored = self.tensor(piece.name)
+        """(file, first byte, byte count) of a piece of a tensor as it lies in a file."""
+        stored = self.part(piece.name)
         bits = DTYPE_BITS[stored.dtype]
         start, count = piece.offset * bits // 8, piece.count * bits // 8
         if stored.start + start + count > stored.stop:
@@ -166,9 +222,22 @@ class Checkpoint:
         return os.path.join(self.folder, stored.file), stored.start + start, count
 
     def read(self, piece: Piece) -> bytearray:
-        """The bytes of a piece, by pread (no mapping stays behind)."""
+        """The bytes of a piece as they lie in a file, by pread (no mapping stays behind)."""
         path, start, count = self.range_of(piece)
         return read_range(path, start, count)
+
+
+def _present(tensors: dict[str, Stored], name: str, folder: str) -> Stored:
+    if name not in tensors:
+        raise MoetoolError(
+            "a tensor is missing",
+            file=folder,
+            tensor=name,
+            expected="present",
+            found="absent",
+            hint="the checkpoint is incomplete: download or save it again",
+        )
+    return tensors[name]
 
 
 def read_range(path: str, start: int, count: int) -> bytearray:

@@ -91,7 +91,7 @@ def jobs_of(
         computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
         ranges = tuple(
             tuple(
-                (*sources[p.source].range_of(p), sources[p.source].tensor(p.name).dtype)
+                (*sources[p.source].range_of(p), sources[p.source].part(p.name).dtype)
                 for p in t.inputs
             )
             for t in computed

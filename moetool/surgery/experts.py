@@ -321,9 +321,7 @@ class Mixture:
 
     def expert_bytes(self) -> int:
         """Bytes of all routed experts."""
-        return sum(
-            c.stored.stop - c.stored.start for c in self.counted.values() if c.kind == "expert"
-        )
+        return sum(c.stored.size for c in self.counted.values() if c.kind == "expert")
 
     def expert_elements(self, layer: int) -> int:
         """Elements of one expert of a layer."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from math import prod
 from typing import Any
 
 from moetool.errors import MoetoolError
+from moetool.surgery import forms
 from moetool.surgery.spec import Piece, Task, size_of
 
 Tables = Mapping[str, list[int]]
@@ -88,6 +91,13 @@ def _transpose(
     inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
 ) -> Iterator[Any]:
     yield inputs[0].transpose(-1, -2).contiguous()
+
+
+def _reform(
+    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
+) -> Iterator[Any]:
+    """Nothing but another form: what is decoded before and encoded behind every operation."""
+    yield from inputs
 
 
 def _fill(
@@ -187,6 +197,7 @@ OPS = {
         Op("affine", _affine, "torch", 4.0),
         Op("affine_sum", _affine_sum, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),
+        Op("reform", _reform, "torch", 4.0, reads=2.0),
         Op("fill", _fill, "numpy", 4.0),
         Op("reindex", _reindex, "torch", 4.0, reads=3.0),
         Op("merge", _merge, "torch", 24.0, reads=6.0),
@@ -212,8 +223,11 @@ def task_memory(task: Task, dtypes: Mapping[str, str], source_bytes: Callable[[P
     op = OPS[task.op]
     if op.run is None:
         return COPY_BUFFER
-    read = sum(source_bytes(p) for p in task.inputs)
+    read = sum(source_bytes(p) for p in task.inputs) + _decoded_bytes(task.params.get("decode"))
     made = max((size_of(dtypes[o.name], o.shape) for o in task.outputs), default=0)
+    made = max(
+        made, 4 * max((prod(s) for s in _shapes(task)), default=0) if "encode" in task.params else 0
+    )
     return int(op.reads * read + op.factor * made)
 
 
@@ -225,7 +239,11 @@ def run_task(
     """
     op = OPS[task.op]
     assert op.run is not None
-    results = op.run(inputs, [o.shape for o in task.outputs], task.params, tables)
+    params = {k: v for k, v in task.params.items() if k not in ("decode", "encode")}
+    results = op.run(
+        forms.decoded(inputs, task.params.get("decode")), _shapes(task), params, tables
+    )
+    results = forms.encoded(results, task.params.get("encode"))
     for piece, value in zip(task.outputs, results, strict=True):
         if tuple(value.shape) != piece.shape:
             raise MoetoolError(
@@ -236,6 +254,22 @@ def run_task(
                 hint="report this as a bug of moetool",
             )
         yield piece, value
+
+
+def _shapes(task: Task) -> list[tuple[int, ...]]:
+    """Shapes of an operation's results, before they are encoded."""
+    if "encode" not in task.params:
+        return [o.shape for o in task.outputs]
+    outs, shapes = iter(task.outputs), []
+    for entry in task.params["encode"]:
+        pieces = list(islice(outs, entry["parts"] if entry else 1))
+        shapes.append(tuple(entry["shape"]) if entry else pieces[0].shape)
+    return shapes
+
+
+def _decoded_bytes(how: Sequence[dict[str, Any] | None] | None) -> int:
+    """What decoded inputs hold beside the bytes that were read: whole matrices in float32."""
+    return sum(4 * prod(e["of"] if "of" in e else e["shape"]) for e in how or () if e)
 
 
 def rehearse(tasks: Sequence[Task], dtype_of: Callable[[Piece], str], tables: Tables) -> int:

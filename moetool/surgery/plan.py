@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moetool.errors import MoetoolError
-from moetool.surgery.spec import DTYPE_BITS, Piece, Target, Task
+from moetool.surgery import forms
+from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
@@ -141,8 +142,9 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(t.size * 8 // DTYPE_BITS[t.dtype] for t in self.targets.values())
+        """Learned numbers of all tensors; the scales of quantized matrices are none."""
+        lying = {n: Stored(n, t.dtype, t.shape, "", 0, t.size) for n, t in self.targets.items()}
+        return forms.count(forms.seen(lying, self.config).tensors.values())
 
     def header(self, shard: Shard) -> bytes:
         """The safetensors header of a shard, final: it is written before the first tensor."""

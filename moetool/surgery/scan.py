@@ -1,7 +1,7 @@
 """Find NaN and inf in what a plan reads, at the speed of memory: the largest bit pattern of a
 float tells.
 
-For bf16, fp16 and fp32 the exponent is all ones exactly for inf and NaN, so a signed and an
+The largest bit patterns of a float are exactly inf and NaN, so a signed and an
 unsigned maximum over the raw integers find them without decoding.
 """
 
@@ -25,6 +25,8 @@ _PATTERN = {
     "F16": ("<u2", "<i2", 0x7C00),
     "F32": ("<u4", "<i4", 0x7F800000),
     "F64": ("<u8", "<i8", 0x7FF0000000000000),
+    "F8_E4M3": ("<u1", "<i1", 0x7F),  # has no inf; NaN alone
+    "F8_E5M2": ("<u1", "<i1", 0x7C),
 }
 
 
@@ -72,7 +74,7 @@ def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> lis
         {
             (f"{sources[s].folder}/{t.file}", t.start, t.stop, t.dtype)
             for s, n in used
-            if (t := sources[s].tensor(n)).dtype in _PATTERN
+            if (t := sources[s].part(n)).dtype in _PATTERN
         }
     )
     joined: list[list[Any]] = []
@@ -133,7 +135,7 @@ def named(
     ranges = sorted(set(suspects))
     found = []
     for source, name in sorted({(p.source, p.name) for t in tasks for p in t.inputs}):
-        tensor = sources[source].tensor(name)
+        tensor = sources[source].part(name)
         path = f"{sources[source].folder}/{tensor.file}"
         touched = any(r[0] == path and r[1] < tensor.stop and tensor.start < r[2] for r in ranges)
         if touched and _has_bad(path, tensor.start, tensor.stop, tensor.dtype):

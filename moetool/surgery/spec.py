@@ -52,9 +52,23 @@ def size_of(dtype: str, shape: Shape) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """What a matrix that does not lie whole in its file is made of: the stored tensors, in the
+    order in which the form (a file in surgery/forms/) decodes them, and the form's parameters.
+    """
+
+    form: str
+    tensors: tuple[Stored, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as it lies in a file: bytes [start, stop) of `file` (a path relative to its
     checkpoint).
+
+    A matrix in a form other than `full` has `parts`: dtype and shape are then those of the
+    decoded matrix, and the place is that of its first part.
     """
 
     name: str
@@ -63,6 +77,22 @@ class Stored:
     file: str
     start: int
     stop: int
+    parts: Parts | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes in the files, all parts together."""
+        return sum(p.size for p in self.parts.tensors) if self.parts else self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of values of the (decoded) tensor."""
+        return prod(self.shape)
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory as `Checkpoint.matrix` gives it: decoded matrices are float32."""
+        return 4 * self.elements if self.parts else self.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Made, Settings
+from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, text_model
-from moetool.surgery.plan import Plan
+from moetool.surgery.reform import Wanted
 from moetool.surgery.spec import Piece, Stored, whole
 
 MATRICES = ("gate", "up", "down")
@@ -71,13 +72,10 @@ class ConvertLayout:
             if found not in done:
                 done.add(found)
                 self._layer(build, source, layout, prefix, found, experts, stacked)
-        plan = Plan.build(
-            [source.fingerprint()],
-            source.config,
-            build.targets,
-            build.tasks,
+        plan = reform.plan(
+            [source],
+            Wanted(source.config, build.targets, build.tasks, {}),
             max_shard=settings.max_shard,
-            dropped={},
         )
         expert = sum(
             p.count
@@ -102,7 +100,7 @@ class ConvertLayout:
             "expert_sources": [],
         }
         return Made(
-            plan, Certificate("exact", "only names and places change"), source.config, {}, facts
+            plan, Certificate("exact", "only names and places change"), plan.config, {}, facts
         )
 
     def _layer(

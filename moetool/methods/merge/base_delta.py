@@ -12,10 +12,11 @@ from moetool.methods.merge import group
 from moetool.methods.reduce import facts
 from moetool.methods.reduce.decide import Job
 from moetool.methods.reduce.decision import Decided, Layer
+from moetool.surgery import reform
 from moetool.surgery.experts import Mixture
-from moetool.surgery.factored import CONFIG, factored_name
-from moetool.surgery.plan import Plan
-from moetool.surgery.spec import Piece, whole
+from moetool.surgery.forms.factored import Factored, wrapped
+from moetool.surgery.reform import Wanted
+from moetool.surgery.spec import Piece, Target, whole
 
 if TYPE_CHECKING:
     from moetool.methods.merge.method import Merge
@@ -101,14 +102,12 @@ def plan(
                     factored,
                     decisions,
                 )
-    config = source.config if not factored else CONFIG.wrap(source.config, ranks)
-    made = Plan.build(
-        [source.fingerprint(), *(c.fingerprint() for c in decisions.extra)],
-        config,
-        build.targets,
-        build.tasks,
+    config = source.config if not factored else wrapped(source.config, ranks)
+    made = reform.plan(
+        [source, *decisions.extra],
+        Wanted(config, build.targets, build.tasks, {}),
         max_shard=settings.max_shard,
-        dropped={},
+        form="full" if factored else "auto",
     )
     level = Certificate(
         "none",
@@ -119,7 +118,7 @@ def plan(
     return Made(
         made,
         level,
-        config,
+        made.config,
         {},
         report,
         tuple(decisions.report.get("warnings", ())),
@@ -148,12 +147,9 @@ def _matrix(
     if not factored:
         outs = [whole(build.target(p.name, dtype, shape)) for p in pieces]
     else:
-        outs = [whole(build.target(factored_name(pieces[0].name, "base"), dtype, shape))]
-        for p in pieces:
-            outs += [
-                whole(build.target(factored_name(p.name, "u"), dtype, (shape[0], rank))),
-                whole(build.target(factored_name(p.name, "v"), dtype, (rank, shape[1]))),
-            ]
+        parts = [Factored().parts(Target(p.name, dtype, shape), {"rank": rank}) for p in pieces]
+        own = [part for _, *factors in parts for part in factors]
+        outs = [whole(build.target(t.name, t.dtype, t.shape)) for t in (parts[0][0], *own)]
     build.task(
         "base_delta",
         inputs,

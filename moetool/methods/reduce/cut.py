@@ -13,9 +13,11 @@ from typing import Any
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder
 from moetool.methods.reduce.decision import Decided, Layer
+from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Counted, Mixture, strays
 from moetool.surgery.plan import Plan
+from moetool.surgery.reform import Wanted
 from moetool.surgery.spec import FLOATS, Piece, Target, whole
 
 LAYOUTS = ("uniform", "zeroed", "ghost", "ragged")
@@ -104,16 +106,14 @@ class Cut:
                 done.add(counted.layer)
                 self._layer(counted.layer)
         config = self._config()
-        fingerprints = [source.fingerprint(), *(c.fingerprint() for c in self.extra)]
-        return Plan.build(
-            fingerprints,
-            config,
-            self.build.targets,
-            self.build.tasks,
+        wanted = Wanted(config, self.build.targets, self.build.tasks, self._dropped())
+        plan = reform.plan(
+            [source, *self.extra],
+            wanted,
             max_shard=max_shard,
-            dropped=self._dropped(),
             tables={**self.tables, **(tables or {})},
-        ), config
+        )
+        return plan, plan.config
 
     def _dropped(self) -> dict[str, str]:
         """Tensors of experts that went, by name (of stacks only rows go)."""
@@ -394,8 +394,6 @@ def router_rows(mixture: Mixture, layer: int) -> Any:
     """Router rows of a layer's experts as float64 [experts, hidden], read without torch.
     MoetoolError where there is no plain router.
     """
-    from moetool.kernels import codec
-
     router = mixture.side(layer, "router")
     if router is None or router.stored.dtype not in FLOATS or len(router.stored.shape) != 2:
         raise MoetoolError(
@@ -404,7 +402,5 @@ def router_rows(mixture: Mixture, layer: int) -> Any:
             tensor=f"layer {layer}",
             hint="this family cannot be cut yet",
         )
-    rows = codec.as_float64(mixture.source.read(whole(router.stored)), router.stored.dtype).reshape(
-        router.stored.shape
-    )
+    rows = mixture.source.numbers(whole(router.stored))
     return rows[: mixture.experts]

@@ -259,11 +259,7 @@ class Job:
         needed = SCIPY_RESERVE
         if self.weights or self.options.stats:
             layer = max(
-                sum(
-                    c.stored.stop - c.stored.start
-                    for c in self.mixture.by_layer[n]
-                    if c.kind == "expert"
-                )
+                sum(c.stored.held for c in self.mixture.by_layer[n] if c.kind == "expert")
                 for n in self.mixture.layers
             )
             needed = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.spec import DTYPE_BITS, FLOATS, Piece
+from moetool.surgery.spec import FLOATS, Piece
 from moetool.units import STRENGTH
 
 # Fields in which fine-tunes of one base may differ without changing what their tensors mean.
@@ -162,8 +162,6 @@ def trunk_report(sources: Sequence[Checkpoint], names: Sequence[str]) -> list[di
     """
     import numpy as np
 
-    from moetool.kernels import codec
-
     base, rows = sources[0], []
     for other in sources[1:]:
         moved = total = 0.0
@@ -173,15 +171,11 @@ def trunk_report(sources: Sequence[Checkpoint], names: Sequence[str]) -> list[di
             if stored.dtype not in FLOATS or name not in other.tensors:
                 continue
             far = near = 0.0
-            for piece in _samples(
-                name, (stored.stop - stored.start) * 8 // DTYPE_BITS[stored.dtype]
-            ):
-                a, b = base.read(piece), other.read(piece)
-                x = codec.as_float64(a, stored.dtype)
+            for piece in _samples(name, stored.elements):
+                x, y = base.numbers(piece), other.numbers(piece)
                 near += float(np.dot(x, x))
-                if a != b:
-                    d = codec.as_float64(b, stored.dtype) - x
-                    far += float(np.dot(d, d))
+                if not np.array_equal(x, y, equal_nan=True):
+                    far += float(np.dot(y - x, y - x))
             moved, total = moved + far, total + near
             if near and (far / near) ** 0.5 > worst[0]:
                 worst = ((far / near) ** 0.5, name)

@@ -15,8 +15,10 @@ from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion, Wish, candidates, choose, dense
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
 from moetool.surgery import pair as pairing
+from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
+from moetool.surgery.reform import Wanted
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 
@@ -181,17 +183,14 @@ class Upcycle:
                 ),
             )
         trunk.write(build, "after")
-        plan = Plan.build(
-            [s.fingerprint() for s in sources],
-            config.value,
-            build.targets,
-            build.tasks,
+        plan = reform.plan(
+            sources,
+            Wanted(config.value, build.targets, build.tasks, trunk.dropped),
             max_shard=settings.max_shard,
-            dropped=trunk.dropped,
             tables=decisions.tables,
         )
         facts = self._facts(plan, chosen, layers, origin, ffn)
-        return Made(plan, certificate, config.value, config.dropped, facts | decisions.report)
+        return Made(plan, certificate, plan.config, config.dropped, facts | decisions.report)
 
     def _plan_dense(
         self,
@@ -207,13 +206,10 @@ class Upcycle:
         build, trunk = Builder(), Trunk.of(sources, chosen, weights)
         for place in ("before", *range(chosen.source.field("layers", chosen.config) or 0), "after"):
             trunk.write(build, place)
-        plan = Plan.build(
-            [s.fingerprint() for s in sources],
-            sources[0].config,
-            build.targets,
-            build.tasks,
+        plan = reform.plan(
+            sources,
+            Wanted(sources[0].config, build.targets, build.tasks, trunk.dropped),
             max_shard=settings.max_shard,
-            dropped=trunk.dropped,
         )
         same = weights is None or weights == [1.0] + [0.0] * (len(sources) - 1)
         certificate = (
@@ -237,7 +233,7 @@ class Upcycle:
             "active_parameters": plan.parameters,
             "expert_sources": [],
         }
-        return Made(plan, certificate, sources[0].config, {}, facts | decisions.report)
+        return Made(plan, certificate, plan.config, {}, facts | decisions.report)
 
     def _conversion(self, base: Checkpoint) -> Conversion:
         if (self.layers == "none") != (self.target == "same"):
@@ -366,7 +362,4 @@ def _check_memory(ffn: Ffn, settings: Settings) -> int:
 
 def _matrix(source: Checkpoint, ffn: Ffn, which: str) -> Any:
     """Gate or up of an FFN as float64 [width, hidden]."""
-    from moetool.kernels import codec
-
-    piece = getattr(ffn, which)
-    return codec.as_float64(source.read(piece), ffn.dtype).reshape(piece.shape)
+    return source.numbers(getattr(ffn, which))

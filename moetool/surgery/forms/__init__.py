@@ -1,0 +1,146 @@
+"""How a matrix is stored: one file a form, found by itself.
+
+`seen` asks every form what it knows in a checkpoint; `decoded` and `encoded` stand before and
+behind every operation that computes. Nothing here imports torch before a matrix is decoded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from moetool import discover
+from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery.forms.form import Config, Form, Grid, Params, Recognised
+from moetool.surgery.spec import Piece, Stored, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Form",
+    "Grid",
+    "Recognised",
+    "Seen",
+    "count",
+    "decoded",
+    "encoded",
+    "forms",
+    "named",
+    "seen",
+    "split",
+]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A checkpoint's tensors under the names and with the shapes that its family knows, the config
+    as one reads it who knows nothing of forms, and for each form what that config no longer says.
+    """
+
+    tensors: dict[str, Stored]
+    config: Config
+    told: dict[str, Config]
+
+
+@lru_cache(maxsize=1)
+def forms() -> dict[str, Form]:
+    """name -> form, in name order. A file of this folder that does not import is an error."""
+    return {n: kind() for n, kind in discover.classes(sys.modules[__name__], Form).items()}
+
+
+def named(name: str) -> Form:
+    """The form of this name; MoetoolError with the nearest names."""
+    if name not in forms():
+        raise MoetoolError(
+            f"no form {name!r}", expected=", ".join(forms()), hint=did_you_mean(name, forms())
+        )
+    return forms()[name]
+
+
+def seen(tensors: Mapping[str, Stored], config: Config) -> Seen:
+    """Ask every form what it knows here. Where none knows anything, all is as it stands."""
+    found, told = dict(tensors), {}
+    for name, form in forms().items():
+        if (known := form.recognise(found, config)) is None:
+            continue
+        found = _replaced(found, known.matrices)
+        config, told[name] = known.config, known.told
+    return Seen(found, config, told)
+
+
+def count(tensors: Iterable[Stored]) -> int:
+    """Learned numbers of all these tensors."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        parts = tensor.parts
+        found |= named(parts.form).weights(tensor) if parts else {tensor.name: tensor.elements}
+    return sum(found.values())
+
+
+def split(stored: Stored, piece: Piece) -> tuple[tuple[Piece, ...], Params | None]:
+    """The parts that a piece of a matrix is decoded from, and how (an entry for `decoded`); the
+    piece itself and None where it lies in the file as it is.
+    """
+    parts = stored.parts
+    if parts is None:
+        return (piece,), None
+    form = named(parts.form)
+    entry: Params = {"form": parts.form, "parts": len(parts.tensors), "params": parts.params}
+    own = form.pieces(parts.tensors, stored.shape, piece, parts.params)
+    if own is not None:
+        return own, entry | {"shape": list(piece.shape)}
+    every = tuple(whole(p, piece.source) for p in parts.tensors)
+    partial = {"offset": piece.offset, "of": list(stored.shape)}
+    return every, entry | {"shape": list(piece.shape)} | partial
+
+
+def _replaced(tensors: dict[str, Stored], matrices: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Matrices in the place of the first of their parts that no other matrix has."""
+    whose: dict[str, str] = {}
+    for full, matrix in matrices.items():
+        assert matrix.parts is not None
+        whose |= {part.name: full for part in matrix.parts.tensors}
+    made: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        full = whose.get(name, name)
+        made[full] = matrices.get(full, tensor)
+    return made
+
+
+def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> list[Tensor]:
+    """An operation's inputs as matrices. `how` says for each whether it is one tensor (None) or
+    some parts: {form, parts, params, shape} and, where only a piece is wanted, its offset in a matrix of shape `of`.
+    """
+    if how is None:
+        return list(inputs)
+    rest, made = iter(inputs), []
+    for entry in how:
+        if entry is None:
+            made.append(next(rest))
+            continue
+        matrix = named(entry["form"]).decode(
+            list(islice(rest, entry["parts"])), entry.get("params", {})
+        )
+        if "offset" in entry:
+            count = prod(entry["shape"])
+            matrix = matrix.reshape(-1)[entry["offset"] : entry["offset"] + count]
+        made.append(matrix.reshape(entry["shape"]))
+    return made
+
+
+def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterator[Any]:
+    """An operation's results as what lies in the file: each as it is (None), or in its parts."""
+    if how is None:
+        yield from made
+        return
+    for entry, matrix in zip(how, made, strict=True):
+        if entry is None:
+            yield matrix
+        else:
+            yield from named(entry["form"]).encode(matrix, entry.get("params", {}))

@@ -1,0 +1,125 @@
+"""What every form answers: how a matrix is stored, how its parts are found and named, and how a
+loader is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moetool.surgery.spec import Parts, Piece, Shape, Stored, Target, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Config = dict[str, Any]
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a form found in a checkpoint: its matrices by their full names, the config as one
+    reads it who knows nothing of the form, and what that config no longer says (`told`).
+    """
+
+    matrices: dict[str, Stored]
+    config: Config
+    told: Config = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a form can hold, for methods that round: `levels` of a group of `group`
+    neighbours along the input dimension that share one scale.
+    """
+
+    levels: tuple[float, ...]
+    group: int
+
+
+class Form:
+    """One way to store a matrix. A file of this folder holds one subclass with a `name`; nothing
+    else has to be edited. No method but `decode` and `encode` imports torch.
+    """
+
+    name: ClassVar[str] = ""
+
+    def bits(self, shape: Shape, params: Params) -> float:
+        """Stored bits a weight, scales included."""
+        target = Target("", "BF16", shape)
+        return 8 * sum(p.size for p in self.parts(target, params)) / max(1, whole(target).count)
+
+    def fits(self, target: Target, params: Params) -> bool:
+        """Whether a matrix of this name and shape can be stored so, and loads."""
+        raise NotImplementedError
+
+    def parts(self, target: Target, params: Params) -> tuple[Target, ...]:
+        """What lies in the file for this matrix, in the order in which `decode` takes it."""
+        raise NotImplementedError
+
+    def weights(self, matrix: Stored) -> dict[str, int]:
+        """Learned numbers by the part that holds them (a part that matrices share counts once)."""
+        assert matrix.parts is not None
+        return {matrix.parts.tensors[0].name: matrix.elements}
+
+    def recognise(self, tensors: Mapping[str, Stored], config: Config) -> Recognised | None:
+        """The matrices that a checkpoint holds in this form; None where it holds none.
+
+        Raises MoetoolError for a matrix that lacks a part or whose parts do not fit together.
+        """
+        raise NotImplementedError
+
+    def pieces(
+        self, parts: Sequence[Stored | Target], shape: Shape, piece: Piece, params: Params
+    ) -> tuple[Piece, ...] | None:
+        """The part of each tensor that holds `piece` of the decoded matrix, and nothing else;
+        None where a piece has no part of its own.
+        """
+        if piece.offset == 0 and piece.count == whole(Target("", "", shape)).count:
+            return tuple(Piece(p.name, p.shape, 0, piece.source) for p in parts)
+        return None
+
+    def config(
+        self, config: Config, told: Config, matrices: Mapping[str, Target], full: Sequence[Target]
+    ) -> Config:
+        """The config that tells a loader of these matrices; `told` is what a source's config said
+        of the form, `full` are the tensors that lie in no form.
+        """
+        raise NotImplementedError
+
+    def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
+        """Parts, as their bytes say -> the matrix, in float32 where it must be computed."""
+        raise NotImplementedError
+
+    def encode(self, matrix: Tensor, params: Params) -> Sequence[Tensor]:
+        """The matrix -> its parts: the inverse of `decode`, rounded to what the form can hold."""
+        raise NotImplementedError
+
+    def grid(self, shape: Shape) -> Grid | None:
+        """What rounding methods aim at; None for a form that nobody rounds to."""
+        return None
+
+
+def slabs(parts: Sequence[Stored | Target], shape: Shape, piece: Piece) -> tuple[Piece, ...] | None:
+    """Whole entries of the first axis, where every part has one entry there for each of the
+    matrix's.
+    """
+    slab = whole(Target("", "", shape[1:])).count
+    if not slab or piece.offset % slab or piece.count % slab:
+        return None
+    first, count = piece.offset // slab, piece.count // slab
+    if any(p.shape[0] != shape[0] for p in parts):
+        return None
+    made = []
+    for part in parts:
+        size = whole(Target("", "", part.shape[1:])).count
+        inner = part.shape[1:] if len(piece.shape) < len(shape) else (count, *part.shape[1:])
+        made.append(Piece(part.name, inner, first * size, piece.source))
+    return tuple(made)
+
+
+def made_of(form: str, full: str, dtype: str, shape: Shape, parts: Parts) -> Stored:
+    """A matrix under its full name, lying where its first part does."""
+    assert parts.form == form
+    return replace(parts.tensors[0], name=full, dtype=dtype, shape=shape, parts=parts)

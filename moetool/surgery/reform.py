@@ -1,0 +1,242 @@
+"""From a plan over matrices to a plan over bytes: which parts are copied, what is decoded before
+it is computed with, and in which form each output lies.
+
+Methods plan as if every matrix lay whole in its file. Here each target gets a form:
+
+auto  every matrix keeps its form where all that touches one only moves it (its parts are then
+      copied byte for byte); otherwise the whole output is full, so that a loader meets one form
+same  every matrix keeps its form, and what was computed is encoded again
+full  everything is decoded
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetool.surgery import forms
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.plan import Plan
+from moetool.surgery.spec import FLOATS, Parts, Piece, Stored, Target, Task
+
+FORMS = ("auto", "same", "full")
+Made = list[tuple[Task, Piece]]  # the tasks that make a target, each with the piece it makes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written, in terms of matrices."""
+
+    config: dict[str, Any]
+    targets: Sequence[Target]
+    tasks: Sequence[Task]
+    dropped: Mapping[str, str]
+
+
+def plan(
+    sources: Sequence[Checkpoint],
+    wanted: Wanted,
+    *,
+    max_shard: int,
+    tables: dict[str, list[int]] | None = None,
+    form: str = "auto",
+) -> Plan:
+    """The plan that writes what is wanted; `form` is auto, same or full."""
+    if any(s.told for s in sources):
+        wanted = _Reform(sources, wanted, form).lowered()
+    return Plan.build(
+        [s.fingerprint() for s in sources],
+        wanted.config,
+        wanted.targets,
+        wanted.tasks,
+        max_shard=max_shard,
+        dropped=dict(wanted.dropped),
+        tables=tables,
+    )
+
+
+class _Reform:
+    """Decides every target's form, then rewrites targets, tasks, drops and config."""
+
+    def __init__(self, sources: Sequence[Checkpoint], wanted: Wanted, form: str) -> None:
+        self.sources, self.wanted = sources, wanted
+        makers: dict[str, Made] = {}
+        for task in wanted.tasks:
+            for out in task.outputs:
+                makers.setdefault(out.name, []).append((task, out))
+        choose = {"auto": self._kept, "same": self._same, "full": _full}[form]
+        chosen = {t.name: choose(t, makers.get(t.name, [])) for t in wanted.targets}
+        if form == "auto" and any(
+            chosen[t.name] is None and self._touched(t, makers.get(t.name, []))
+            for t in wanted.targets
+        ):
+            chosen = dict.fromkeys(chosen)
+        self.chosen = {name: like for name, like in chosen.items() if like is not None}
+        self.targets = {t.name: t for t in wanted.targets}
+        self._copied: set[tuple[str, int]] = set()
+
+    def _matrix(self, piece: Piece) -> Stored:
+        return self.sources[piece.source].tensor(piece.name)
+
+    def _namesake(self, target: Target) -> Parts | None:
+        """What the source's own matrix of this name is made of."""
+        found = self.sources[0].tensors.get(target.name)
+        return found.parts if found else None
+
+    def _touched(self, target: Target, made: Made) -> bool:
+        """Whether anything that is not full goes into a target, or once stood in its place."""
+        return self._namesake(target) is not None or any(
+            self._matrix(p).parts for task, _ in made for p in task.inputs
+        )
+
+    def _kept(self, target: Target, made: Made) -> Parts | None:
+        """The form that a target has when all its parts are only moved."""
+        likes: list[Parts | None] = []
+        for task, out in made:
+            if task.op == "zeros":
+                continue
+            if task.op != "copy":
+                return None
+            likes.append(self._matrix(task.inputs[task.outputs.index(out)]).parts)
+        like = self._one_of(likes or [self._namesake(target)])
+        if like is None or not forms.named(like.form).fits(target, like.params):
+            return None
+        moved = all(self._moves(task, target, out, like) for task, out in made)
+        return like if moved else None
+
+    def _moves(self, task: Task, target: Target, out: Piece, like: Parts) -> bool:
+        """Whether a copy of a matrix can be made by copying runs of its parts."""
+        to = self._pieces_of(target, out, like)
+        if to is None or task.op == "zeros":
+            return to is not None
+        piece = task.inputs[task.outputs.index(out)]
+        own = forms.named(like.form).pieces(
+            like_tensors(self._matrix(piece)), self._matrix(piece).shape, piece, like.params
+        )
+        return own is not None and [p.count for p in own] == [p.count for p in to]
+
+    def _same(self, target: Target, made: Made) -> Parts | None:
+        """The form of what goes into a target, where it can hold it."""
+        if target.dtype not in FLOATS:
+            return None
+        likes = [self._matrix(p).parts for task, _ in made for p in task.inputs]
+        like = self._one_of([p for p in likes if p] or [self._namesake(target)])
+        if like is None or not forms.named(like.form).fits(target, like.params):
+            return None
+        fits = all(self._pieces_of(target, out, like) is not None for _, out in made)
+        return like if fits else None
+
+    @staticmethod
+    def _one_of(likes: Sequence[Parts | None]) -> Parts | None:
+        """The form that all have in common."""
+        keys = {like and (like.form, json.dumps(like.params, sort_keys=True)) for like in likes}
+        return likes[0] if len(keys) == 1 else None
+
+    @staticmethod
+    def _pieces_of(target: Target, out: Piece, like: Parts) -> tuple[Piece, ...] | None:
+        form = forms.named(like.form)
+        return form.pieces(form.parts(target, like.params), target.shape, out, like.params)
+
+    def lowered(self) -> Wanted:
+        """Targets, tasks, drops and config in terms of what lies in files."""
+        targets: dict[str, Target] = {}
+        for target in self.wanted.targets:
+            like = self.chosen.get(target.name)
+            parts = forms.named(like.form).parts(target, like.params) if like else (target,)
+            targets |= {p.name: p for p in parts if p.name not in targets}
+        tasks = [lower for task in self.wanted.tasks for lower in self._task(task)]
+        return Wanted(self._config(), list(targets.values()), tasks, self._dropped(tasks))
+
+    def _task(self, task: Task) -> Iterator[Task]:
+        if task.op in ("copy", "zeros"):
+            for number, out in enumerate(task.outputs):
+                yield from self._moved(task.op, task.inputs[number : number + 1], out)
+            return
+        yield self._computed(task.op, task.inputs, task.outputs, task.params)
+
+    def _moved(self, op: str, inputs: tuple[Piece, ...], out: Piece) -> Iterator[Task]:
+        """A copy of the parts where the form stays; else the matrix decoded, or encoded."""
+        like, target = self.chosen.get(out.name), self.targets[out.name]
+        held = self._matrix(inputs[0]).parts if inputs else None
+        if like is None and held is None:
+            yield Task(op, inputs, (out,))
+            return
+        if like is None or (
+            inputs
+            and not (
+                self._one_of([like, held])
+                and self._moves(Task(op, inputs, (out,)), target, out, like)
+            )
+        ):
+            yield self._computed("reform", inputs, (out,), {})
+            return
+        outs = self._pieces_of(target, out, like)
+        assert outs is not None
+        own = forms.split(self._matrix(inputs[0]), inputs[0])[0] if inputs else ()
+        for number, piece in enumerate(outs):
+            if (piece.name, piece.offset) not in self._copied:
+                self._copied.add((piece.name, piece.offset))
+                yield Task(op, own[number : number + 1], (piece,))
+
+    def _computed(
+        self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], params: dict[str, Any]
+    ) -> Task:
+        """An operation with what is decoded before it and encoded behind it."""
+        split = [forms.split(self._matrix(p), p) for p in inputs]
+        decode = [how for _, how in split]
+        encode: list[dict[str, Any] | None] = []
+        outs: list[Piece] = []
+        for out in outputs:
+            like = self.chosen.get(out.name)
+            pieces = self._pieces_of(self.targets[out.name], out, like) if like else None
+            outs += pieces or (out,)
+            encode.append(
+                {
+                    "form": like.form,
+                    "parts": len(pieces),
+                    "shape": list(out.shape),
+                    "params": like.params,
+                }
+                if like and pieces
+                else None
+            )
+        how = {"decode": decode if any(decode) else None, "encode": encode if any(encode) else None}
+        return Task(
+            op,
+            tuple(part for parts, _ in split for part in parts),
+            tuple(outs),
+            params | {k: v for k, v in how.items() if v},
+        )
+
+    def _dropped(self, tasks: Sequence[Task]) -> dict[str, str]:
+        """Parts of matrices that are left out, by name."""
+        used = {p.name for t in tasks for p in t.inputs if p.source == 0}
+        made: dict[str, str] = {}
+        for name, why in self.wanted.dropped.items():
+            stored = self.sources[0].tensors.get(name)
+            names = [p.name for p in like_tensors(stored)] if stored else [name]
+            made |= {n: why for n in names if n not in used}
+        return made
+
+    def _config(self) -> dict[str, Any]:
+        """The config, with every form that is still there told to a loader."""
+        config = self.wanted.config
+        told = {n: t for source in reversed(self.sources) for n, t in source.told.items()}
+        full = [t for t in self.wanted.targets if t.name not in self.chosen]
+        for name, said in told.items():
+            held = {n: self.targets[n] for n, like in self.chosen.items() if like.form == name}
+            if held:
+                config = forms.named(name).config(config, said, held, full)
+        return config
+
+
+def _full(target: Target, made: Made) -> Parts | None:
+    """No form, whatever goes in."""
+    return None
+
+
+def like_tensors(stored: Stored) -> tuple[Stored, ...]:
+    """The tensors that a matrix is made of: itself, where it is full."""
+    return stored.parts.tensors if stored.parts else (stored,)
