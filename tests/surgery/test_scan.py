@@ -47,10 +47,26 @@ def test_negative_nan_too() -> None:
     assert not scan.bad_block(memoryview(struct.pack("<I", 0xFF7FFFFF)), "F32")
 
 
-@pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL", "F8_E4M3", "I8"])
+@pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL", "I8"])
 def test_dtypes_that_are_not_looked_at(dtype: str) -> None:
     assert not scan.bad_block(memoryview(b"\xff" * 64), dtype)
     assert scan.bad_ranges("/nowhere", 0, 64, dtype) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [("F8_E4M3", (0x7F, 0xFF)), ("F8_E5M2", (0x7C, 0x7D, 0x7F, 0xFC, 0xFF))],
+)
+def test_eight_bits(dtype: str, bad: tuple[int, ...]) -> None:
+    """E4M3 has NaN alone, E5M2 inf too; every other byte is a number."""
+    import torch
+
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    for byte in range(256):
+        value = torch.tensor([byte], dtype=torch.uint8).view(kind).float()
+        found = scan.bad_block(memoryview(bytes([0, byte, 1])), dtype)
+        assert found == (not bool(torch.isfinite(value).all()))
+    assert all(scan.bad_block(memoryview(bytes([b])), dtype) for b in bad)
 
 
 def test_a_cut_value_at_the_end_is_not_read() -> None:
