@@ -16,7 +16,7 @@ import tiny
 import moetool
 
 pytestmark = pytest.mark.real
-CACHE = Path(os.environ.get("MOETOOL_TEST_CACHE", Path.text_model() / ".cache" / "moetool-tests"))
+CACHE = Path(os.environ.get("MOETOOL_TEST_CACHE", Path.home() / ".cache" / "moetool-tests"))
 
 
 @pytest.fixture(scope="module")
