@@ -162,7 +162,7 @@ def test_a_worker_can_send_an_error_home() -> None:
     ("word", "known", "said"),
     [
         ("upcicle", ["upcycle", "prune"], "did you mean upcycle?"),
-        ("reax", ["ream", "reap", "naee"], "did you mean ream or reap?"),
+        ("reax", ["ream", "reap", "naee"], "did you mean reap or ream?"),
         ("zzz", ["b", "a"], "known: a, b"),
         ("", ["x"], "known: x"),
     ],
