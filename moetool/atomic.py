@@ -69,18 +69,26 @@ def sweep(folder: Path) -> None:
         left.unlink()
 
 
+def aside(out: Path) -> Path:
+    """Where a folder that is replaced waits until the new one stands."""
+    return out.with_name(f".{out.name}.moetool-old")
+
+
 def publish_folder(staging: Path, out: Path, *, overwrite: bool = False) -> None:
     """Move a finished folder to its place; with `overwrite` a folder that is there makes room.
 
     Raises MoetoolError when the place was filled meanwhile.
     """
-    old = out.with_name(f".{out.name}.moetool-old")
-    if overwrite and out.exists():
+    old = aside(out)
+    moved = overwrite and out.exists()
+    if moved:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(out, old)
     try:
         os.replace(staging, out)
     except OSError as problem:
+        if moved and not out.exists():
+            os.replace(old, out)
         if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise MoetoolError(
                 "the output folder was filled while moetool worked",

@@ -19,10 +19,11 @@ from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 from moetool.methods.contract import Made, Method, Settings
 from moetool.progress import Progress, silent
 from moetool.report import card, compression, provenance
-from moetool.surgery import engine, ops, scan, source
+from moetool.surgery import companions, engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.place import check_target, existing, resolved
 from moetool.surgery.plan import Plan, Shard
-from moetool.surgery.writer import Writer, check_target, existing
+from moetool.surgery.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def prepare(
     names = options.sources
     sources = tuple(Checkpoint.open(source.locate(name)) for name in names)
     check_target(
-        Path(os.path.abspath(options.out)),
+        resolved(options.out),
         [s.folder for s in sources],
         overwrite=options.overwrite or _ours(options.out),
     )
@@ -236,7 +237,7 @@ def make(
             else []
         )
         report = prepared.summary() | {
-            "warnings": [*prepared.made.warnings, *findings],
+            "warnings": [*prepared.made.warnings, *findings, *_left_behind(prepared)],
             "resumed_shards": len(plan.shards) - len(todo),
             "seconds": round(time.perf_counter() - begun, 3),
         }
@@ -393,6 +394,11 @@ def _look(
     return sorted(
         scan.suspects(prepared.sources, rest, workers=prepared.jobs, tell=progress, stop=stop)
     )
+
+
+def _left_behind(prepared: Prepared) -> list[str]:
+    line = companions.left_behind(prepared.sources[0].folder)
+    return [line] if line else []
 
 
 def _read_bytes(prepared: Prepared) -> int:

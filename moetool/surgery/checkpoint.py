@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import strict_json
 from moetool.errors import MoetoolError
 from moetool.reading import opened
-from moetool.surgery import forms, header
+from moetool.surgery import companions, forms, header
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
 
 if TYPE_CHECKING:
@@ -31,30 +31,6 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Files that are made anew for every output and so never travel.
-_OWN = {
-    "config.json",
-    "README.md",
-    "moetool.json",
-    "report.json",
-    "decisions.json",
-    "experts.json",
-    "experts.jsonl",
-    INDEX,
-}
-_TRAVEL = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".tiktoken",
-    ".spm",
-    ".vocab",
-    ".merges",
-    ".py",
-    ".md",
-)
-_TRAVEL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
@@ -94,6 +70,8 @@ class Checkpoint:
                 f"{path} does not exist",
                 hint="give a folder, a .safetensors file or a Hub id like org/name",
             )
+        companions.check_inside(folder / "config.json", "model config")
+        companions.travelling(folder)  # links out of the folder, pipes: said before any work
         config = read_json(folder / "config.json", what="model config")
         tensors: dict[str, Stored] = {}
         files: dict[str, tuple[int, str]] = {}
@@ -192,19 +170,7 @@ class Checkpoint:
         """Files that go with the weights byte for byte: tokenizer, chat template, generation and
         processor configs.
         """
-        out = []
-        for entry in sorted(os.scandir(self.folder), key=lambda e: e.name):
-            name = entry.name
-            wanted = name.endswith(_TRAVEL) or name.startswith(_TRAVEL_NAMES)
-            if (
-                entry.is_file()
-                and wanted
-                and name not in _OWN
-                and not name.endswith(".index.json")
-                and not name.startswith(".")
-            ):
-                out.append(name)
-        return out
+        return companions.travelling(self.folder)
 
     def range_of(self, piece: Piece) -> tuple[str, int, int]:
         """(file, first byte, byte count) of a piece of a tensor as it lies in a file."""
@@ -430,18 +396,7 @@ def _stay_inside(folder: Path, shard: str, said_by: Path) -> None:
             found=shard,
             hint="do not use this checkpoint unless you trust it; correct the index",
         )
-    link = folder / shard
-    if link.is_symlink():
-        real = link.resolve()
-        base = folder.resolve()
-        blobs = base.parent.parent / "blobs" if base.parent.name == "snapshots" else None
-        if real.parent != base and real.parent != blobs:
-            raise MoetoolError(
-                "a shard is a link that leads out of the folder",
-                file=link,
-                found=real,
-                hint="copy the file into the folder, or give the folder the link leads to",
-            )
+    companions.check_inside(folder / shard, "shard")
 
 
 def _refuse_other(path: Path) -> None:

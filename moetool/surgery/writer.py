@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from moetool import atomic
-from moetool.errors import MoetoolError, UsageError
+from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import INDEX, Checkpoint
+from moetool.surgery.place import (
+    check_replaceable,
+    check_staging,
+    check_target,
+    existing,
+    resolved,
+)
 from moetool.surgery.plan import Plan, Shard
 
 STATE = "moetool-staging.json"
@@ -34,7 +41,7 @@ class Writer:
         overwrite: bool = False,
         sources: Sequence[Checkpoint] = (),
     ) -> None:
-        self.out, self.plan, self.overwrite = Path(os.path.abspath(out)), plan, overwrite
+        self.out, self.plan, self.overwrite = resolved(out), plan, overwrite
         self.staging = self.out.parent / f".{self.out.name}.moetool"
         self.sources = sources
         self._lock: int | None = None
@@ -72,6 +79,7 @@ class Writer:
             )
 
     def __enter__(self) -> Writer:
+        check_staging(self.staging, STATE)
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.staging / STATE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -127,7 +135,7 @@ class Writer:
                 )
             for entry in self.staging.iterdir():
                 if entry.name != STATE:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    entry.unlink()
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(mine).encode(), 0)
         atomic.sweep(self.staging)
@@ -184,54 +192,10 @@ class Writer:
             atomic.write(self.staging / name, data)
         atomic.write(self.staging / "config.json", as_json(config))
         os.unlink(self.staging / STATE)
+        for folder in (self.out, atomic.aside(self.out)):
+            if folder.is_dir() and any(folder.iterdir()):
+                check_replaceable(folder)  # somebody may have put something there meanwhile
         atomic.publish_folder(self.staging, self.out, overwrite=self.overwrite)
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder that is there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def check_target(out: Path, sources: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse an output that is a source, lies in one, holds one, or is not empty; raises
-    UsageError or MoetoolError.
-    """
-    real = out.resolve()
-    for source in sources:
-        folder = Path(source).resolve()
-        if real == folder or folder in real.parents or real in folder.parents:
-            raise UsageError(
-                "the output must not be a source, lie in one, or hold one",
-                file=out,
-                found=f"source {source}",
-                hint="choose another output folder",
-            )
-    if out.exists() and not out.is_dir():
-        raise UsageError(
-            "the output is a file",
-            file=out,
-            expected="a folder",
-            hint="choose another output folder",
-        )
-    if out.is_dir() and not overwrite:
-        with os.scandir(out) as entries:
-            found = next(entries, None)
-        if found is not None:
-            raise UsageError(
-                "the output folder is not empty",
-                file=out,
-                found=found.name,
-                hint="choose another folder, or add --overwrite to replace it",
-            )
-    parent = existing(out.parent)
-    if not os.access(parent, os.W_OK):
-        raise MoetoolError(
-            "cannot write here: permission denied",
-            file=parent,
-            hint="choose a folder you may write to",
-        )
 
 
 def as_json(data: Any) -> bytes:
