@@ -89,13 +89,13 @@ def _check_kind(out: Path) -> None:
 
 
 def check_staging(folder: Path, mark: str) -> None:
-    """Refuse a staging folder that is none of ours: without our mark it holds whole files only, and
-    with it those and half-written ones.
+    """Refuse a staging folder that is none of ours: one without our mark (it is taken away before
+    the last rename) holds a checkpoint's files only.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         others = [folder.name]
-    elif folder.is_dir():
-        others = [n for n in strangers(folder) if n != mark and not n.endswith(".tmp")]
+    elif folder.is_dir() and not (folder / mark).is_file():
+        others = strangers(folder)
     else:
         others = []
     if others:

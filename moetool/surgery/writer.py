@@ -135,7 +135,7 @@ class Writer:
                 )
             for entry in self.staging.iterdir():
                 if entry.name != STATE:
-                    entry.unlink()
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(mine).encode(), 0)
         atomic.sweep(self.staging)

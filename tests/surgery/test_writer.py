@@ -168,14 +168,14 @@ def test_a_broken_state_file_is_not_ours(state: bytes, source: Checkpoint, tmp_p
 def test_overwriting_replaces_a_finished_folder(source: Checkpoint, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", plan_of(source, "t0")
     out.mkdir()
-    (out / "notes.txt").write_text("old")
+    (out / "old.safetensors").write_text("old")
     writer = Writer(out, plan, overwrite=True, sources=[source])
     writer.check()
     with writer:
         write_shards(writer, plan, source)
-        assert (out / "notes.txt").exists(), "the old folder stays until the new one is whole"
+        assert (out / "old.safetensors").exists(), "the old folder stays until the new one is whole"
         finish(writer)
-    assert not (out / "notes.txt").exists() and (out / "config.json").exists()
+    assert not (out / "old.safetensors").exists() and (out / "config.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
@@ -203,6 +203,9 @@ def test_targets_that_are_refused(source: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty") as refused:
         check_target(tmp_path / "full", [model], overwrite=False)
     assert refused.value.where["found"] == "x"
+    with pytest.raises(UsageError, match="not deleted"):
+        check_target(tmp_path / "full", [model], overwrite=True)
+    (tmp_path / "full" / "x").rename(tmp_path / "full" / "x.safetensors")
     check_target(tmp_path / "full", [model], overwrite=True)
     check_target(tmp_path / "a" / "b" / "c", [model], overwrite=False)
 
