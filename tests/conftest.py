@@ -22,7 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slow
 import tiny
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what tests/slow.py says; the table itself is checked when everything is collected."""
+    for item in items:
+        if slow.is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    if config.args == config.getini("testpaths"):
+        wrong = slow.faults(item.nodeid for item in items)
+        if wrong:
+            raise pytest.UsageError("tests/slow.py: " + "; ".join(wrong))
 
 
 @pytest.fixture(scope="session")
