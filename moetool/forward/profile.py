@@ -141,7 +141,7 @@ def make(
     from moetool.forward.walk import Budget, Walk
 
     profiler = Profiler(wanted, folder)
-    hidden, width = int(mixture.layout.field("hidden", mixture.text_model.config)), _width(mixture)
+    hidden, width = int(mixture.layout.field("hidden", mixture.text_model.config)), width_of(mixture)
     walk = Walk(
         source,
         batches,
@@ -165,7 +165,8 @@ def make(
     return Profile.open(folder)
 
 
-def _width(mixture: Mixture) -> int:
+def width_of(mixture: Mixture) -> int:
+    """Neurons of an expert."""
     pieces = mixture.pieces(mixture.layers[0], 0)
     down, hidden = pieces["down"], mixture.layout.field("hidden", mixture.text_model.config)
     return down.count // int(hidden)

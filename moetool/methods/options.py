@@ -46,6 +46,7 @@ class Field:
     metavar: str = ""
     minimum: float | None = None
     of: tuple[str, ...] = ()
+    old: tuple[tuple[str, str], ...] = ()  # words of before that are still taken, and today's
 
     @property
     def spelled(self) -> str:
@@ -54,7 +55,7 @@ class Field:
 
     def read(self, value: object) -> Value:
         """The value as the field holds it, from text, YAML or Python; UsageError that names it."""
-        if value is None and self.default is None:
+        if value in (None, "") and self.default is None:
             return None
         if self.type is tuple:
             return self._several(value)
@@ -81,6 +82,9 @@ class Field:
     def _word(self, value: object) -> str:
         if isinstance(value, list):
             value = ",".join(map(str, value))
+        old = dict(self.old)
+        if str(value).lower() in old:
+            return old[str(value).lower()]
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise self._refused(value, "text")
         text = str(value)
@@ -122,14 +126,14 @@ class Field:
 
 def option(
     default: Any,
-    text: str,
+    text: str | Callable[[], str],
     panel: str = FINE,
     *,
     choices: Sequence[str] | Callable[[], Iterable[str]] = (),
     **more: Any,
 ) -> Any:
-    """A field with its help; `choices` may be a function, so that a registry is asked when somebody
-    looks. `more`: unit, metavar, minimum of `Field`.
+    """A field with its help; `text` and `choices` may be functions, so that a registry is asked when
+    somebody looks. `more`: unit, metavar, minimum, old of `Field`.
     """
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}
@@ -145,11 +149,12 @@ def fields(cls: type, of: tuple[str, ...] = ()) -> tuple[Field, ...]:
 
 def _field(made: dataclasses.Field[Any], hint: object, of: tuple[str, ...]) -> Field:
     more = dict(made.metadata)
-    choices = more.pop("choices")
+    choices, text = more.pop("choices"), more.pop("help")
     return Field(
         name=made.name,
         type=_plain(hint),
         default=made.default,
+        help=text() if callable(text) else text,
         choices=tuple(choices() if callable(choices) else choices),
         of=of,
         **more,
@@ -269,7 +274,6 @@ class Gate:
         "gate: exit code 4, and nothing that loads, when the KL divergence from SRC is larger "
         "(0: none)",
         GATE,
-        minimum=0,
     )
     max_perplexity_increase: float | None = option(
         None, "the same for perplexity, for example 2%", GATE, unit="share", metavar="SHARE"

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from moetool.methods.merge.preset import Preset
+from moetool.methods.merge.way import MergeWay, Parts
 
 
-class Alike(Preset):
+class Alike(MergeWay):
     """Average-linkage clusters of the experts' weights by Euclidean distance, plain mean.
     Duplicates are found and merged away.
     """
 
     name = "alike"
-    text = False
-    choices: ClassVar[dict[str, str]] = {
-        "features": "weights",
-        "cluster": "average",
-        "weigh": "uniform",
-        "combine": "mean",
-        "align": "weights",
-        "router": "centroid",
-    }
+    auto = "no text"
+    parts = Parts("weights", "average", "uniform", "mean", align="weights")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from moetool.methods.merge.preset import Preset
+from moetool.methods.merge.way import MergeWay, Parts
 
 
-class HcSmoe(Preset):
+class HcSmoe(MergeWay):
     """HC-SMoE (arXiv 2410.08589): average-linkage clusters of the experts' mean outputs by
     Euclidean distance, frequency-weighted mean.
 
@@ -17,11 +15,4 @@ class HcSmoe(Preset):
     """
 
     name = "hc-smoe"
-    choices: ClassVar[dict[str, str]] = {
-        "features": "mean-outputs",
-        "cluster": "average",
-        "weigh": "frequency",
-        "combine": "mean",
-        "align": "none",
-        "router": "centroid",
-    }
+    parts = Parts("mean-outputs", "average", "frequency", "mean")

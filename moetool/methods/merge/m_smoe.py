@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from moetool.methods.merge.preset import Preset
+from moetool.methods.merge.way import MergeWay, Parts
 
 
-class MSmoe(Preset):
+class MSmoe(MergeWay):
     """M-SMoE (arXiv 2310.01334): the most used experts lead; each other joins the one whose router
     logits go most with its own; neurons aligned by Hungarian matching on weights,
     frequency-weighted mean. Counts are uniform here unless --budget says otherwise.
     """
 
     name = "m-smoe"
-    choices: ClassVar[dict[str, str]] = {
-        "features": "router-logits",
-        "cluster": "dominant",
-        "weigh": "frequency",
-        "combine": "mean",
-        "align": "weights",
-        "router": "centroid",
-    }
+    parts = Parts("router-logits", "dominant", "frequency", "mean", align="weights")

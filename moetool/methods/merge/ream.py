@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from moetool.methods.merge.preset import Preset
+from moetool.methods.merge.way import MergeWay, Parts
 
 
-class Ream(Preset):
+class Ream(MergeWay):
     """REAM (arXiv 2604.04356): the experts of highest REAP saliency lead; in that order each takes
     its nearest (outputs and router logits) unassigned experts, so few groups are big and many
     experts stay alone; neurons aligned by activations, weights by saliency.
     """
 
     name = "ream"
-    choices: ClassVar[dict[str, str]] = {
-        "features": "outputs-and-logits",
-        "cluster": "ream",
-        "weigh": "saliency",
-        "combine": "mean",
-        "align": "activations",
-        "router": "centroid",
-    }
+    parts = Parts("outputs-and-logits", "ream", "saliency", "mean", align="activations")

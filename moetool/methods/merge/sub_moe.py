@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
 
-from moetool.methods.merge.preset import Preset
+from moetool.methods.merge.way import MergeWay, Parts
 
 
-class SubMoe(Preset):
+class SubMoe(MergeWay):
     """Sub-MoE (arXiv 2506.23266): K-means on the cosine of expert outputs, two consecutive layers
     jointly; union SVD, V averaged by frequency.
 
@@ -16,21 +16,13 @@ class SubMoe(Preset):
     """
 
     name = "sub-moe"
-    choices: ClassVar[dict[str, str]] = {
-        "features": "cosine",
-        "cluster": "kmeans",
-        "weigh": "frequency",
-        "combine": "svd",
-        "align": "none",
-        "router": "centroid",
-        "joint": "2",
-    }
+    parts = Parts("cosine", "kmeans", "frequency", "svd", joint=2)
 
 
-class SubMoeWhitened(Preset):
+class SubMoeWhitened(MergeWay):
     """Sub-MoE with whitening (its dagger variant): the union SVD in the space of whitened inputs,
     truncated to --rank-energy.
     """
 
     name = "sub-moe-whitened"
-    choices: ClassVar[dict[str, str]] = {**SubMoe.choices, "whiten": "true"}
+    parts = replace(SubMoe.parts, whiten=True)

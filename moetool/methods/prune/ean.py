@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.methods.prune.way import PruneWay
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.methods.reduce.view import View
 
 
-class ExpertActivationNorm(Criterion):
+class ExpertActivationNorm(PruneWay):
     """EAN: sum of |f_j(x)| over the tokens routed to expert j (the `ean_sum` of the REAP code,
     arXiv 2510.13999).
     """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.methods.prune.way import PruneWay
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.methods.reduce.view import View
 
 
-class Frequency(Criterion):
+class Frequency(PruneWay):
     """How often an expert is among the top-k. A baseline: where training balanced the load it can
     be worse than chance (bincount of top-k, REAP's `frequency`).
     """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.methods.prune.way import PruneWay
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.methods.reduce.view import View
 
 
-class GateMass(Criterion):
+class GateMass(PruneWay):
     """Sum of an expert's combine weights over all tokens that chose it, as the model weighs them
     (sigmoid, groups and scaling included).
     """

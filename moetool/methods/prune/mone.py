@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.errors import MoetoolError
+from moetool.methods.prune.way import PruneWay
+from moetool.methods.reduce.decision import Decision
+from moetool.surgery.spec import Task
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.methods.contract import Builder
+    from moetool.methods.reduce.cut import Cluster
+    from moetool.methods.reduce.decided import Decided
+    from moetool.methods.reduce.view import View
+    from moetool.methods.reduce.way import Writing
+    from moetool.surgery.checkpoint import Checkpoint
+    from moetool.surgery.experts import Mixture
+    from moetool.surgery.spec import Piece
+
+BIAS = "down_bias"  # what holds the constant
 
 
-class Mone(Criterion):
+class Mone(PruneWay):
     """MoNE (arXiv 2507.00390): how often an expert is chosen times how much its output varies,
     sqrt of the summed variance; an expert that goes leaves its mean output behind. Only families
     with a bias on down_proj (gpt_oss, openai_privacy_filter) can hold that constant; the number of
@@ -16,9 +34,18 @@ class Mone(Criterion):
     """
 
     name = "mone"
-    constant = True
+
+    def check(self, mixture: Mixture) -> None:
+        if BIAS not in mixture.pieces(mixture.layers[0], 0):
+            raise MoetoolError(
+                f"the experts of {mixture.layout.model_type} cannot be constants: their down_proj has no bias",
+                expected="gpt_oss or openai_privacy_filter",
+                hint="--method reap removes experts instead",
+            )
 
     def score(self, view: View) -> np.ndarray:
+        import numpy as np
+
         mean = view.seen.mean("out_sum")
         variance = np.maximum(view.seen.mean("out_sq") - mean * mean, 0.0).sum(1)
         return (
@@ -27,3 +54,55 @@ class Mone(Criterion):
             * view.seen.total("count")[: view.experts]
             / max(1, view.seen.tokens)
         )
+
+    def choose(self, view: View, count: int) -> Decision:
+        """Everybody stays, those that would go as constants."""
+        kept = super().choose(view, count)
+        gone = sorted(set(range(view.experts)) - set(kept.leads))
+        return Decision.keep(
+            range(view.experts), scores=kept.scores, protected=kept.protected, constant=tuple(gone)
+        )
+
+    @classmethod
+    def claims(cls, decided: Decided) -> bool:
+        return any(decision.constant for decision in decided.layers.values())
+
+    def sources(
+        self, mixture: Mixture, decided: Decided, stats: str, work: str
+    ) -> tuple[Checkpoint, ...]:
+        """The mean output of every expert that becomes a constant, in the model's own dtype."""
+        import torch
+
+        from moetool.forward.stats import Profile
+        from moetool.kernels import codec
+        from moetool.methods.reduce import beside
+
+        profile, folder = Profile.open(stats), Path(work) / "solved"
+        for number, decision in decided.layers.items():
+            mean = profile.layer(number).mean("out_sum")
+            stored = mixture.source.tensor(mixture.pieces(number, 0)[BIAS].name)
+            dtype = codec.torch_dtype(stored.dtype)
+            constants = {
+                beside.solved_name(number, e, BIAS): torch.from_numpy(mean[e]).to(dtype)
+                for e in decision.constant
+            }
+            beside.save_solved(folder, number, constants)
+        return (beside.solved_source(folder),)
+
+    def maker(self, writing: Writing) -> Constant:
+        return Constant()
+
+
+class Constant:
+    """Plans experts of which only a bias is left."""
+
+    def makes(self, decision: Decision, members: tuple[int, ...]) -> bool:
+        return members[0] in decision.constant
+
+    def make(self, build: Builder, cluster: Cluster, outs: Mapping[str, Piece]) -> None:
+        for role, out in outs.items():
+            solved = cluster.solved.get(role)
+            if solved is not None:
+                build.copy(solved, out)
+            else:
+                build.tasks.append(Task("zeros", (), (out,)))

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.methods.prune.way import PruneWay
+from moetool.methods.reduce.way import Needs
+
+if TYPE_CHECKING:
+    from moetool.methods.reduce.view import View
 
 HELD = 512 << 20  # bytes of all experts' outputs on the sample; more tokens are left out
 MOST = 300  # subsets tried one by one; beyond that experts go one at a time
 
 
-class Naee(Criterion):
+class Naee(PruneWay):
     """NAEE (arXiv 2402.14800): the subset whose layer output is nearest the full layer's on a
     sample of tokens, routing computed anew. Every subset where there are at most 300 (8 -> 6 is
     28); otherwise greedy: again and again the expert goes whose loss costs least.
     """
 
     name = "naee"
-    sample = 2048
-    buffers = HELD + (HELD >> 1)
+    needs = Needs(sample=True, buffers=HELD + (HELD >> 1))
 
     def keep(self, view: View, count: int) -> list[int]:
         trial = Trial(
-            view.some(min(view.options.sample, HELD // (4 * view.experts * view.rows.shape[1]))),
+            view.some(min(view.eye.sample, HELD // (4 * view.experts * view.rows.shape[1]))),
             view.block,
         )
         if (

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from moetool.kernels import draw
-from moetool.methods.prune.criterion import Criterion
-from moetool.methods.reduce.view import View
+from moetool.methods.prune.way import PruneWay
+from moetool.methods.reduce.way import Needs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.methods.reduce.view import View
 
 
-class Random(Criterion):
+class Random(PruneWay):
     """Experts drawn by --seed, the same number in each layer: what every method must beat to be
     worth its text.
     """
 
     name = "random"
-    text = False
+    needs = Needs(text=False)
 
     def score(self, view: View) -> np.ndarray:
+        from moetool.kernels import draw
+
         return draw.uniform(view.experts, view.seed, f"prune/{view.layer}")

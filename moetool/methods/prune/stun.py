@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from moetool.errors import UsageError
+from moetool.methods.options import WHAT, option
 from moetool.methods.prune.router_distance import RouterDistance
-from moetool.methods.reduce.view import View
+from moetool.methods.reduce.way import Needs, Writing
+from moetool.surgery.spec import Piece
+
+if TYPE_CHECKING:
+    from moetool.methods.contract import Builder
+    from moetool.methods.reduce.cut import Cluster
+    from moetool.methods.reduce.decided import Decided
+    from moetool.methods.reduce.decision import Decision
+    from moetool.methods.reduce.view import View
+    from moetool.surgery.checkpoint import Checkpoint
 
 OUTLIER = 5.0  # times the layer's mean score: what OWL calls an outlier weight
 SPREAD = 0.08  # how far a layer's share may lie from the mean (OWL's lambda)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What STUN alone is told."""
+
+    total_sparsity: float = option(
+        0.0,
+        "share of all expert weights that are gone or zero at the end",
+        WHAT,
+        unit="share",
+        metavar="SHARE",
+    )
 
 
 class Stun(RouterDistance):
@@ -18,24 +44,87 @@ class Stun(RouterDistance):
     """
 
     name = "stun"
-    text = True
+    auto = ""
+    needs = Needs(text=True, weights=True)
+    Options = Sparsity
 
-    def outliers(self, view: View) -> float:
-        """Share of a layer's weights whose |w| sqrt(input energy) is above OUTLIER times the mean."""
-        import torch
+    def told(self) -> None:
+        """Refuse options that do not go together."""
+        if not self.own.total_sparsity:
+            raise UsageError(
+                "--total-sparsity and --method stun belong together",
+                expected="for example --method stun --ratio 0.2 --total-sparsity 0.4",
+                found="--method stun alone",
+                hint="use both or neither",
+            )
+        if not self.options.ratio < self.own.total_sparsity < 1.0:
+            raise UsageError(
+                "the total sparsity must lie above the share of experts removed",
+                expected=f"{self.options.ratio:g} < --total-sparsity < 1",
+                found=self.own.total_sparsity,
+                hint="raise it, or lower --ratio",
+            )
+        if self.options.propagate or self.options.refit:
+            raise UsageError(
+                "--method stun works from one profile", hint="leave out --propagate and --refit"
+            )
 
-        experts, found, total = view.block.experts, 0, 0
-        for e in range(view.experts):
-            for matrix, energy in (
-                (experts.gate_up[e], view.seen.in_sq[e]),
-                (experts.down[e], view.seen.mid_sq[e]),
-            ):
-                score = matrix.float().abs() * torch.from_numpy(np.sqrt(energy)).float()[
-                    None, :
-                ].to(matrix.device)
-                found += int((score > OUTLIER * score.mean()).sum())
-                total += score.numel()
-        return found / total
+    def finish(
+        self, layers: dict[int, Decision], view: Callable[[int], View]
+    ) -> dict[int, Decision]:
+        """Each layer's share of zeros, when all are known."""
+        left = sum(decision.count for decision in layers.values())
+        ratio = 1.0 - left / sum(view(n).experts for n in layers)
+        share = shares({n: outliers(view(n)) for n in layers}, ratio, self.own.total_sparsity)
+        return {n: replace(decision, sparsity=share[n]) for n, decision in layers.items()}
+
+    @classmethod
+    def claims(cls, decided: Decided) -> bool:
+        return any(decision.sparsity for decision in decided.layers.values())
+
+    def maker(self, writing: Writing) -> Wanda:
+        return Wanda(writing.decided, writing.extra)
+
+
+class Wanda:
+    """Plans experts of which a share of weights is zeroed."""
+
+    def __init__(self, decided: Decided, extra: tuple[Checkpoint, ...]) -> None:
+        self.decided, self.extra = decided, extra
+
+    def makes(self, decision: Decision, members: tuple[int, ...]) -> bool:
+        return bool(decision.sparsity)
+
+    def make(self, build: Builder, cluster: Cluster, outs: Mapping[str, Piece]) -> None:
+        layer, expert, roles = cluster.layer, cluster.members[0], list(outs)
+        seen = [self.extra[0].tensor(f"{layer}.{name}") for name in ("in_sq", "mid_sq")]
+        energies = [Piece(t.name, (t.shape[1],), expert * t.shape[1], 1) for t in seen]
+        build.task(
+            "wanda",
+            [*(cluster.pieces[0][r] for r in roles), *energies],
+            list(outs.values()),
+            roles=",".join(roles),
+            form=cluster.form,
+            share=self.decided.layers[layer].sparsity,
+        )
+
+
+def outliers(view: View) -> float:
+    """Share of a layer's weights whose |w| sqrt(input energy) is above OUTLIER times the mean."""
+    import numpy as np
+    import torch
+
+    experts, found, total = view.block.experts, 0, 0
+    for e in range(view.experts):
+        for matrix, energy in (
+            (experts.gate_up[e], view.seen.in_sq[e]),
+            (experts.down[e], view.seen.mid_sq[e]),
+        ):
+            scale = torch.from_numpy(np.sqrt(energy)).float()[None, :].to(matrix.device)
+            score = matrix.float().abs() * scale
+            found += int((score > OUTLIER * score.mean()).sum())
+            total += score.numel()
+    return found / total
 
 
 def shares(outliers: dict[int, float], ratio: float, total: float) -> dict[int, float]:

@@ -2,62 +2,172 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-from moetool.methods.contract import Decisions
-from moetool.methods.reduce.decide import removed
-from moetool.methods.reduce.decision import Decided, experts_lists, render
+from moetool.methods.reduce.decided import Decided
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
 
-
-def of(
-    mixture: Mixture, decided: Decided, plan: Plan, layout: str, decisions: Decisions
-) -> dict[str, Any]:
-    """Facts for the summary, report.json and the model card."""
-    layers = [decided.layers[n] for n in mixture.layers]
-    per_expert = any(c.expert is not None for c in mixture.counted.values() if c.kind == "expert")
-    width = (
-        mixture.pieces(mixture.layers[0], 0)["down"].count
-        // int(mixture.layout.field("hidden", mixture.text_model.config) or 1)
-        if mixture.plain
-        else None
-    )
-    idle = sum(
-        mixture.expert_elements(n) * max(0, layer.count - mixture.top_k)
-        for n, layer in zip(mixture.layers, layers, strict=True)
-    )
-    others = {
-        n
-        for n in mixture.source.tensors
-        if n not in mixture.counted or mixture.counted[n].kind != "expert"
-    }
-    expert = sum(t.size for n, t in plan.targets.items() if n not in others)
-    report = {k: v for k, v in decisions.report.items() if k != "warnings"}
-    return {
-        "source_type": mixture.layout.model_type,
-        "target_type": mixture.layout.model_type,
-        "layers": list(mixture.layers),
-        "top_k": mixture.top_k,
-        "expert_width": width,
-        "layout": "per-expert" if per_expert else "fused",
-        "counts": layout,
-        "experts": removed(mixture, layers)["experts_after"],
-        "parameters": plan.parameters,
-        "active_parameters": plan.parameters - idle,
-        "input_bytes": sum(size for size, _ in mixture.source.files.values()),
-        "expert_bytes_before": mixture.expert_bytes(),
-        "expert_bytes_after": expert,
-        "reduction": decided.verb,
-        "method_used": decided.method,
-        **removed(mixture, layers),
-        **report,
-        "decisions": decided.as_json(),
-    }
+if TYPE_CHECKING:
+    from moetool.methods.reduce.way import Writing, Written
 
 
-def files(decided: Decided) -> dict[str, bytes]:
-    """decisions.json (to replay), experts.json and experts.jsonl (for load-time pruning by a
-    server).
+@dataclass(frozen=True)
+class Refitted:
+    """Relative squared error of a layer's output, before and after its down matrices were solved."""
+
+    before: float
+    after: float
+
+    def as_json(self) -> dict[str, float]:
+        return {"error_before": self.before, "error_after": self.after}
+
+
+@dataclass(frozen=True)
+class TextSeen:
+    """The text that decided."""
+
+    tokens: int
+    files: list[dict[str, Any]]
+    data_sha256: str
+    seq_len: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What deciding found out beside the decisions. None, or empty: it was not looked for."""
+
+    warnings: tuple[str, ...] = ()
+    data: TextSeen | None = None
+    protected: Mapping[int, list[int]] | None = None  # super experts by layer
+    tokens_per_expert: Mapping[int, list[int]] = field(default_factory=dict)
+    refit: Mapping[int, Refitted] = field(default_factory=dict)
+    replayed: str = ""  # the file of decisions
+    decisions_written: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Only what there is."""
+        found = {
+            "data": self.data.as_json() if self.data else None,
+            "protected": None
+            if self.protected is None
+            else {str(n): e for n, e in self.protected.items()},
+            "tokens_per_expert": {str(n): t for n, t in self.tokens_per_expert.items()} or None,
+            "refit": {str(n): r.as_json() for n, r in self.refit.items()} or None,
+            "replayed": self.replayed or None,
+            "decisions_written": self.decisions_written or None,
+        }
+        return {k: v for k, v in found.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan makes of a model, in parameters and bytes."""
+
+    parameters: int
+    active_parameters: int
+    input_bytes: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The facts of prune and merge. `own` is what the way alone says (moetool's report has one flat
+    object; JSON keys are in `as_json`).
     """
-    return {"decisions.json": render(decided.as_json()).encode(), **experts_lists(decided)}
+
+    model_type: str
+    layers: tuple[int, ...]
+    top_k: int
+    expert_width: int | None
+    layout: str  # per-expert | fused
+    counts: str  # how layers with other numbers of experts were written, or the form of the experts
+    sizes: Sizes
+    experts_before: int
+    experts_after: int | list[int]
+    removed_share: float
+    decided: Decided
+    found: Found
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source_type": self.model_type,
+            "target_type": self.model_type,
+            "layers": list(self.layers),
+            "top_k": self.top_k,
+            "expert_width": self.expert_width,
+            "layout": self.layout,
+            "counts": self.counts,
+            "experts": self.experts_after,
+            **{f.name: getattr(self.sizes, f.name) for f in fields(self.sizes)},
+            "reduction": self.decided.verb,
+            "method_used": self.decided.method,
+            "experts_before": self.experts_before,
+            "experts_after": self.experts_after,
+            "removed_share": self.removed_share,
+            **self.own,
+            **self.found.as_json(),
+            "decisions": self.decided.as_json(),
+        }
+
+
+def of(writing: Writing, written: Written, found: Found, own: Mapping[str, Any]) -> Reduced:
+    """The facts of a planned model."""
+    mixture, decided = writing.mixture, writing.decided
+    layers = [decided.layers[n] for n in mixture.layers]
+    counts = sorted({decision.count for decision in layers})
+    kept = sum(decision.count for decision in layers)
+    return Reduced(
+        model_type=mixture.layout.model_type,
+        layers=mixture.layers,
+        top_k=mixture.top_k,
+        expert_width=_width(mixture),
+        layout=_storage(mixture),
+        counts=written.counts,
+        sizes=_sizes(mixture, decided, written.plan),
+        experts_before=mixture.experts,
+        experts_after=counts[0] if len(counts) == 1 else counts,
+        removed_share=1.0 - kept / (mixture.experts * len(layers)),
+        decided=decided,
+        found=found,
+        own=own,
+    )
+
+
+def _width(mixture: Mixture) -> int | None:
+    """Neurons of an expert, where it is plain."""
+    if not mixture.plain:
+        return None
+    hidden = int(mixture.layout.field("hidden", mixture.text_model.config) or 1)
+    return mixture.pieces(mixture.layers[0], 0)["down"].count // hidden
+
+
+def _storage(mixture: Mixture) -> str:
+    single = any(c.expert is not None for c in mixture.counted.values() if c.kind == "expert")
+    return "per-expert" if single else "fused"
+
+
+def _sizes(mixture: Mixture, decided: Decided, plan: Plan) -> Sizes:
+    """`active`: without the experts of each layer that a token does not reach."""
+    idle = sum(
+        mixture.expert_elements(n) * max(0, decided.layers[n].count - mixture.top_k)
+        for n in mixture.layers
+    )
+    counted = mixture.counted
+    others = {
+        n for n in mixture.source.tensors if n not in counted or counted[n].kind != "expert"
+    }
+    return Sizes(
+        parameters=plan.parameters,
+        active_parameters=plan.parameters - idle,
+        input_bytes=sum(size for size, _ in mixture.source.files.values()),
+        expert_bytes_before=mixture.expert_bytes(),
+        expert_bytes_after=sum(t.size for n, t in plan.targets.items() if n not in others),
+    )

@@ -1,5 +1,5 @@
-"""One layer as a criterion sees it: router rows, statistics where text was given, the block itself
-where it must be run.
+"""One layer as a way sees it: router rows, statistics where text was given, the block itself where
+it must be run.
 """
 
 from __future__ import annotations
@@ -7,16 +7,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moetool.errors import MoetoolError, UsageError
-from moetool.methods.reduce.cut import router_rows
+from moetool.methods.reduce import router_rows
 from moetool.surgery.experts import Mixture
 
-if TYPE_CHECKING:  # torch is not needed by methods that need no text
+if TYPE_CHECKING:  # torch is not needed by ways that need no text
+    import numpy as np
+    import torch
+
+    from moetool.forward.block import Block
     from moetool.forward.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Eye:
+    """How all layers are looked at: by which way, with how large a sample, on which device."""
+
+    method: str
+    sample: int
+    seed: int = 0
+    device: str = "cpu"
 
 
 @dataclass
@@ -27,31 +39,33 @@ class View:
 
     mixture: Mixture
     layer: int
-    options: Any
-    seed: int
+    eye: Eye
     stats: LayerStats | None = None
     protected: tuple[int, ...] = ()
-    device: str = "cpu"
-    read_block: Callable[[], Any] | None = field(default=None, repr=False)
+    read_block: Callable[[], Block] | None = field(default=None, repr=False)
 
     @property
     def experts(self) -> int:
         return self.mixture.experts
 
+    @property
+    def seed(self) -> int:
+        return self.eye.seed
+
     @cached_property
     def rows(self) -> np.ndarray:
         """Router rows [experts, hidden], float64."""
-        return np.asarray(router_rows(self.mixture, self.layer))
+        return router_rows.read(self.mixture, self.layer)
 
     @cached_property
-    def block(self) -> Any:
+    def block(self) -> Block:
         """The layer's block (forward/block.py)."""
         if self.read_block is not None:
             return self.read_block()
         from moetool.forward import block
 
         return block.read(
-            self.mixture, self.layer, device=self.device, widen=self.stats is not None
+            self.mixture, self.layer, device=self.eye.device, widen=self.stats is not None
         )
 
     @property
@@ -59,7 +73,7 @@ class View:
         """The statistics; UsageError when no text was given."""
         if self.stats is None:
             raise UsageError(
-                f"method {self.options.method!r} needs text",
+                f"method {self.eye.method!r} needs text",
                 expected="--calibrate FILE or --stats DIR",
                 found="neither",
                 hint="or a method without text: router-distance, random",
@@ -67,10 +81,11 @@ class View:
         return self.stats
 
     @cached_property
-    def sample(self) -> Any:
-        """Inputs of the block [tokens, hidden] (torch), as many as were kept; MoetoolError when
-        none were.
+    def sample(self) -> torch.Tensor:
+        """Inputs of the block [tokens, hidden], as many as were kept; MoetoolError when none
+        were.
         """
+        import numpy as np
         import torch
 
         if not self.seen.has("x"):
@@ -81,14 +96,19 @@ class View:
             )
         return torch.from_numpy(np.array(self.seen.x)).float()
 
-    def some(self, most: int) -> Any:
+    def some(self, most: int) -> torch.Tensor:
         """At most `most` tokens of the sample, evenly spaced."""
+        import numpy as np
+
         sample = self.sample
-        return (
-            sample
-            if len(sample) <= most
-            else sample[np.linspace(0, len(sample) - 1, max(1, most)).astype(np.int64)]
-        )
+        if len(sample) <= most:
+            return sample
+        return sample[np.linspace(0, len(sample) - 1, max(1, most)).astype(np.int64)]
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """--sample tokens."""
+        return self.some(self.eye.sample)
 
     def groups(self) -> list[list[int]]:
         """Experts of each group of a group-limited router; one list where there are no groups."""

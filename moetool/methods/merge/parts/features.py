@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import torch
 
-from moetool.kernels import cluster
+from moetool.forward import stats
+from moetool.forward.block import Block
+from moetool.kernels import cluster, moe
 from moetool.methods.reduce.view import View
 
-KINDS = (
-    "outputs",
-    "cosine",
-    "mean-outputs",
-    "router",
-    "router-logits",
-    "outputs-and-logits",
-    "weights",
-)
-DENSE = (
-    "outputs",
-    "cosine",
-    "mean-outputs",
-    "outputs-and-logits",
-)  # need all experts run on a sample
-SAMPLED = (*DENSE, "router-logits")
 _CHUNK = 1 << 22
 
 
@@ -52,22 +37,18 @@ def _dense(view: View) -> dict[str, np.ndarray]:
     """Pairwise statistics of all experts' outputs: kept by the profile, or made from its sample."""
     if view.seen.has("gram"):
         return {k: view.seen.arrays[k] for k in ("gram", "cosine", "mean")}
-    from moetool.forward import stats
-
-    return stats.dense(view.some(view.options.sample).to(view.block.router.device), view.block)
+    return stats.dense(view.sampled.to(view.block.router.device), view.block)
 
 
 def logit_cosine(view: View) -> np.ndarray:
     """Cosine of the experts' router logits over the sample [experts, experts] (M-SMoE, REAM)."""
-    logits = view.some(view.options.sample).double().numpy() @ view.rows.T
+    logits = view.sampled.double().numpy() @ view.rows.T
     unit = logits / np.maximum(np.linalg.norm(logits, axis=0), 1e-30)
     return np.asarray(unit.T @ unit)
 
 
-def weight_gram(block: Any) -> np.ndarray:
+def weight_gram(block: Block) -> np.ndarray:
     """Inner products of the experts' weights [experts, experts], float64 sums over chunks."""
-    import torch
-
     experts = block.experts
     total = torch.zeros(experts.count, experts.count, dtype=torch.float64)
     for tensor in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias):
@@ -84,12 +65,8 @@ def cross_cosine(first: View, second: View) -> np.ndarray:
     """Mean cosine of outputs on the same tokens for the experts of two layers together, [2 *
     experts, 2 * experts] (Sub-MoE).
     """
-    import torch
-
-    from moetool.kernels import moe
-
     count, total = first.experts, None
-    x, y = first.some(first.options.sample), second.some(second.options.sample)
+    x, y = first.sampled, second.sampled
     step = max(1, (64 << 20) // (8 * count * x.shape[1]))
     for start in range(0, len(x), step):
         outs = torch.cat(

@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import torch
 
-from moetool.methods.reduce.decision import Layer
+from moetool.kernels.moe import Experts
+from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.view import View
 
-KINDS = ("none", "weights", "activations")
 _TOKENS = 1024
 
 
-def orders(kind: str, view: View, layer: Layer) -> dict[int, tuple[int, ...]]:
+def orders(kind: str, view: View, decision: Decision) -> dict[int, tuple[int, ...]]:
     """For every member that is not a lead the order of its neurons: neuron order[j] of the member
     goes where the lead's neuron j is.
 
@@ -24,11 +23,11 @@ def orders(kind: str, view: View, layer: Layer) -> dict[int, tuple[int, ...]]:
     """
     if kind == "none":
         return {}
-    return {
-        member: tuple(order(kind, view, group[0], member))
-        for group in layer.groups
-        for member in group[1:]
-    }
+    made = {}
+    for lead, *members in decision.groups:
+        for member in members:
+            made[member] = tuple(order(kind, view, lead, member))
+    return made
 
 
 def order(kind: str, view: View, lead: int, member: int) -> list[int]:
@@ -44,7 +43,7 @@ def order(kind: str, view: View, lead: int, member: int) -> list[int]:
     return [int(c) for c in columns[np.argsort(rows)]]
 
 
-def _by_weights(experts: Any, lead: int, member: int) -> np.ndarray:
+def _by_weights(experts: Experts, lead: int, member: int) -> np.ndarray:
     """[width, width] inner products of the lead's neurons with the member's."""
     half = experts.gate_up.shape[1] // 2
     a, b = experts.gate_up[lead].double(), experts.gate_up[member].double()
@@ -60,7 +59,7 @@ def _by_activations(view: View, lead: int, member: int) -> np.ndarray:
     """[width, width] correlations of the lead's activations with the member's on the sample."""
     x = view.some(_TOKENS).to(view.block.router.device)
 
-    def unit(expert: int) -> Any:
+    def unit(expert: int) -> torch.Tensor:
         h = view.block.experts.hidden(x, expert).double()
         h = h - h.mean(0)
         return h / h.norm(dim=0).clamp_min(1e-30)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from typing import NamedTuple
+
 import numpy as np
 
 from moetool.kernels import cluster
-from moetool.methods.merge import features
-from moetool.methods.reduce.decision import Layer
+from moetool.methods.merge.parts import features
+from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.view import View
 
-KINDS = ("kmeans", "average", "complete", "ward", "dominant", "ream")
 BIG = 16  # REAM's largest group
 
 
-def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str) -> Layer:
+def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str) -> Decision:
     """Clusters of a layer: `count` in all, as many in each router group; protected experts stay
     alone.
     """
@@ -31,7 +33,7 @@ def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str)
 
 def finished(
     view: View, groups: list[list[int]], points: np.ndarray, need: np.ndarray, *, lead_by_need: bool
-) -> Layer:
+) -> Decision:
     """Leads first, weights that sum to one."""
     ordered = []
     for members in groups:
@@ -42,7 +44,7 @@ def finished(
         )
         ordered.append((lead, *sorted(e for e in members if e != lead)))
     weights = tuple(_weights(need[list(g)]) for g in ordered)
-    return Layer(tuple(ordered), weights, tuple(float(s) for s in need), view.protected).sorted()
+    return Decision(tuple(ordered), weights, tuple(float(s) for s in need), view.protected).sorted()
 
 
 def _weights(need: np.ndarray) -> tuple[float, ...]:
@@ -109,7 +111,7 @@ def _ream(free: list[int], room: int, points: np.ndarray, need: np.ndarray) -> l
     return groups
 
 
-def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tuple[Layer, Layer]:
+def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tuple[Decision, Decision]:
     """Sub-MoE's two layers at once: K-means over the experts of both, then each layer takes its
     part of every cluster home.
 
@@ -125,11 +127,9 @@ def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tupl
         mine = points[number * view.experts : (number + 1) * view.experts]
         part = labels[number * view.experts : (number + 1) * view.experts]
         groups = [[int(e)] for e in view.protected]
-        groups += [
-            g
-            for label in sorted(set(part.tolist()))
-            if (g := [int(e) for e in np.nonzero(part == label)[0] if e not in view.protected])
-        ]
+        for label in sorted(set(part.tolist())):
+            members = [int(e) for e in np.nonzero(part == label)[0] if e not in view.protected]
+            groups += [members] if members else []
         made.append(
             finished(
                 view,
@@ -142,27 +142,30 @@ def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tupl
     return made[0], made[1]
 
 
+class _Far(NamedTuple):
+    """An expert's distance from its cluster's middle."""
+
+    distance: float
+    group: int
+    expert: int
+
+
 def _adjusted(
     groups: list[list[int]], points: np.ndarray, count: int, fixed: int
 ) -> list[list[int]]:
     """Exactly `count` groups; the first `fixed` are left alone."""
     apart = cluster.distances(points)
     while len(groups) > count:
-        pairs = [
-            (float(apart[np.ix_(groups[a], groups[b])].mean()), a, b)
-            for a in range(fixed, len(groups))
-            for b in range(a + 1, len(groups))
-        ]
-        _, a, b = min(pairs)
+        pairs = combinations(range(fixed, len(groups)), 2)
+        a, b = min(pairs, key=lambda p: float(apart[np.ix_(groups[p[0]], groups[p[1]])].mean()))
         groups[a] += groups.pop(b)
     while len(groups) < count:
-        spread = [
-            (float(np.linalg.norm(points[e] - points[g].mean(0))), i, e)
-            for i, g in enumerate(groups)
-            if len(g) > 1 and i >= fixed
-            for e in g
-        ]
-        _, i, e = max(spread)
-        groups[i].remove(e)
-        groups.append([e])
+        far: list[_Far] = []
+        for i, g in enumerate(groups):
+            if len(g) > 1 and i >= fixed:
+                middle = points[g].mean(0)
+                far += [_Far(float(np.linalg.norm(points[e] - middle)), i, e) for e in g]
+        most = max(far)
+        groups[most.group].remove(most.expert)
+        groups.append([most.expert])
     return groups

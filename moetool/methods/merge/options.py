@@ -1,0 +1,76 @@
+"""What merge is told beside what prune is told as well: its parts, each with `auto` for the way's
+own choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetool.errors import UsageError
+from moetool.methods.options import FINE, WHAT, option
+from moetool.methods.reduce.options import Reducing
+
+FEATURES = {
+    "outputs": "outputs on the sample",
+    "cosine": "outputs of unit length",
+    "mean-outputs": "mean outputs",
+    "router": "router rows",
+    "router-logits": "router logits of unit length",
+    "outputs-and-logits": "both",
+    "weights": "all weights",
+}
+CLUSTER = ("kmeans", "average", "complete", "ward", "dominant", "ream")
+WEIGH = ("frequency", "saliency", "uniform")
+ALIGN = ("none", "weights", "activations")
+ROUTER = ("centroid", "mean", "logsumexp")
+YES = (("true", "yes"), ("false", "no"))  # words of before
+
+
+def _auto(*kinds: str) -> tuple[str, ...]:
+    return ("auto", *kinds)
+
+
+@dataclass(frozen=True)
+class Merging(Reducing):
+    """The parts of a merge. A published way chooses them all; each can be chosen alone."""
+
+    features: str = option(
+        "auto", "what experts are compared by", WHAT, choices=_auto(*FEATURES)
+    )
+    cluster: str = option("auto", "how they are put together", WHAT, choices=_auto(*CLUSTER))
+    joint: str = option("auto", "layers clustered at once", FINE, choices=_auto("1", "2"))
+    weigh: str = option(
+        "auto", "what weighs a cluster's members", WHAT, choices=_auto(*WEIGH)
+    )
+    align: str = option(
+        "auto", "neurons matched before averaging", WHAT, choices=_auto(*ALIGN)
+    )
+    combine: str = option("auto", "", WHAT)  # some belong to a way: merge/method.py
+    router: str = option(
+        "auto",
+        "a cluster's router row: centroid (its lead's), mean, logsumexp (where the bias is part of the logits)",
+        WHAT,
+        choices=_auto(*ROUTER),
+    )
+    rank_energy: float = option(
+        0.95, "share of the singular values' energy that svd keeps; 1 keeps all", FINE, unit="share"
+    )
+    whiten: str = option(
+        "auto",
+        "svd in the space of whitened inputs",
+        FINE,
+        choices=_auto("yes", "no"),
+        old=YES,
+    )
+    density: float = option(
+        0.2, "share of differences that ties keeps", FINE, unit="share"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.rank_energy <= 1.0 or not 0.0 < self.density <= 1.0:
+            raise UsageError(
+                "--rank-energy and --density lie above 0 and at most at 1",
+                found=f"{self.rank_energy:g}, {self.density:g}",
+                hint="for example --rank-energy 0.95",
+            )

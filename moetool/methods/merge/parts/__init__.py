@@ -1,0 +1,1 @@
+"""What the parts of a merge compute: features, clusters, neuron orders, merged blocks."""

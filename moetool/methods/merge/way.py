@@ -1,0 +1,178 @@
+"""What a way of merging is: a choice for each of the parts, under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moetool.errors import UsageError
+from moetool.methods.contract import Certificate
+from moetool.methods.merge.combine import COMBINE
+from moetool.methods.reduce.way import Needs, Way, Writing, ways
+
+if TYPE_CHECKING:
+    from moetool.forward.block import Block
+    from moetool.methods.merge.maker import Merger
+    from moetool.methods.merge.options import Merging
+    from moetool.methods.reduce.decision import Decision
+    from moetool.methods.reduce.view import View
+    from moetool.surgery.experts import Mixture
+
+DENSE = ("outputs", "cosine", "mean-outputs", "outputs-and-logits")  # all experts on a sample
+SAMPLED = (*DENSE, "router-logits")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a merge; what each can be stands in merge/options.py."""
+
+    features: str
+    cluster: str
+    weigh: str
+    combine: str
+    align: str = "none"
+    router: str = "centroid"
+    joint: int = 1
+    whiten: bool = False
+
+    def needs(self) -> Needs:
+        """What deciding looks at with these parts."""
+        sampled = self.features in SAMPLED or self.align == "activations"
+        led = self.cluster in ("dominant", "ream")  # by how much an expert is needed
+        solved = self.combine in COMBINE and COMBINE[self.combine].refits
+        return Needs(
+            text=sampled or self.weigh != "uniform" or led or solved or self.whiten,
+            sample=sampled or self.joint == 2,
+            dense=self.features in DENSE,
+            covariance=self.whiten,
+            weights=self.features == "weights" or self.align != "none",
+        )
+
+    def changed(self, options: Merging) -> Parts:
+        """With what was not left on auto."""
+        told = {f.name: getattr(options, f.name) for f in fields(self)}
+        kept = {name: value for name, value in told.items() if value != "auto"}
+        if "joint" in kept:
+            kept["joint"] = int(kept["joint"])
+        if "whiten" in kept:
+            kept["whiten"] = kept["whiten"] == "yes"
+        return replace(self, **kept)
+
+    def as_json(self) -> dict[str, str]:
+        """For the report; the router has a line of its own."""
+        names = ("features", "cluster", "joint", "weigh", "align", "combine", "whiten")
+        return {n: str(getattr(self, n)).lower() for n in names}
+
+
+class MergeWay(Way):
+    """Subclass it in a file of this folder: `name` and `parts`. `combines`: a way of combining that
+    only this class runs, whichever way --combine asks for it.
+    """
+
+    parts: ClassVar[Parts]
+    combines: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if "parts" in vars(cls):
+            cls.needs = cls.parts.needs()
+
+    def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
+        super().__init__(verb, own, named)
+        self.chosen: Parts = self.named.parts.changed(verb)  # type: ignore[attr-defined]
+        self.needs, self.router = self.chosen.needs(), self.chosen.router
+        if self.chosen.combine in COMBINE and COMBINE[self.chosen.combine].refits:
+            self.verb = replace(verb, refit=True)
+
+    @classmethod
+    def known(cls) -> Mapping[str, type[MergeWay]]:
+        import moetool.methods.merge as package
+
+        return ways(package, MergeWay)
+
+    @classmethod
+    def acting(cls, verb: Any) -> type[Way]:
+        combine = cls.parts.changed(verb).combine
+        return next((way for way in cls.known().values() if way.combines == combine), cls)
+
+    def check(self, mixture: Mixture) -> None:
+        bias = mixture.layout.overlay.law.get("bias")
+        if self.router == "logsumexp" and bias != "logit":
+            raise UsageError(
+                f"--router logsumexp needs a bias in the logits, and {mixture.layout.model_type} has none",
+                expected="gpt_oss, openai_privacy_filter or kolibri1",
+                hint="--router centroid or mean",
+            )
+
+    def notes(self, mixture: Mixture) -> list[str]:
+        if self.chosen.joint == 1:
+            return []
+        if self.options.walks:
+            return [
+                "layers were clustered one by one: inside a walk (--propagate, --refit) the layer above is not there yet"
+            ]
+        if mixture.groups > 1:
+            return [
+                "layers were clustered one by one: a group-limited router fixes each group's number of experts"
+            ]
+        return []
+
+    def choose(self, view: View, count: int) -> Decision:
+        from moetool.methods.merge.parts import align, features, group
+
+        points = features.points(self.chosen.features, view)
+        kind, weigh = self.chosen.cluster, self.chosen.weigh
+        decision = group.decide(view, count, kind=kind, points=points, weigh=weigh)
+        return replace(decision, orders=align.orders(self.chosen.align, view, decision))
+
+    def finish(
+        self, layers: dict[int, Decision], view: Callable[[int], View]
+    ) -> dict[int, Decision]:
+        """Pairs of consecutive MoE layers decided together; a lone last layer stays as it was
+        decided.
+        """
+        from moetool.methods.merge.parts import align, group
+
+        numbers = sorted(layers)
+        if self.chosen.joint == 1 or view(numbers[0]).mixture.groups > 1:
+            return layers
+        for first, second in zip(numbers[0::2], numbers[1::2], strict=False):
+            counts = (layers[first].count, layers[second].count)
+            layers[first], layers[second] = group.joint(
+                (view(first), view(second)), counts, self.chosen.weigh
+            )
+        return {
+            n: replace(decision, orders=align.orders(self.chosen.align, view(n), decision))
+            for n, decision in layers.items()
+        }
+
+    def how(self) -> dict[str, Any]:
+        """Parameters of kernels/merge.py."""
+        combine = COMBINE[self.chosen.combine]
+        whitened = {"whiten": True} if self.chosen.whiten and combine.whitens else {}
+        return combine.told(self.verb) | whitened
+
+    def block(self, view: View, decision: Decision, block: Block) -> Block:
+        from moetool.methods.merge.parts.rebuild import Rule, merged_block
+
+        down = view.mixture.pieces(view.layer, decision.leads[0])["down"]
+        dtype = view.mixture.source.tensor(down.name).dtype
+        return merged_block(block, decision, Rule(self.how(), self.router, dtype), view.stats)
+
+    def maker(self, writing: Writing) -> Merger:
+        from moetool.methods.merge.maker import Merger
+
+        return Merger(self.how(), writing)
+
+    def certificate(self, writing: Writing) -> Certificate:
+        experts = writing.mixture.experts
+        if all(decision.count == experts for decision in writing.decided.layers.values()):
+            return Certificate("exact", "nothing was merged: a copy")
+        return Certificate(
+            "none",
+            "experts were merged: another function, by how much `moetool eval --reference` measures",
+            None,
+        )
+
+    def facts(self, mixture: Mixture) -> dict[str, Any]:
+        return {"router": self.router, "parts": self.chosen.as_json()}

@@ -1,0 +1,50 @@
+"""Loose safetensors files as sources of a plan: statistics of a profile, tensors that deciding
+solved for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetool import atomic
+from moetool.surgery.checkpoint import Checkpoint, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+
+def solved_name(layer: int, expert: int, role: str) -> str:
+    """Name of a tensor that deciding computed for a new expert."""
+    return f"{layer}.{expert}.{role}"
+
+
+def stats_source(folder: str | Path) -> Checkpoint:
+    """A profile's layer files as a source of tensors (`LAYER.name`)."""
+    return _source(Path(folder), "layer-*.safetensors")
+
+
+def solved_source(folder: str | Path) -> Checkpoint:
+    """What was solved, layer by layer."""
+    return _source(Path(folder), "solved-*.safetensors")
+
+
+def _source(folder: Path, pattern: str) -> Checkpoint:
+    tensors, files = {}, {}
+    for path in sorted(folder.glob(pattern)):
+        stored, seal, size = read_header(path)
+        files[path.name] = (size, seal)
+        tensors |= {t.name: t for t in stored}
+    return Checkpoint(str(folder), {}, tensors, files)
+
+
+def save_solved(folder: Path, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write what was solved of a layer; the same bytes keep their file (a killed run's plan names
+    its time).
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.writing(folder / f"solved-{layer:05d}.safetensors", keep_same=True) as temporary:
+        save_file(dict(tensors), temporary)

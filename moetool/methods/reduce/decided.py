@@ -1,0 +1,158 @@
+"""What was decided of a whole model, as files: decisions.json to replay, lists for servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import UsageError
+from moetool.methods.reduce.decision import Decision, Where
+from moetool.surgery.experts import Mixture
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Decided:
+    """All layers, and what they were decided with."""
+
+    verb: str
+    method: str
+    experts: int
+    layers: Mapping[int, Decision]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "verb": self.verb,
+            "method": self.method,
+            "experts": self.experts,
+            "layers": {str(n): self.layers[n].as_json() for n in sorted(self.layers)},
+        }
+
+    def tables(self) -> dict[str, list[int]]:
+        """Neuron orders under the names by which a plan looks them up."""
+        tables = {}
+        for n, decision in sorted(self.layers.items()):
+            for e, order in sorted(decision.orders.items()):
+                tables[order_key(n, e)] = list(order)
+        return tables
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "decisions") -> Decided:
+        """Read what `as_json` wrote or a person edited; UsageError naming the layer for anything
+        that does not hold together.
+        """
+        if (
+            not isinstance(data, dict)
+            or data.get("schema") != SCHEMA
+            or not isinstance(data.get("layers"), dict)
+        ):
+            raise UsageError(
+                "this is not a file of decisions",
+                file=where,
+                expected=f'{{"schema": {SCHEMA}, "experts": ..., "layers": {{"0": {{"keep": [...]}}}}}}',
+                found=str(data)[:80],
+                hint="make one with --dry-run --decisions FILE",
+            )
+        experts = data.get("experts")
+        if not isinstance(experts, int):
+            raise UsageError(
+                "the decisions do not say how many experts there were",
+                file=where,
+                expected="experts: a number",
+                found=experts,
+                hint="make the file again with --dry-run --decisions FILE",
+            )
+        return cls(
+            str(data.get("verb", "")),
+            str(data.get("method", "")),
+            experts,
+            {
+                _number(n, where): Decision.from_json(v, experts, Where(where, n))
+                for n, v in data["layers"].items()
+            },
+        )
+
+    def check(self, mixture: Mixture, where: str) -> None:
+        """Refuse decisions for another model."""
+        wanted = [*mixture.layers, *mixture.mtp_layers]
+        if self.experts != mixture.experts or sorted(self.layers) != wanted:
+            raise UsageError(
+                "these decisions are for another model",
+                file=where,
+                expected=f"{mixture.experts} experts in layers {wanted[0]} to {wanted[-1]}",
+                found=f"{self.experts} experts in {len(self.layers)} layers",
+                hint="make them again with --dry-run --decisions FILE",
+            )
+
+
+def order_key(layer: int, expert: int) -> str:
+    """Name of an expert's neuron order among a plan's tables."""
+    return f"align.{layer}.{expert}"
+
+
+def render(decisions: dict[str, Any]) -> str:
+    """Decisions as JSON text, a layer on a line: short to read, easy to diff and edit."""
+    head = json.dumps({k: v for k, v in decisions.items() if k != "layers"})[1:-1]
+    layers = ",\n  ".join(
+        f"{json.dumps(n)}: {json.dumps(layer)}" for n, layer in decisions["layers"].items()
+    )
+    return f'{{{head},\n "layers": {{\n  {layers}\n }}\n}}\n'
+
+
+def read(path: str | Path) -> Decided:
+    """Decisions from a file; UsageError when it is missing or malformed."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            "there are no decisions here",
+            file=path,
+            hint="write them first: --dry-run --decisions FILE",
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise UsageError(
+            f"the decisions are not JSON: {problem}",
+            file=path,
+            hint="correct the file, or make it again with --dry-run --decisions FILE",
+        ) from None
+    return Decided.from_json(data, str(path))
+
+
+def _number(text: str, where: str) -> int:
+    if not text.isdigit():
+        raise UsageError(
+            "a layer is not a number",
+            file=where,
+            found=text,
+            hint="layers are written as in the model: 0, 1, 2",
+        )
+    return int(text)
+
+
+def experts_lists(decided: Decided) -> dict[str, bytes]:
+    """The plain lists that serving engines take for pruning the *original* at load time.
+
+    experts.json: {num_experts, layers: {"3": {kept, pruned}}} (profiles as in vllm#37824 and
+    #42613); experts.jsonl: a line a layer with all experts, those to keep first and best first, as
+    vllm-ascend#12525 reads it with its own ratio. For merges: the leads of the clusters.
+    """
+    layers, lines = {}, []
+    for n in sorted(decided.layers):
+        layer, every = decided.layers[n], range(decided.experts)
+        kept = [e for e in layer.leads if e not in layer.constant]
+        score = layer.scores or tuple(-e for e in every)
+        order = sorted(every, key=lambda e: (e not in kept, -score[e], e))
+        layers[str(n)] = {"kept": kept, "pruned": [e for e in every if e not in kept]}
+        lines.append(json.dumps({str(n): order}))
+    head = {"num_experts": decided.experts, "method": decided.method}
+    return {
+        "experts.json": (json.dumps(head | {"layers": layers}) + "\n").encode(),
+        "experts.jsonl": ("\n".join(lines) + "\n").encode(),
+    }
+
+

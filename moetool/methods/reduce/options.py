@@ -1,0 +1,128 @@
+"""The options that prune and merge share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moetool.errors import UsageError
+from moetool.methods.options import WHAT, Gate, Solving, Text, option
+
+BUDGETS = ("uniform", "sensitivity")
+UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
+RENAMED = {"layout": "uneven"}  # old word -> new one; the old is taken until 1.0
+
+
+@dataclass(frozen=True)
+class What:
+    """Which experts go, and how the result is written."""
+
+    ratio: float = option(
+        0.25,
+        "share of the experts removed: 0.25 turns 128 into 96",
+        WHAT,
+        unit="share",
+        metavar="SHARE",
+    )
+    method: str = option("auto", "", WHAT)  # each verb says its own
+    decisions: str = option(
+        "",
+        "replay decisions from this file; with --dry-run, write them there if it does not exist",
+        WHAT,
+        metavar="FILE",
+    )
+    budget: str = option(
+        "uniform",
+        "experts kept: uniform, or sensitivity (the same total, more where they are needed)",
+        WHAT,
+        choices=BUDGETS,
+    )
+    uneven: str = option(
+        "uniform",
+        "how layers with different numbers of experts are written: zeroed (loads everywhere, "
+        "saves nothing), ghost (exact where the router has a selection bias) or ragged (small, "
+        "but no stock loader reads it)",
+        WHAT,
+        choices=UNEVEN,
+    )
+    protect: bool = option(True, "keep super experts whatever their score", WHAT)
+
+
+@dataclass(frozen=True)
+class Reducing(Gate, Solving, Text, What):
+    """Everything that prune and merge are told, but for what only one of them knows."""
+
+    def __post_init__(self) -> None:
+        self._check_amounts()
+        self._check_texts()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text, or what text showed."""
+        return bool(self.calibrate or self.stats)
+
+    @property
+    def walks(self) -> bool:
+        """Whether layers are decided inside a walk, each after those below it were changed."""
+        return self.propagate or (self.refit and bool(self.calibrate))
+
+    def _check_amounts(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise UsageError(
+                "--ratio is the share of experts removed",
+                expected="0 <= ratio < 1, for example 0.25",
+                found=self.ratio,
+                hint="0.25 turns 128 experts into 96",
+            )
+        if self.budget == "sensitivity" and self.uneven == "uniform":
+            raise UsageError(
+                "--budget sensitivity keeps other numbers of experts in each layer, and --uneven uniform cannot hold them",
+                expected="--uneven zeroed, ghost or ragged",
+                hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, but no stock loader reads it",
+            )
+        if self.max_kl < 0:
+            raise UsageError(
+                "--max-kl is not negative", found=self.max_kl, hint="for example --max-kl 0.05"
+            )
+
+    def _check_texts(self) -> None:
+        if self.calibrate and self.stats:
+            raise UsageError(
+                "--calibrate and --stats exclude each other",
+                hint="a profile holds what calibration would see: give one of them",
+            )
+        if self.gated and not (self.text or self.calibrate):
+            raise UsageError(
+                "a gate needs text to measure on",
+                expected="--text FILE or --calibrate FILE",
+                hint="give held-out text: --text test.jsonl",
+            )
+        if self.refit and not self.has_text and not self.decisions:
+            raise UsageError("--refit needs text", hint="--calibrate FILE")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Options under the words of today, and a note for each old one."""
+
+    values: dict[str, object]
+    notes: tuple[str, ...]
+
+
+def renamed(values: Mapping[str, object]) -> Renamed:
+    """Old words replaced; UsageError where an old and its new one say different things."""
+    clean: dict[str, object] = {}
+    notes = []
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        new = RENAMED.get(name, name)
+        if clean.get(new, value) != value:
+            raise UsageError(
+                f"--{name} and --{new} say different things",
+                found=f"{clean[new]}, {value}",
+                hint=f"give --{new} alone",
+            )
+        if new != name:
+            notes.append(f"--{name} is called --{new} now; the old word goes with 1.0")
+        clean[new] = value
+    return Renamed(clean, tuple(notes))

@@ -1,0 +1,114 @@
+"""What prune and merge are as verbs: options of their own and of their ways, one decision, one
+plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from moetool.errors import UsageError
+from moetool.methods.contract import Decisions, Made, Method, Settings
+from moetool.methods.options import Field, Gate, Value, build
+from moetool.methods.options import fields as fields_of
+from moetool.methods.reduce.options import Reducing, renamed
+from moetool.methods.reduce.way import Way, meant_by_auto
+from moetool.surgery.checkpoint import Checkpoint
+
+
+class Reduce(Method):
+    """A verb that gives a model fewer experts. `way` runs; `options` are as they were told."""
+
+    Options: ClassVar[type[Reducing]]
+    Base: ClassVar[type[Way]]
+    verb: ClassVar[str]
+    interruptible = True
+    works_on: ClassVar[str] = ""  # what needs float experts, for its refusal; empty: asked below
+
+    def __init__(self, options: Reducing, way: Way, notes: tuple[str, ...] = ()) -> None:
+        super().__init__(options)
+        self.way, self.notes = way, notes
+
+    @classmethod
+    def ways(cls) -> Mapping[str, type[Way]]:
+        return cls.Base.known()
+
+    @classmethod
+    def fields(cls) -> tuple[Field, ...]:
+        own = [f for name, way in cls.ways().items() for f in fields_of(way.Options, (name,))]
+        return (*fields_of(cls.Options), *own)
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Reduce:
+        given, known = renamed(values), {f.name: f for f in cls.fields()}
+        theirs = {k: v for k, v in given.values.items() if k in known and known[k].of}
+        mine = {k: v for k, v in given.values.items() if k not in theirs}
+        options = build(cls.Options, mine, cls.verb)
+        named = cls.named(options)
+        acting = named.acting(options)
+        own = {}
+        for key, value in theirs.items():
+            if key in {f.name for f in fields_of(acting.Options)}:
+                own[key] = value
+            elif known[key].read(value) != known[key].default:
+                raise _stranger(known[key], options.method, value)
+        way = acting(options, build(acting.Options, own, cls.verb), named)
+        way.told()
+        return cls(options, way, given.notes)
+
+    @classmethod
+    def named(cls, options: Reducing) -> type[Way]:
+        """The way that --method means."""
+        if options.method == "auto":
+            return meant_by_auto(cls.ways(), text=options.has_text)
+        return cls.ways()[options.method]
+
+    def recorded(self) -> dict[str, Value]:
+        own = {f.name: getattr(self.way.own, f.name) for f in fields_of(type(self.way.own))}
+        return super().recorded() | own
+
+    @property
+    def gate(self) -> Gate | None:
+        options: Reducing = self.options
+        return options if options.gated or options.text else None
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        from moetool.methods.reduce.decide import Asked, decide, mixture_of
+
+        (source,) = sources
+        asked = Asked(self.verb, self.way, mixture_of(source), settings, self.notes)
+        self.way.check(asked.mixture)
+        return decide(asked)
+
+    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
+        from moetool.methods.reduce import facts
+        from moetool.methods.reduce.decide import Chosen
+        from moetool.methods.reduce.decided import Decided, experts_lists, render
+        from moetool.methods.reduce.way import Writing
+        from moetool.surgery.experts import Mixture
+
+        mixture, decided = Mixture.of(sources[0]), Decided.from_json(decisions.chosen)
+        writing = Writing(mixture, decided, decisions.tables, decisions.extra, settings)
+        written = self.way.writer(decided).write(writing)
+        found = decisions.found if isinstance(decisions, Chosen) else facts.Found()
+        reduced = facts.of(writing, written, found, self.way.facts(mixture))
+        files = {"decisions.json": render(decided.as_json()).encode(), **experts_lists(decided)}
+        return Made(
+            written.plan,
+            written.certificate,
+            written.config,
+            {},
+            reduced.as_json(),
+            found.warnings,
+            files,
+        )
+
+
+def _stranger(field: Field, method: str, value: Any) -> UsageError:
+    owner = " or ".join(field.of)
+    return UsageError(
+        f"--{field.spelled} and --method {owner} belong together",
+        expected=f"--method {owner} --{field.spelled} {value}",
+        found=f"--method {method} --{field.spelled} {value}",
+        hint="use both or neither",
+    )

@@ -1,0 +1,218 @@
+"""What a way of reducing experts is. One class in one file of its own; it shows up by itself.
+
+A way says what it `needs`, has `Options` of its own, and defines what differs: `score` or `choose`
+(a layer's decision), `finish` (once all layers are decided), `block` (the changed layer in memory),
+`sources` and `write` (the plan). Nothing heavy is imported here: `--help` reads all ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from moetool.methods import discover
+from moetool.methods.contract import Certificate, Line
+from moetool.methods.reduce.options import Reducing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.forward.block import Block
+    from moetool.methods.contract import Settings
+    from moetool.methods.reduce.cut import Maker
+    from moetool.methods.reduce.decision import Decided, Decision
+    from moetool.methods.reduce.view import View
+    from moetool.surgery.checkpoint import Checkpoint
+    from moetool.surgery.experts import Mixture
+    from moetool.surgery.plan import Plan
+
+Kind = TypeVar("Kind", bound="Way")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What deciding a layer looks at. text: statistics of experts on text; sample: inputs of the
+    block, kept (--sample says how many); dense: the outputs of all experts on them; covariance:
+    second moments of inputs; weights: the layer's weights; buffers: bytes held beside the block.
+    """
+
+    text: bool = True
+    sample: bool = False
+    dense: bool = False
+    covariance: bool = False
+    weights: bool = False
+    buffers: int = 0
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The options of a way that has none."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a plan is made from. `tables`: neuron orders by name; `extra`: sources beside the model,
+    those that `Way.sources` gave.
+    """
+
+    mixture: Mixture
+    decided: Decided
+    tables: Mapping[str, list[int]]
+    extra: tuple[Checkpoint, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Written:
+    """A plan, the config that goes with it, and in what form the experts are counted (uniform,
+    zeroed, ghost, ragged, or a way's own).
+    """
+
+    plan: Plan
+    config: dict[str, Any]
+    certificate: Certificate
+    counts: str
+
+
+class Way:
+    """Subclass it (through PruneWay or MergeWay) in a file of prune/ or merge/; the first sentence
+    of its docstring describes it. `auto`: "text" or "no text", when --method auto means it.
+    """
+
+    name: ClassVar[str] = ""
+    auto: ClassVar[str] = ""
+    Options: ClassVar[type] = Nothing
+    needs: Needs = Needs()
+    router: str = "centroid"  # which row a new expert gets (reduce/cut.py)
+
+    def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
+        self.verb: Any = verb  # the verb's options: Reducing and what the verb adds
+        self.own: Any = own if own is not None else self.Options()
+        self.named: type[Way] = named or type(self)  # what --method said
+
+    @classmethod
+    def acting(cls, verb: Any) -> type[Way]:
+        """The class that runs when --method means this one: another where an option asks for what
+        only that one can do.
+        """
+        return cls
+
+    @classmethod
+    def about(cls) -> str:
+        """Its docstring on one line."""
+        return " ".join((cls.__doc__ or "").split())
+
+    @property
+    def called(self) -> str:
+        """The name that decisions and reports carry."""
+        return self.named.name
+
+    @property
+    def options(self) -> Reducing:
+        """The verb's options as this way runs them."""
+        options: Reducing = self.verb
+        return options
+
+    def told(self) -> None:
+        """Refuse options that do not go together."""
+
+    def notes(self, mixture: Mixture) -> list[str]:
+        """What the user must be told before anything is decided."""
+        return []
+
+    def check(self, mixture: Mixture) -> None:
+        """Refuse a model that this way cannot reduce, from headers alone."""
+
+    @property
+    def scores(self) -> Callable[[View], np.ndarray] | None:
+        """A score by which layers can be compared ([experts], high = needed), if there is one."""
+        return None
+
+    def choose(self, view: View, count: int) -> Decision:
+        """The decision for a layer that keeps `count` experts."""
+        raise NotImplementedError
+
+    def finish(
+        self, layers: dict[int, Decision], view: Callable[[int], View]
+    ) -> dict[int, Decision]:
+        """All layers once more, when each is decided (not inside a walk)."""
+        return layers
+
+    def block(self, view: View, decision: Decision, block: Block) -> Block:
+        """The layer's new block, with the very values that the plan will write."""
+        return block.with_experts(decision.leads)
+
+    @classmethod
+    def known(cls) -> Mapping[str, type[Way]]:
+        """All ways of the same verb, by name."""
+        raise NotImplementedError
+
+    def writer(self, decided: Decided) -> Way:
+        """Who plans these decisions: this way, or the one that alone can."""
+        claiming = [way for way in self.known().values() if way.claims(decided)]
+        return self if not claiming or type(self) in claiming else claiming[0](self.verb)
+
+    @classmethod
+    def claims(cls, decided: Decided) -> bool:
+        """Whether only this way can write such decisions, whoever replays them."""
+        return False
+
+    def reads(self, decided: Decided) -> bool:
+        """Whether the plan of these decisions reads statistics beside the model."""
+        return self.needs.covariance or self.claims(decided)
+
+    def sources(
+        self, mixture: Mixture, decided: Decided, stats: str, work: str
+    ) -> tuple[Checkpoint, ...]:
+        """What the plan reads beside the model, of the statistics in the folder `stats`; tensors
+        made from them go to the folder `work`.
+        """
+        from moetool.methods.reduce.beside import stats_source
+
+        return (stats_source(stats),) if self.reads(decided) else ()
+
+    def maker(self, writing: Writing) -> Maker | None:
+        """How experts are made that are no copies."""
+        return None
+
+    def write(self, writing: Writing) -> Written:
+        """The plan; every refusal that needs only headers happens here."""
+        from moetool.methods.reduce.cut import Cut
+
+        cut = Cut(writing, self.options.uneven, self.router, self.maker(writing))
+        made = cut.plan()
+        return Written(made.plan, made.config, self.certificate(writing), self.options.uneven)
+
+    def certificate(self, writing: Writing) -> Certificate:
+        """How the result relates to its source."""
+        raise NotImplementedError
+
+    def facts(self, mixture: Mixture) -> dict[str, Any]:
+        """What the report says of this way alone."""
+        return {}
+
+    @classmethod
+    def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
+        """What the screen says of those facts."""
+        return []
+
+
+@lru_cache(maxsize=8)
+def ways(package: ModuleType, base: type[Kind]) -> dict[str, type[Kind]]:
+    """name -> class of every way in a package's files."""
+    return discover.classes(package, base)
+
+
+def meant_by_auto(known: Mapping[str, type[Kind]], *, text: bool) -> type[Kind]:
+    """The way that --method auto stands for."""
+    wanted = "text" if text else "no text"
+    return next(way for way in known.values() if way.auto == wanted)
+
+
+def auto_help(known: Mapping[str, type[Way]]) -> str:
+    """`auto (reap with text, router-distance without), or one of: ...`"""
+    first, second = (meant_by_auto(known, text=text).name for text in (True, False))
+    return f"auto ({first} with text, {second} without), or one of: {', '.join(known)}"
