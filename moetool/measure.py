@@ -9,6 +9,7 @@ from typing import Any
 
 from moetool.errors import UsageError
 from moetool.progress import Progress, silent
+from moetool.units import parse_share
 
 
 def profile(
@@ -125,12 +126,11 @@ def evaluate(
     from moetool.evaluate import gate, perplexity
     from moetool.forward.batches import Cut
     from moetool.forward.profile import Calibration
-    from moetool.methods.reduce.decide import parse_percent
     from moetool.surgery import source
     from moetool.surgery.checkpoint import Checkpoint
 
     _positive(tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len - 1)
-    increase = parse_percent(max_perplexity_increase)
+    increase = parse_share(max_perplexity_increase) if max_perplexity_increase else None
     if (max_kl or increase is not None) and not reference:
         raise UsageError(
             "a gate compares with the original",

@@ -72,7 +72,7 @@ class Prepared:
             "sources": list(self.names),
             "out": os.path.abspath(self.options.out),
             "method": self.options.method,
-            "options": asdict(self.method),  # type: ignore[call-overload]
+            "options": _recorded(self.method),
             "seed": self.options.seed,
             "certificate": asdict(self.made.certificate),
             "output_bytes": self.plan.disk,
@@ -85,7 +85,7 @@ class Prepared:
             "plan_digest": self.plan.digest,
             "dropped_tensors": self.plan.dropped,
             "dropped_fields": self.made.dropped_fields,
-            **self.made.facts,
+            **(self.made.facts if isinstance(self.made.facts, dict) else self.made.facts.as_json()),
         }
 
 
@@ -131,6 +131,10 @@ def prepare(
     if not done:
         writer.check()
     return Prepared(options, method, sources, names, made, jobs, peak, done, work, round(took, 3))
+
+
+def _recorded(method: Any) -> dict[str, Any]:
+    return method.recorded() if isinstance(method, Method) else asdict(method)
 
 
 def _ours(out: str) -> bool:
@@ -286,7 +290,7 @@ def _gate(
     VerificationFailed.
     """
     method = prepared.method
-    if not (getattr(method, "gated", False) or getattr(method, "text", "")):
+    if not isinstance(method, Method) or method.gate is None:
         return {}
     from moetool.evaluate import gate
 
@@ -294,7 +298,7 @@ def _gate(
         return gate.measure(
             prepared.sources[0],
             _staged(prepared, writer),
-            method,
+            method.gate,
             prepared.options,
             tell=progress,
             stop=stop,

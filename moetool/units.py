@@ -82,5 +82,7 @@ def parse_share(text: str | float) -> float:
     )
     share = float(found[1]) / (100 if found[2] else 1) if found else math.inf
     if not math.isfinite(share):
-        raise UsageError(f"{str(text)[:60]!r} is not a percentage", hint="write it like 0.25 or 25%")
+        raise UsageError(
+            f"{str(text)[:60]!r} is not a percentage", hint="write it like 0.25 or 25%"
+        )
     return share

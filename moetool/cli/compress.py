@@ -68,6 +68,7 @@ Budget = Annotated[
 Counts = Annotated[
     str, typer.Option(help="for other numbers in each layer: zeroed, ghost or ragged")
 ]
+OldCounts = Annotated[str, typer.Option("--layout", hidden=True)]
 Protect = Annotated[
     bool, typer.Option("--protect/--no-protect", help="keep super experts whatever their score")
 ]
@@ -120,7 +121,8 @@ def prune(
     sample: Sample = 2048,
     decisions: DecisionsFile = "",
     budget: Budget = "uniform",
-    layout: Counts = "uniform",
+    uneven: Counts = "uniform",
+    layout: OldCounts = "",
     protect: Protect = True,
     propagate: Propagate = False,
     refit: Refit = False,
@@ -165,7 +167,7 @@ def prune(
         "sample": sample,
         "decisions": decisions,
         "budget": budget,
-        "layout": layout,
+        "layout" if layout else "uneven": layout or uneven,
         "protect": protect,
         "propagate": propagate,
         "refit": refit,
@@ -245,7 +247,8 @@ def merge(
     sample: Sample = 2048,
     decisions: DecisionsFile = "",
     budget: Budget = "uniform",
-    layout: Counts = "uniform",
+    uneven: Counts = "uniform",
+    layout: OldCounts = "",
     protect: Protect = True,
     propagate: Propagate = False,
     refit: Refit = False,
@@ -295,7 +298,7 @@ def merge(
         "sample": sample,
         "decisions": decisions,
         "budget": budget,
-        "layout": layout,
+        "layout" if layout else "uneven": layout or uneven,
         "protect": protect,
         "propagate": propagate,
         "refit": refit,

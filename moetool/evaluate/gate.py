@@ -44,9 +44,7 @@ def measure(
     """Evaluate finished shards against their source on --text (or the calibration text) and hold
     them against the gates; {"quality": ...}.
     """
-    from moetool.methods.reduce.decide import parse_percent, specs
-
-    files = specs(method.text) or specs(method.calibrate)
+    files = method.text or method.calibrate
     if not files:
         raise UsageError(
             "a gate needs text to measure on",
@@ -77,7 +75,7 @@ def measure(
     check(
         found,
         max_kl=method.max_kl,
-        max_increase=parse_percent(method.max_perplexity_increase),
+        max_increase=method.max_perplexity_increase,
         where=options.out,
     )
     return {"quality": found}

@@ -141,7 +141,10 @@ def make(
     from moetool.forward.walk import Budget, Walk
 
     profiler = Profiler(wanted, folder)
-    hidden, width = int(mixture.layout.field("hidden", mixture.text_model.config)), width_of(mixture)
+    hidden, width = (
+        int(mixture.layout.field("hidden", mixture.text_model.config)),
+        width_of(mixture),
+    )
     walk = Walk(
         source,
         batches,

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from moetool.errors import UsageError, did_you_mean
+from moetool.methods.contract import Method
 from moetool.units import parse_number
 
 METHODS = {
@@ -30,6 +31,8 @@ def load(name: str) -> type[Any]:
 def make(name: str, options: dict[str, Any]) -> Any:
     """A method with these options; an unknown option is a UsageError."""
     cls = load(name)
+    if issubclass(cls, Method):
+        return cls.make(options)
     known = {f.name: f for f in dataclasses.fields(cls)}
     clean = {}
     for key, value in options.items():
@@ -61,11 +64,29 @@ def _typed(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
     )
 
 
+def _described(name: str, cls: type[Method]) -> dict[str, Any]:
+    options = [
+        {
+            "name": f.spelled,
+            "type": f.type.__name__,
+            "default": f.default,
+            "help": f.help,
+            "of": list(f.of),
+        }
+        for f in cls.fields()
+    ]
+    ways = [{"name": n, "text": c.needs.text, "about": c.about()} for n, c in cls.ways().items()]
+    about = (cls.__doc__ or "").strip()
+    return {"name": name, "about": about, "options": options, "methods": ways}
+
+
 def describe(name: str) -> dict[str, Any]:
     """Purpose and options of a method, from its class: {name, about, options: [{name, type,
     default, help}]}, and `methods` [{name, text, about}] where it is a verb with several ways.
     """
     cls = load(name)
+    if issubclass(cls, Method):
+        return _described(name, cls)
     options = [
         {
             "name": f.name.replace("_", "-"),

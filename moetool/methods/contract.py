@@ -69,7 +69,7 @@ class Made:
     certificate: Certificate
     config: dict[str, Any]
     dropped_fields: dict[str, str]
-    facts: dict[str, Any]
+    facts: dict[str, Any] | Facts
     warnings: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
 

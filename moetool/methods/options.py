@@ -46,6 +46,7 @@ class Field:
     metavar: str = ""
     minimum: float | None = None
     of: tuple[str, ...] = ()
+    was: str = ""  # an older name, still taken
     old: tuple[tuple[str, str], ...] = ()  # words of before that are still taken, and today's
 
     @property
@@ -133,7 +134,7 @@ def option(
     **more: Any,
 ) -> Any:
     """A field with its help; `text` and `choices` may be functions, so that a registry is asked when
-    somebody looks. `more`: unit, metavar, minimum, old of `Field`.
+    somebody looks. `more`: unit, metavar, minimum, was, old of `Field`.
     """
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}

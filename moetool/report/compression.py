@@ -23,7 +23,7 @@ import resource
 import sys
 from typing import Any
 
-from moetool.methods.reduce.decision import Decided
+from moetool.methods.reduce.decided import Decided
 from moetool.report.provenance import version_of
 
 SCHEMA = 1

@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from moetool.methods.reduce.decision import render
+from moetool.methods.reduce.decided import render
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 

@@ -73,7 +73,7 @@ import json, os, shutil, signal, sys, warnings
 warnings.simplefilter("ignore")
 import accelerate, scipy.cluster.hierarchy, torch, transformers
 from transformers import Qwen3MoeForCausalLM
-import moetool.forward.walk, moetool.evaluate.gate, moetool.methods.reduce.inwalk
+import moetool.forward.walk, moetool.evaluate.gate, moetool.methods.reduce.solving
 from moetool.cli import main
 torch.set_num_threads(1)
 root, args = sys.argv[1], sys.argv[2:]

@@ -21,8 +21,9 @@ import moetool
 from moetool.forward import block as blocks
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.walk import Budget, Walk
-from moetool.methods.merge.rebuild import merged_block
-from moetool.methods.reduce.decision import Decided
+from moetool.methods.merge.parts.rebuild import Rule, merged_block
+from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decision import Decision
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import Layout, families
@@ -127,7 +128,7 @@ def test_merge(
 ) -> None:
     source = models(family)
     report = moetool.merge(str(source), str(tmp_path / "out"), ratio=0.5, **options)
-    decided, mixture = Decided.from_json(report["decisions"]), Mixture.of(Checkpoint.open(source))
+    decided = Decided.from_json(report["decisions"])
     assert {len(layer.groups) for layer in decided.layers.values()} == {4} and all(
         sum(map(len, layer.groups)) == 8 for layer in decided.layers.values()
     )
@@ -136,14 +137,13 @@ def test_merge(
         "energy": 0.9,
         "density": 0.2,
     }
+    rule = Rule(how, options.get("router", "centroid"), "F32")
     close(
         logits(tmp_path / "out"),
         expected(
             source,
             decided.layers,
-            lambda n, block, layer: merged_block(
-                block, layer, how, n, options.get("router", "centroid"), None, mixture
-            ),
+            lambda n, block, layer: merged_block(block, layer, rule),
         ),
     )
     assert (
@@ -423,7 +423,7 @@ def test_other_numbers_in_each_layer(
         str(tmp_path / "out"),
         ratio=0.25,
         budget="sensitivity",
-        layout=layout,
+        uneven=layout,
         calibrate=[str(text)],
         tokens=400,
         seq_len=40,
@@ -455,7 +455,7 @@ def test_ghosts_need_a_bias(models: Callable[..., Path], text: Path, tmp_path: P
             str(models("mixtral")),
             str(tmp_path / "out"),
             budget="sensitivity",
-            layout="ghost",
+            uneven="ghost",
             calibrate=[str(text)],
             tokens=400,
             seq_len=40,
@@ -629,16 +629,10 @@ def test_logsumexp_keeps_the_gates_mass(models: Callable[..., Path], tmp_path: P
     with pytest.raises(moetool.MoetoolError, match="too few"):
         moetool.merge(str(tmp_path / "twins"), str(tmp_path / "out"), ratio=0.5, router="logsumexp")
     block = blocks.read(Mixture.of(Checkpoint.open(tmp_path / "twins")), 0)
-    from moetool.methods.reduce.decision import Layer
-
     merged = merged_block(
         block,
-        Layer(((0, 4), (1, 5), (2, 6), (3, 7))),
-        {"how": "mean"},
-        0,
-        "logsumexp",
-        None,
-        Mixture.of(Checkpoint.open(tmp_path / "twins")),
+        Decision(((0, 4), (1, 5), (2, 6), (3, 7))),
+        Rule({"how": "mean"}, "logsumexp", "F32"),
     )
     x = torch.randn(20, 64)
     merged = replace(merged, law=replace(block.law, top_k=4))

@@ -14,13 +14,15 @@ from test_forms import ids
 
 import moetool as api
 from moetool import methods
-from moetool.methods.merge import group, preset
-from moetool.methods.prune import criterion
-from moetool.methods.reduce import budget, decision, protect
-from moetool.methods.reduce.decide import parse_percent
-from moetool.methods.reduce.decision import Decided, Layer
+from moetool.methods.merge.parts import group
+from moetool.methods.merge.way import MergeWay
+from moetool.methods.prune.way import PruneWay
+from moetool.methods.reduce import budget, decided, protect
+from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decision import Decision
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.units import parse_share
 
 
 def mixture(models: Callable[..., Path], family: str = "mixtral") -> Mixture:
@@ -29,7 +31,7 @@ def mixture(models: Callable[..., Path], family: str = "mixtral") -> Mixture:
 
 def test_every_method_is_named_where_people_look() -> None:
     """Options, help and README name what there is; a new file in the folder shows up by itself."""
-    assert sorted(criterion.criteria()) == [
+    assert sorted(PruneWay.known()) == [
         "ean",
         "easy-ep",
         "frequency",
@@ -41,7 +43,7 @@ def test_every_method_is_named_where_people_look() -> None:
         "router-distance",
         "stun",
     ]
-    assert sorted(preset.presets()) == [
+    assert sorted(MergeWay.known()) == [
         "alike",
         "d2-moe",
         "hc-smoe",
@@ -51,7 +53,7 @@ def test_every_method_is_named_where_people_look() -> None:
         "sub-moe",
         "sub-moe-whitened",
     ]
-    for verb, names in (("prune", criterion.criteria()), ("merge", preset.presets())):
+    for verb, names in (("prune", PruneWay.known()), ("merge", MergeWay.known())):
         text = next(o["help"] for o in methods.describe(verb)["options"] if o["name"] == "method")
         assert all(n in text for n in names)
         assert all(len(c.__doc__ or "") > 60 for c in names.values())
@@ -60,7 +62,7 @@ def test_every_method_is_named_where_people_look() -> None:
 @pytest.mark.parametrize("verb", ["prune", "merge"])
 def test_every_option_is_on_the_command_line(verb: str, moetool: Callable[..., Any]) -> None:
     text = moetool(verb, "--help").stdout
-    fields = [f.name.replace("_", "-") for f in dataclasses.fields(methods.load(verb))]
+    fields = [f.spelled for f in methods.load(verb).fields()]
     assert len(fields) > 20 and all(f"--{name}" in text for name in fields)
 
 
@@ -244,7 +246,7 @@ def test_wrong_decisions(data: Any, said: str) -> None:
 
 def test_decisions_of_another_model_or_too_few(models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match="no decisions here"):
-        decision.read(tmp_path / "none.json")
+        decided.read(tmp_path / "none.json")
 
     def keep(n, layers=range(4)):
         return {
@@ -267,28 +269,29 @@ def test_decisions_of_another_model_or_too_few(models: Callable[..., Path], tmp_
 
 
 def test_rendered_decisions_are_json_a_layer_a_line() -> None:
-    decided = Decided(
+    made = Decided(
         "merge",
         "x",
         4,
-        {0: Layer(((0, 2), (1,)), ((0.5, 0.5), (1.0,)), orders={2: (1, 0)}), 7: Layer.keep([3, 1])},
+        {
+            0: Decision(((0, 2), (1,)), ((0.5, 0.5), (1.0,)), orders={2: (1, 0)}),
+            7: Decision.keep([3, 1]),
+        },
     )
-    text = decision.render(decided.as_json())
+    text = decided.render(made.as_json())
     assert (
         Decided.from_json(json.loads(text))
-        == dataclasses.replace(
-            decided, layers={n: layer.sorted() for n, layer in decided.layers.items()}
-        )
+        == dataclasses.replace(made, layers={n: layer.sorted() for n, layer in made.layers.items()})
         and text.count("\n") == 6
     )
-    assert decided.layers[0].map(4) == [0, 1, 0, None] and decided.layers[7].leads == [1, 3]
+    assert made.layers[0].map(4) == [0, 1, 0, None] and made.layers[7].leads == [1, 3]
 
 
 def test_lists_for_servers_name_every_expert_once() -> None:
-    decided = Decided("prune", "reap", 4, {3: Layer.keep([0, 2], scores=(0.5, 0.1, 0.9, 0.2))})
-    made = decision.experts_lists(decided)
-    assert json.loads(made["experts.json"])["layers"] == {"3": {"kept": [0, 2], "pruned": [1, 3]}}
-    assert [json.loads(line) for line in made["experts.jsonl"].splitlines()] == [
+    made = Decided("prune", "reap", 4, {3: Decision.keep([0, 2], scores=(0.5, 0.1, 0.9, 0.2))})
+    lists = decided.experts_lists(made)
+    assert json.loads(lists["experts.json"])["layers"] == {"3": {"kept": [0, 2], "pruned": [1, 3]}}
+    assert [json.loads(line) for line in lists["experts.jsonl"].splitlines()] == [
         {"3": [2, 0, 3, 1]}
     ]
 
@@ -302,7 +305,9 @@ def test_lists_for_servers_name_every_expert_once() -> None:
         ("prune", {"method": "reap"}, "needs text"),
         ("prune", {"calibrate": "a", "stats": "b"}, "exclude each other"),
         ("prune", {"budget": "sensitivity"}, "zeroed, ghost or ragged"),
+        ("prune", {"uneven": "raged"}, "not known"),
         ("prune", {"layout": "raged"}, "not known"),
+        ("prune", {"layout": "ghost", "uneven": "ragged"}, "different things"),
         ("prune", {"total_sparsity": 0.5}, "belong together"),
         ("prune", {"method": "stun"}, "belong together"),
         (
@@ -341,9 +346,7 @@ def test_wrong_options(
 
 
 def test_percent() -> None:
-    assert (
-        parse_percent("2%") == 0.02 and parse_percent("0.02") == 0.02 and parse_percent("") is None
-    )
+    assert parse_share("2%") == 0.02 and parse_share("0.02") == 0.02
 
 
 def test_joint_clusters_come_home_in_the_right_number() -> None:

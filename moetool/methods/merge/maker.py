@@ -49,9 +49,7 @@ class Merger:
         )
 
 
-def covariances(
-    extra: Sequence[Checkpoint], layer: int, members: Sequence[int]
-) -> list[Piece]:
+def covariances(extra: Sequence[Checkpoint], layer: int, members: Sequence[int]) -> list[Piece]:
     """Second moments of inputs, among the sources beside the model: of gate and up (the layer's),
     then of each member's down.
     """

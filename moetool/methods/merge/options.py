@@ -34,17 +34,11 @@ def _auto(*kinds: str) -> tuple[str, ...]:
 class Merging(Reducing):
     """The parts of a merge. A published way chooses them all; each can be chosen alone."""
 
-    features: str = option(
-        "auto", "what experts are compared by", WHAT, choices=_auto(*FEATURES)
-    )
+    features: str = option("auto", "what experts are compared by", WHAT, choices=_auto(*FEATURES))
     cluster: str = option("auto", "how they are put together", WHAT, choices=_auto(*CLUSTER))
     joint: str = option("auto", "layers clustered at once", FINE, choices=_auto("1", "2"))
-    weigh: str = option(
-        "auto", "what weighs a cluster's members", WHAT, choices=_auto(*WEIGH)
-    )
-    align: str = option(
-        "auto", "neurons matched before averaging", WHAT, choices=_auto(*ALIGN)
-    )
+    weigh: str = option("auto", "what weighs a cluster's members", WHAT, choices=_auto(*WEIGH))
+    align: str = option("auto", "neurons matched before averaging", WHAT, choices=_auto(*ALIGN))
     combine: str = option("auto", "", WHAT)  # some belong to a way: merge/method.py
     router: str = option(
         "auto",
@@ -62,9 +56,7 @@ class Merging(Reducing):
         choices=_auto("yes", "no"),
         old=YES,
     )
-    density: float = option(
-        0.2, "share of differences that ties keeps", FINE, unit="share"
-    )
+    density: float = option(0.2, "share of differences that ties keeps", FINE, unit="share")
 
     def __post_init__(self) -> None:
         super().__post_init__()

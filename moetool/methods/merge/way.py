@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moetool.errors import UsageError
-from moetool.methods.contract import Certificate
+from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
-from moetool.methods.reduce.way import Needs, Way, Writing, ways
+from moetool.methods.reduce.way import Needs, Way, Writing, refuse_quantized, ways
 
 if TYPE_CHECKING:
     from moetool.forward.block import Block
@@ -96,6 +96,7 @@ class MergeWay(Way):
         return next((way for way in cls.known().values() if way.combines == combine), cls)
 
     def check(self, mixture: Mixture) -> None:
+        refuse_quantized(mixture, "merging")
         bias = mixture.layout.overlay.law.get("bias")
         if self.router == "logsumexp" and bias != "logit":
             raise UsageError(
@@ -176,3 +177,8 @@ class MergeWay(Way):
 
     def facts(self, mixture: Mixture) -> dict[str, Any]:
         return {"router": self.router, "parts": self.chosen.as_json()}
+
+    @classmethod
+    def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
+        shown = ", ".join(f"{part} {value}" for part, value in facts["parts"].items())
+        return [Line("parts", f"{shown}, router {facts['router']}")]

@@ -36,6 +36,7 @@ class Mone(PruneWay):
     name = "mone"
 
     def check(self, mixture: Mixture) -> None:
+        super().check(mixture)
         if BIAS not in mixture.pieces(mixture.layers[0], 0):
             raise MoetoolError(
                 f"the experts of {mixture.layout.model_type} cannot be constants: their down_proj has no bias",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moetool.methods.contract import Certificate
 from moetool.methods.reduce.decision import Decision
-from moetool.methods.reduce.way import Way, Writing, ways
+from moetool.methods.reduce.way import Way, Writing, refuse_quantized, ways
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,12 @@ class PruneWay(Way):
         import moetool.methods.prune as package
 
         return ways(package, PruneWay)
+
+    def check(self, mixture: Mixture) -> None:
+        if self.needs.text:
+            refuse_quantized(mixture, f"--method {self.called}")
+        elif self.options.refit or self.options.propagate:
+            refuse_quantized(mixture, "--refit and --propagate")
 
     def score(self, view: View) -> np.ndarray:
         """How much each expert is needed, [experts] float64; the smallest go."""

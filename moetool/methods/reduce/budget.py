@@ -7,10 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from moetool.errors import UsageError
-from moetool.methods.reduce.decision import check_count
+from moetool.methods.reduce.counts import check_count
 from moetool.surgery.experts import Mixture
-
-KINDS = ("uniform", "sensitivity")
 
 
 def uniform(mixture: Mixture, ratio: float) -> int:
@@ -54,12 +52,11 @@ def by_sensitivity(
     total = (mixture.experts - uniform(mixture, ratio)) * len(scores)
     least = max(mixture.top_k, mixture.groups)
     kept = dict.fromkeys(scores, mixture.experts)
-    shares = sorted(
-        (float(s) / max(1e-300, float(row.sum())), layer, e)
-        for layer, row in scores.items()
-        for e, s in enumerate(np.maximum(row, 0))
-    )
-    for _, layer, _ in shares:
+    shares: list[tuple[float, int, int]] = []
+    for layer, row in scores.items():
+        whole = max(1e-300, float(row.sum()))
+        shares += [(float(s) / whole, layer, e) for e, s in enumerate(np.maximum(row, 0))]
+    for _, layer, _ in sorted(shares):
         if not total:
             break
         if kept[layer] > least:

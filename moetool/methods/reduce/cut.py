@@ -255,9 +255,7 @@ class Cut:
             solved,
         )
 
-    def _outputs(
-        self, number: int, lead: int, new: int, stacks: Mapping[str, Target]
-    ) -> list[Out]:
+    def _outputs(self, number: int, lead: int, new: int, stacks: Mapping[str, Target]) -> list[Out]:
         """Each of an expert's tensors: the lead's own, or its slab of a stack."""
         outs = []
         for c in self.mixture.by_layer[number]:

@@ -191,11 +191,7 @@ def _profiled(asked: Asked) -> Profile:
 
     o, needs, settings = asked.options, asked.way.needs, asked.settings
     sample = max(o.sample if needs.sample else 0, o.refit_tokens if o.refit else 0)
-    wanted = (
-        Wanted(1)
-        if o.walks
-        else Wanted(1, sample, needs.dense, needs.covariance)
-    )
+    wanted = Wanted(1) if o.walks else Wanted(1, sample, needs.dense, needs.covariance)
     source = asked.mixture.source
     return profiling.make(
         source,

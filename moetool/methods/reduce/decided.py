@@ -154,5 +154,3 @@ def experts_lists(decided: Decided) -> dict[str, bytes]:
         "experts.json": (json.dumps(head | {"layers": layers}) + "\n").encode(),
         "experts.jsonl": ("\n".join(lines) + "\n").encode(),
     }
-
-

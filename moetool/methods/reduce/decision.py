@@ -152,7 +152,7 @@ def _parsed(data: dict[str, Any], at: Where) -> Decision:
 
 def _check_experts(made: Decision, experts: int, at: Where) -> None:
     used = [e for g in made.groups for e in g]
-    fits = bool(used) and 0 <= min(used) and max(used) < experts
+    fits = bool(used) and min(used) >= 0 and max(used) < experts
     if not fits or len(set(used)) < len(used) or not all(made.groups):
         raise at.wrong(
             "a layer's experts do not fit",

@@ -96,6 +96,22 @@ class Reduced:
     found: Found
     own: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def target_type(self) -> str:
+        return self.model_type
+
+    @property
+    def experts(self) -> int | list[int]:
+        return self.experts_after
+
+    @property
+    def parameters(self) -> int:
+        return self.sizes.parameters
+
+    @property
+    def active_parameters(self) -> int:
+        return self.sizes.active_parameters
+
     def as_json(self) -> dict[str, Any]:
         return {
             "source_type": self.model_type,
@@ -161,9 +177,7 @@ def _sizes(mixture: Mixture, decided: Decided, plan: Plan) -> Sizes:
         for n in mixture.layers
     )
     counted = mixture.counted
-    others = {
-        n for n in mixture.source.tensors if n not in counted or counted[n].kind != "expert"
-    }
+    others = {n for n in mixture.source.tensors if n not in counted or counted[n].kind != "expert"}
     return Sizes(
         parameters=plan.parameters,
         active_parameters=plan.parameters - idle,

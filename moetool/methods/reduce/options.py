@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, Gate, Solving, Text, option
+from moetool.methods.options import WHAT, Field, Gate, Solving, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
-RENAMED = {"layout": "uneven"}  # old word -> new one; the old is taken until 1.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class What:
         "but no stock loader reads it)",
         WHAT,
         choices=UNEVEN,
+        was="layout",  # until 1.0
     )
     protect: bool = option(True, "keep super experts whatever their score", WHAT)
 
@@ -109,13 +109,14 @@ class Renamed:
     notes: tuple[str, ...]
 
 
-def renamed(values: Mapping[str, object]) -> Renamed:
+def renamed(values: Mapping[str, object], known: Iterable[Field]) -> Renamed:
     """Old words replaced; UsageError where an old and its new one say different things."""
+    today = {f.was: f.name for f in known if f.was}
     clean: dict[str, object] = {}
     notes = []
     for key, value in values.items():
         name = key.replace("-", "_")
-        new = RENAMED.get(name, name)
+        new = today.get(name, name)
         if clean.get(new, value) != value:
             raise UsageError(
                 f"--{name} and --{new} say different things",

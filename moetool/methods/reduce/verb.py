@@ -5,15 +5,18 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from moetool.errors import UsageError
-from moetool.methods.contract import Decisions, Made, Method, Settings
+from moetool.methods.contract import Decisions, Line, Made, Method, Report, Settings, Summary
 from moetool.methods.options import Field, Gate, Value, build
 from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce.options import Reducing, renamed
 from moetool.methods.reduce.way import Way, meant_by_auto
 from moetool.surgery.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from moetool.methods.reduce.facts import Reduced
 
 
 class Reduce(Method):
@@ -23,11 +26,10 @@ class Reduce(Method):
     Base: ClassVar[type[Way]]
     verb: ClassVar[str]
     interruptible = True
-    works_on: ClassVar[str] = ""  # what needs float experts, for its refusal; empty: asked below
 
-    def __init__(self, options: Reducing, way: Way, notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, options: Reducing, way: Way, remarks: tuple[str, ...] = ()) -> None:
         super().__init__(options)
-        self.way, self.notes = way, notes
+        self.way, self.remarks = way, remarks
 
     @classmethod
     def ways(cls) -> Mapping[str, type[Way]]:
@@ -40,7 +42,8 @@ class Reduce(Method):
 
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
-        given, known = renamed(values), {f.name: f for f in cls.fields()}
+        known = {f.name: f for f in cls.fields()}
+        given = renamed(values, known.values())
         theirs = {k: v for k, v in given.values.items() if k in known and known[k].of}
         mine = {k: v for k, v in given.values.items() if k not in theirs}
         options = build(cls.Options, mine, cls.verb)
@@ -76,7 +79,7 @@ class Reduce(Method):
         from moetool.methods.reduce.decide import Asked, decide, mixture_of
 
         (source,) = sources
-        asked = Asked(self.verb, self.way, mixture_of(source), settings, self.notes)
+        asked = Asked(self.verb, self.way, mixture_of(source), settings, self.remarks)
         self.way.check(asked.mixture)
         return decide(asked)
 
@@ -98,10 +101,40 @@ class Reduce(Method):
             written.certificate,
             written.config,
             {},
-            reduced.as_json(),
+            reduced,
             found.warnings,
             files,
         )
+
+    def lines(self, summary: Summary) -> list[Line]:
+        from moetool.methods.reduce import lines
+
+        reduced = _reduced(summary)
+        return lines.lines(reduced, type(self.way).lines(reduced.own))
+
+    def notes(self, summary: Summary) -> list[Line]:
+        from moetool.methods.reduce import lines
+
+        return lines.notes(_reduced(summary))
+
+    def card(self, report: Report) -> list[str]:
+        from moetool.methods.reduce.lines import counted
+
+        reduced = _reduced(report)
+        share = f"({100 * reduced.removed_share:.0f} % removed)"
+        return [
+            f"{counted(reduced)} {share} by {reduced.decided.method}; report.json says which, decisions.json replays it"
+        ]
+
+    def files(self, report: Report) -> dict[str, bytes]:
+        from moetool.methods.reduce import report as document
+
+        return {"report.json": document.render(report, _reduced(report))}
+
+
+def _reduced(summary: Summary) -> Reduced:
+    """The facts of prune and merge."""
+    return cast("Reduced", summary.facts)
 
 
 def _stranger(field: Field, method: str, value: Any) -> UsageError:

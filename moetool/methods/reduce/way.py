@@ -13,6 +13,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from moetool.errors import MoetoolError
 from moetool.methods import discover
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.reduce.options import Reducing
@@ -198,6 +199,18 @@ class Way:
     def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
         """What the screen says of those facts."""
         return []
+
+
+def refuse_quantized(mixture: Mixture, why: str) -> None:
+    """Merging and sending text need float experts."""
+    if not mixture.plain:
+        raise MoetoolError(
+            f"{why} needs experts in floating point",
+            file=mixture.source.folder,
+            found="quantized experts",
+            expected="float weights",
+            hint="prune without text works on quantized experts: --method router-distance",
+        )
 
 
 @lru_cache(maxsize=8)

@@ -111,7 +111,9 @@ def _ream(free: list[int], room: int, points: np.ndarray, need: np.ndarray) -> l
     return groups
 
 
-def joint(views: tuple[View, View], counts: tuple[int, int], weigh: str) -> tuple[Decision, Decision]:
+def joint(
+    views: tuple[View, View], counts: tuple[int, int], weigh: str
+) -> tuple[Decision, Decision]:
     """Sub-MoE's two layers at once: K-means over the experts of both, then each layer takes its
     part of every cluster home.
 

@@ -67,7 +67,9 @@ def _combined(
     return merge.combined(members, decision.weight(number), rule.how, *seen)
 
 
-def _covariances(stats: LayerStats | None, group: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _covariances(
+    stats: LayerStats | None, group: tuple[int, ...]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     assert stats is not None
     return [torch.from_numpy(stats.in_cov)], [torch.from_numpy(stats.mid_cov[e]) for e in group]
 

@@ -1,0 +1,89 @@
+"""What prune and merge say on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moetool.methods.contract import Line
+from moetool.methods.reduce.facts import Found, Reduced, Refitted, TextSeen
+from moetool.units import show_bytes, show_count
+
+SHOWN = 6  # layers with super experts that are named
+
+
+def lines(reduced: Reduced, own: list[Line]) -> list[Line]:
+    """What was decided; `own` are the way's own lines."""
+    found = reduced.found
+    return [
+        Line(reduced.decided.verb, removal(reduced)),
+        *own,
+        *(_text(found.data) if found.data else []),
+        *(_protected(found.protected) if found.protected else []),
+        *(_refit(found.refit) if found.refit else []),
+        Line("parameters", _sizes(reduced)),
+    ]
+
+
+def removal(reduced: Reduced) -> str:
+    """`8 -> 6 experts a layer (25 % removed), reap, 4 layers of mixtral`."""
+    share = f"{counted(reduced)} ({100 * reduced.removed_share:.0f} % removed)"
+    layers = f"{len(reduced.layers)} layers of {reduced.model_type}"
+    return f"{share}, {reduced.decided.method}, {layers}"
+
+
+def counted(reduced: Reduced) -> str:
+    """`8 -> 6 experts a layer`, or a range."""
+    after = reduced.experts_after
+    shown = str(after) if isinstance(after, int) else f"{min(after)} to {max(after)}"
+    return f"{reduced.experts_before} -> {shown} experts a layer"
+
+
+def _text(data: TextSeen) -> list[Line]:
+    names = ", ".join(f["name"] for f in data.files)
+    return [Line("text", f"{data.tokens:,} tokens in sequences of {data.seq_len}: {names}")]
+
+
+def _protected(protected: Mapping[int, list[int]]) -> list[Line]:
+    said = []
+    for layer, experts in list(protected.items())[:SHOWN]:
+        said += [f"{e} of layer {layer}" for e in experts]
+    return [Line("protected", f"super experts {', '.join(said)}")]
+
+
+def _refit(refit: Mapping[int, Refitted]) -> list[Line]:
+    layer = max(refit, key=lambda n: refit[n].after)
+    before, after = refit[layer].before, refit[layer].after
+    sentence = f"largest squared error of a layer's output {before:.1%} -> {after:.1%}"
+    return [Line("refit", f"{sentence} (layer {layer})")]
+
+
+def _sizes(reduced: Reduced) -> str:
+    sizes = reduced.sizes
+    count = f"{show_count(sizes.parameters)}, {show_count(sizes.active_parameters)} active"
+    before, after = show_bytes(sizes.expert_bytes_before), show_bytes(sizes.expert_bytes_after)
+    return f"{count}; experts {before} -> {after}"
+
+
+def notes(reduced: Reduced) -> list[Line]:
+    """What a user must know of the output's form, and where decisions were left."""
+    return [*_FORMS.get(reduced.counts, []), *_decisions(reduced.found)]
+
+
+_FORMS = {
+    "ragged": [
+        Line(
+            "note",
+            "layers hold different numbers of experts (per_layer_config): stock transformers, vLLM and llama.cpp refuse this checkpoint; moetool eval reads it",
+        )
+    ],
+    "factored": [
+        Line("note", "moetool's own form: stock loaders refuse it; moetool eval reads it")
+    ],
+}
+
+
+def _decisions(found: Found) -> list[Line]:
+    if not found.decisions_written:
+        return []
+    told = f"written to {found.decisions_written}: edit them, and replay with --decisions"
+    return [Line("decisions", told)]
