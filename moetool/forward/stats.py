@@ -95,13 +95,9 @@ class LayerStats:
         """A sum divided by the number of tokens each expert saw (0 where it saw none)."""
         value = self.arrays[name]
         value = value.sum(0) if name in ("gate", "reap") else value
-        seen = self.total("count")[: len(value)]
-        return np.divide(
-            value,
-            seen.reshape(-1, *[1] * (value.ndim - 1)),
-            out=np.zeros(value.shape),
-            where=seen.reshape(-1, *[1] * (value.ndim - 1)) > 0,
-        )
+        seen = self.total("count")[: len(value)].reshape(-1, *[1] * (value.ndim - 1))
+        made: np.ndarray = np.divide(value, seen, out=np.zeros(value.shape), where=seen > 0)
+        return made
 
 
 class Profiler:
@@ -127,7 +123,10 @@ class Profiler:
             self.wanted.files,
         )
         self._layer, self._block, self._expected, self._seen = layer, block, tokens, 0
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
         self._sums: dict[str, Tensor] = {
             "count": zeros(files, everyone),
             "gate": zeros(files, everyone),
@@ -268,7 +267,8 @@ def _shipped(name: str, value: np.ndarray) -> np.ndarray:
     float64.
     """
     if name == "x":
-        return np.clip(value, -65504, 65504).astype(np.float16)
+        small: np.ndarray = np.clip(value, -65504, 65504).astype(np.float16)
+        return small
     return value.astype(np.float32) if name in ("in_cov", "mid_cov") else value
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, tree
+from conftest import command, inside, tree
 
 import moetool
 
@@ -53,7 +53,7 @@ def loadable(folder: Path) -> bool:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_kill_at_every_rename(when: str, llama: Path, tmp_path: Path) -> None:
-    assert command(*upcycle(llama, tmp_path / "whole", *METHODS["copies"])).returncode == 0
+    assert inside(*upcycle(llama, tmp_path / "whole", *METHODS["copies"])).returncode == 0
     whole = tree(tmp_path / "whole")
     survived = 0
     for number in range(1, 200):
@@ -69,7 +69,7 @@ def test_kill_at_every_rename(when: str, llama: Path, tmp_path: Path) -> None:
             break
         assert run.returncode == -signal.SIGKILL, run.stderr
         assert not loadable(out) or tree(out).keys() == whole.keys()
-        again = command(*upcycle(llama, out, *METHODS["copies"]))
+        again = inside(*upcycle(llama, out, *METHODS["copies"]))
         assert again.returncode == 0, again.stderr
         assert _same(tree(out), whole)
         survived += 1
@@ -88,7 +88,7 @@ def test_random_kills_and_resume(method: str, llama: Path, tmp_path: Path) -> No
     """SIGKILL, SIGTERM and SIGINT at random moments, then the same command: the bytes of an
     undisturbed run.
     """
-    assert command(*upcycle(llama, tmp_path / "whole", *METHODS[method])).returncode == 0
+    assert inside(*upcycle(llama, tmp_path / "whole", *METHODS[method])).returncode == 0
     dice = random.Random(method)
     out = tmp_path / "out"
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
@@ -105,7 +105,7 @@ def test_random_kills_and_resume(method: str, llama: Path, tmp_path: Path) -> No
         assert "Traceback" not in said or process.returncode == -number
         if not out.exists():
             assert not list(tmp_path.glob("out/config.json"))
-    assert command(*upcycle(llama, out, *METHODS[method])).returncode == 0
+    assert inside(*upcycle(llama, out, *METHODS[method])).returncode == 0
     assert _same(tree(out), tree(tmp_path / "whole"))
 
 
@@ -139,7 +139,7 @@ def test_ctrl_c_while_writing_is_resumable(models: Callable[..., Path], tmp_path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 3 and "same command again" in said, said
     assert not (tmp_path / "out").exists() and list(staging.glob("model-*.safetensors"))
-    done = command(*args, "--json")
+    done = inside(*args, "--json")
     assert done.returncode == 0 and done.json["resumed_shards"] >= 2
 
 
@@ -178,10 +178,10 @@ def test_another_plans_staging_is_refused(llama: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert (tmp_path / ".out.moetool").is_dir()
-    done = command(*upcycle(llama, tmp_path / "out", "--experts", "8"))
+    done = inside(*upcycle(llama, tmp_path / "out", "--experts", "8"))
     assert done.returncode == 1 and "another plan" in done.stderr and "--overwrite" in done.stderr
     assert (
-        command(*upcycle(llama, tmp_path / "out", "--experts", "8"), "--overwrite").returncode == 0
+        inside(*upcycle(llama, tmp_path / "out", "--experts", "8"), "--overwrite").returncode == 0
     )
     assert not (tmp_path / ".out.moetool").exists()
 
@@ -199,9 +199,9 @@ def test_leftovers_without_a_state_file_do_not_slip_in(llama: Path, tmp_path: Pa
     assert (tmp_path / ".out.moetool" / "config.json").exists() and not (
         tmp_path / ".out.moetool" / "moetool-staging.json"
     ).exists()
-    other = command(*upcycle(llama, tmp_path / "out", "--experts", "2"))
+    other = inside(*upcycle(llama, tmp_path / "out", "--experts", "2"))
     assert other.returncode == 1 and "another plan" in other.stderr
-    assert command(*upcycle(llama, tmp_path / "out", "--experts", "4")).returncode == 0
+    assert inside(*upcycle(llama, tmp_path / "out", "--experts", "4")).returncode == 0
     assert moetool.verify(str(tmp_path / "out"))["verified"] == "structure"
 
 
@@ -216,14 +216,14 @@ def test_changed_source_is_not_resumed(llama: Path, tmp_path: Path) -> None:
     data = bytearray((source / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (source / "model.safetensors").write_bytes(data)
-    done = command(*upcycle(source, tmp_path / "out"))
+    done = inside(*upcycle(source, tmp_path / "out"))
     assert done.returncode == 1 and "sources have changed" in done.stderr
 
 
 def test_rerun_of_a_finished_output_says_so(llama: Path, tmp_path: Path) -> None:
-    assert command(*upcycle(llama, tmp_path / "out")).returncode == 0
+    assert inside(*upcycle(llama, tmp_path / "out")).returncode == 0
     before = tree(tmp_path / "out")
-    again = command("upcycle", llama, tmp_path / "out", "--max-shard-size", "200kB")
+    again = inside("upcycle", llama, tmp_path / "out", "--max-shard-size", "200kB")
     assert (
         again.returncode == 0
         and "already there" in again.stderr
@@ -239,9 +239,9 @@ def test_two_at_once(llama: Path, tmp_path: Path) -> None:
         pipeline.Options(out=str(tmp_path / "out"), sources=(str(llama),), method="upcycle")
     )
     with Writer(tmp_path / "out", prepared.plan, sources=prepared.sources):
-        done = command("upcycle", llama, tmp_path / "out")
+        done = inside("upcycle", llama, tmp_path / "out")
         assert done.returncode == 1 and "another moetool process" in done.stderr
-    assert command("upcycle", llama, tmp_path / "out").returncode == 0
+    assert inside("upcycle", llama, tmp_path / "out").returncode == 0
 
 
 def test_disk_full_in_the_middle(llama: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_disk_full_in_the_middle(llama: Path, tmp_path: Path) -> None:
         and "Traceback" not in run.stderr
     )
     assert not (tmp_path / "out").exists()
-    assert command(*args[:-1], "900kB").returncode == 0
+    assert inside(*args[:-1], "900kB").returncode == 0
 
 
 def test_no_space_is_known_before(
@@ -299,7 +299,7 @@ def test_wrong_targets(out: str, code: int, word: str, llama: Path, tmp_path: Pa
     (tmp_path / "full" / "precious.txt").write_text("x")
     (tmp_path / "file").write_text("x")
     before = tree(tmp_path)
-    done = command("upcycle", source, tmp_path / out)
+    done = inside("upcycle", source, tmp_path / out)
     assert done.returncode == code and word in done.stderr and "next:" in done.stderr
     assert tree(tmp_path) == before
 
@@ -307,7 +307,7 @@ def test_wrong_targets(out: str, code: int, word: str, llama: Path, tmp_path: Pa
 def test_overwrite_replaces_the_whole_folder(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.safetensors").write_text("x")
-    assert command("upcycle", llama, tmp_path / "out", "--overwrite").returncode == 0
+    assert inside("upcycle", llama, tmp_path / "out", "--overwrite").returncode == 0
     assert not (tmp_path / "out" / "stale.safetensors").exists() and loadable(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

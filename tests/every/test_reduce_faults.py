@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command, tree
+from conftest import command, inside, tree
 from test_memory import RUN
 
 import moetool
@@ -205,7 +205,7 @@ def test_a_missed_gate_leaves_nothing(
         "--seq-len",
         "40",
     ]
-    done = command(*wanted)
+    done = inside(*wanted)
     assert (
         done.returncode == 4
         and "KL divergence" in done.stderr
@@ -213,7 +213,7 @@ def test_a_missed_gate_leaves_nothing(
         and "next:" in done.stderr
     )
     assert list(tmp_path.iterdir()) == []
-    wide = command(*[a if a != "1e-9" else "100" for a in wanted], "--json")
+    wide = inside(*[a if a != "1e-9" else "100" for a in wanted], "--json")
     assert (
         wide.returncode == 0
         and 0 < wide.json["quality"]["kl"] < 100
@@ -224,14 +224,14 @@ def test_a_missed_gate_leaves_nothing(
 
 
 def test_a_gate_without_text_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
-    done = command("prune", models("mixtral"), tmp_path / "out", "--max-kl", "0.1")
+    done = inside("prune", models("mixtral"), tmp_path / "out", "--max-kl", "0.1")
     assert done.returncode == 2 and "needs text" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_with_text_leaves_nothing(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    done = command(
+    done = inside(
         *[a for a in call("refit", models("mixtral"), tmp_path / "out", text) if a != "--quiet"],
         "--dry-run",
     )
@@ -269,8 +269,8 @@ def test_propagation_sees_changed_layers(
 
 def test_a_damaged_refit_is_found(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source = models("mixtral")
-    assert command(*call("refit", source, tmp_path / "out", text)).returncode == 0
-    assert command("verify", tmp_path / "out", "--against", source, "--no-load").returncode == 0
+    assert inside(*call("refit", source, tmp_path / "out", text)).returncode == 0
+    assert inside("verify", tmp_path / "out", "--against", source, "--no-load").returncode == 0
     from moetool.surgery.checkpoint import Checkpoint
 
     stored = Checkpoint.open(tmp_path / "out").tensors[
@@ -279,7 +279,7 @@ def test_a_damaged_refit_is_found(models: Callable[..., Path], text: Path, tmp_p
     with (tmp_path / "out" / stored.file).open("r+b") as file:
         file.seek(stored.start)
         file.write(b"\x01\x02\x03")
-    done = command("verify", tmp_path / "out", "--against", source, "--no-load")
+    done = inside("verify", tmp_path / "out", "--against", source, "--no-load")
     assert done.returncode == 4 and "experts.0.w2.weight" in done.stderr and "solved" in done.stderr
 
 
@@ -419,7 +419,7 @@ def test_the_walk_does_not_grow_with_depth(text: Path, tmp_path: Path) -> None:
 def test_too_little_memory_for_text_is_refused(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    done = command(*call("prune", models("mixtral"), tmp_path / "out", text, "--memory", "300MB"))
+    done = inside(*call("prune", models("mixtral"), tmp_path / "out", text, "--memory", "300MB"))
     assert (
         done.returncode == 1
         and "does not fit into --memory" in done.stderr
