@@ -99,7 +99,11 @@ class Writer:
                 file=self.out,
                 hint="wait for it, or choose another output folder",
             ) from None
-        self._begin(self._lock)
+        try:
+            self._begin(self._lock)
+        except BaseException:
+            self.__exit__()  # the lock must not outlive a refusal: the caller may try again
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

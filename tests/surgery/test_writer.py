@@ -139,6 +139,18 @@ def test_what_another_plan_left(overwrite: bool, source: Checkpoint, tmp_path: P
         assert [p.name for p in later.staging.iterdir()] == [STATE]
 
 
+def test_a_refusal_holds_no_lock(source: Checkpoint, tmp_path: Path) -> None:
+    """In one Python process: refused, and then again with overwrite."""
+    old, new = plan_of(source, "t0"), plan_of(source, "t1")
+    with Writer(tmp_path / "out", old):
+        pass
+    refused = Writer(tmp_path / "out", new)
+    with pytest.raises(MoetoolError, match="another plan"):
+        refused.__enter__()
+    with Writer(tmp_path / "out", new, overwrite=True):
+        pass
+
+
 def test_a_source_that_changed_is_not_gone_on_with(source: Checkpoint, tmp_path: Path) -> None:
     plan = plan_of(source, "t0", "t1")
     with Writer(tmp_path / "out", plan, sources=[source]) as writer:
