@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 import gc
-import os
-import warnings
 from typing import Any
 
 from moetool.errors import VerificationFailed
+from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
 
 TOKENS = 48
@@ -28,30 +27,15 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     """The model in float32; VerificationFailed when the loading info is not empty (random weights
     hide there).
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    name = (checkpoint.config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model, info = cls.from_pretrained(
-                checkpoint.folder,
-                dtype=torch.float32,
-                output_loading_info=True,
-                local_files_only=True,
-            )
-        except Exception as problem:  # noqa: BLE001
-            raise VerificationFailed(
-                f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}",
-                file=checkpoint.folder,
-                hint="make the output again; if it stays, report this as a bug of moetool",
-            ) from None
+    stock.library()
+    try:
+        model, info = stock.load(checkpoint)
+    except Exception as problem:  # noqa: BLE001
+        raise VerificationFailed(
+            f"transformers cannot load it: {type(problem).__name__}: {str(problem).strip()[:300]}",
+            file=checkpoint.folder,
+            hint="make the output again; if it stays, report this as a bug of moetool",
+        ) from None
     wrong = {k: sorted(map(str, v))[:4] for k, v in info.items() if v}
     if wrong:
         raise VerificationFailed(

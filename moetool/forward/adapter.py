@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from moetool.errors import MoetoolError
+from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import text_model
@@ -26,17 +26,6 @@ _STACKS = ("layers", "h", "blocks", "block")
 # Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
 # weights, so the shell needs none of it.
 _RAGGED = ("per_layer_config", "allow_global_per_layer_attribute_access")
-
-
-def quiet() -> Any:
-    """transformers, without its progress bars and advice."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
 
 
 class Shell:
@@ -54,7 +43,7 @@ class Shell:
         self.config = (
             source.config if only is None else only[1].config_with(only[1].fields(only[0]))
         )
-        self.model = _build(quiet(), source, self.config)
+        self.model = _build(source, self.config)
         self.stack, self.base = self._find_stack()
         self._places = self._map_names()
 
@@ -245,13 +234,10 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _build(transformers: Any, source: Checkpoint, given: dict[str, Any]) -> Any:
+def _build(source: Checkpoint, given: dict[str, Any]) -> Any:
     """The class of the checkpoint, with parameters on the meta device and real buffers (rotary
     tables are computed, not stored).
     """
-    import torch
-    from accelerate import init_empty_weights
-
     raw = {k: v for k, v in given.items() if k not in _RAGGED}
     if raw.get("quantization_config"):
         raise MoetoolError(
@@ -261,23 +247,7 @@ def _build(transformers: Any, source: Checkpoint, given: dict[str, Any]) -> Any:
             expected="float weights",
             hint="text goes through float weights for now: dequantize it first",
         )
-    try:
-        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
-    except KeyError:
-        raise MoetoolError(
-            f"transformers does not know {raw.get('model_type')!r}",
-            file=f"{source.folder}/config.json",
-            expected="a model type of the installed transformers",
-            hint="upgrade transformers; custom code is not run",
-        ) from None
-    name = (raw.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
-    config.use_cache = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with init_empty_weights(include_buffers=False):
-            make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
-            model = make(config, dtype=torch.float32, experts_implementation="eager")
+    model = stock.empty_model(raw, source.folder)
     return model.eval().requires_grad_(False)
 
 

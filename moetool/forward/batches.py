@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moetool.errors import MoetoolError
+from moetool.forward import chat, stock
 from moetool.forward.text import Corpus, Document
 from moetool.kernels import draw
 
@@ -166,45 +167,22 @@ class _Words:
     """The model's tokenizer, loaded when the first text comes."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._tokenizer = folder, None
+        self._folder = folder
+        self._tokenizer: Any = None
         self.between = np.empty(0, np.int64)
 
     def ids(self, document: Document) -> np.ndarray:
         """Token ids [tokens] of a document."""
         if document.ids is not None:
             return np.array(document.ids, np.int64)
-        tokenizer = self._load(document)
+        tokenizer = self._load()
         if document.messages is not None:
-            if not getattr(tokenizer, "chat_template", None):
-                raise MoetoolError(
-                    "the text is a chat, but the model's tokenizer has no chat template",
-                    file=document.where,
-                    hint="give plain text, or a model with a chat template",
-                )
-            return np.array(
-                tokenizer.apply_chat_template(
-                    list(document.messages), tokenize=True, return_dict=True
-                )["input_ids"],
-                np.int64,
-            )
+            return np.array(chat.ids(tokenizer, document), np.int64)
         return np.array(tokenizer(document.text, verbose=False)["input_ids"], np.int64)
 
-    def _load(self, document: Document) -> Any:
+    def _load(self) -> Any:
         if self._tokenizer is None:
-            from moetool.forward.adapter import quiet
-
-            transformers = quiet()
-            try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    self._folder, local_files_only=True
-                )
-            except (OSError, ValueError, KeyError, TypeError) as problem:
-                raise MoetoolError(
-                    f"the model has no tokenizer that loads: {str(problem).strip().splitlines()[0][:200]}",
-                    file=self._folder,
-                    expected="tokenizer.json beside the weights",
-                    hint='copy it from the original model, or give token ids: {"input_ids": [...]} a line',
-                ) from None
+            self._tokenizer = stock.tokenizer(self._folder)
             ends = self._tokenizer.eos_token_id
             self.between = np.array([ends] if isinstance(ends, int) else [], np.int64)
         return self._tokenizer

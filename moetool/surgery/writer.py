@@ -139,7 +139,9 @@ class Writer:
                 )
             for entry in self.staging.iterdir():
                 if entry.name != STATE:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    shutil.rmtree(
+                        entry
+                    ) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(mine).encode(), 0)
         atomic.sweep(self.staging)

@@ -1,0 +1,212 @@
+"""The one place that asks transformers for a model, a config or a tokenizer.
+
+A checkpoint is data here. transformers sees a folder made for the occasion: links to the weight
+files that were read and to known companions, and a config without what would fetch or run code
+(`auto_map`, kernels of the Hub, adapters, pickles). Standard input is nobody's but `-`'s: a
+question that a library asks there is answered with an end of file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import MoetoolError
+from moetool.surgery import companions
+from moetool.surgery.checkpoint import INDEX, Checkpoint, read_json
+
+# Fields that name code: classes of the checkpoint, or kernels that transformers would download.
+_CODE = {
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "kernel_config",
+    "use_kernels",
+    "trust_remote_code",
+    "custom_generate",
+}
+_PASSED = (KeyboardInterrupt, SystemExit, MemoryError, MoetoolError)
+
+
+def library() -> Any:
+    """transformers, without its progress bars and advice."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def without_code(config: Any, *, trusted: bool = False) -> Any:
+    """A config, or any part of one, without the fields that name code."""
+    if trusted:
+        return config
+    if isinstance(config, Mapping):
+        return {k: without_code(v) for k, v in config.items() if k not in _CODE}
+    if isinstance(config, list):
+        return [without_code(v) for v in config]
+    return config
+
+
+def config(raw: Mapping[str, Any], folder: str) -> Any:
+    """The config object of a family that transformers knows; MoetoolError for other ones, and for
+    values that it refuses.
+    """
+    transformers = library()
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise MoetoolError(
+            f"transformers does not know {kind!r}",
+            file=f"{folder}/config.json",
+            expected="a model type of the installed transformers",
+            hint="upgrade transformers; custom code is not run",
+        )
+    with _guarded("transformers does not accept the config", f"{folder}/config.json"):
+        return transformers.CONFIG_MAPPING[kind].from_dict(without_code(dict(raw)))
+
+
+def empty_model(raw: Mapping[str, Any], folder: str) -> Any:
+    """The checkpoint's class in float32, with parameters on the meta device and real buffers
+    (rotary tables are computed, not stored). Errors as in `config`.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    made = config(raw, folder)
+    made.use_cache = False
+    cls = _class(raw)
+    with (
+        _guarded("transformers cannot build the model of this config", f"{folder}/config.json"),
+        init_empty_weights(include_buffers=False),
+    ):
+        make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+        return make(made, dtype=torch.float32, experts_implementation="eager")
+
+
+def load(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """(the model in float32, loading info), as stock transformers loads it from the files that
+    `checkpoint` was read from. Raises whatever transformers raises.
+    """
+    import torch
+
+    raw = read_json(Path(checkpoint.folder) / "config.json", what="model config")
+    with _view(checkpoint.folder, raw, checkpoint) as folder, _quietly():
+        model, info = _class(raw).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        return model, info
+
+
+def tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside the weights; MoetoolError where there is none that loads.
+
+    `trust_remote_code` runs the code that comes with the checkpoint, and is the only way to do so.
+    """
+    transformers = library()
+    path = Path(folder) / "config.json"
+    raw = read_json(path, what="model config") if path.exists() else {}
+    hint = (
+        "copy it from the original model, or give token ids: "
+        '{"input_ids": [...]} a line; code from a checkpoint is not run'
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            _guarded(
+                "the model has no tokenizer that loads",
+                folder,
+                expected="tokenizer.json beside the weights",
+                hint=hint,
+            )
+        )
+        at: Path = Path(folder) if trust_remote_code else stack.enter_context(_view(folder, raw))
+        return transformers.AutoTokenizer.from_pretrained(
+            at, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+
+def _class(raw: Mapping[str, Any]) -> Any:
+    """The class that the config names, if it is a model of transformers; else the causal one."""
+    transformers = library()
+    named = raw.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    return transformers.AutoModelForCausalLM
+
+
+@contextmanager
+def _view(
+    folder: str | Path, raw: Mapping[str, Any], checkpoint: Checkpoint | None = None
+) -> Iterator[Path]:
+    """A folder for transformers: the config, and links to companions, or to weights with an index
+    of what they hold.
+    """
+    real = Path(folder).resolve()
+    with tempfile.TemporaryDirectory(prefix="moetool-") as made:
+        view = Path(made)
+        (view / "config.json").write_text(json.dumps(without_code(raw)))
+        if checkpoint is None:
+            for name in companions.travelling(folder):
+                (view / name).symlink_to(real / name)
+        else:
+            _link_weights(checkpoint, real, view)
+        yield view
+
+
+def _link_weights(checkpoint: Checkpoint, real: Path, view: Path) -> None:
+    if len(checkpoint.files) == 1:
+        (view / "model.safetensors").symlink_to(real / next(iter(checkpoint.files)))
+        return
+    for name in checkpoint.files:
+        (view / name).symlink_to(real / name)
+    index = {"metadata": {}, "weight_map": {n: t.file for n, t in checkpoint.stored.items()}}
+    (view / INDEX).write_text(json.dumps(index))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No advice, and nobody at the keyboard."""
+    keyboard, sys.stdin = sys.stdin, io.StringIO("")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stdin = keyboard
+
+
+@contextmanager
+def _guarded(message: str, file: object, **where: str) -> Iterator[None]:
+    """Whatever a library makes of a hostile file (panics of its Rust parts among it), as a
+    sentence.
+    """
+    where.setdefault("hint", "restore it from the original model, or upgrade transformers")
+    try:
+        with _quietly():
+            yield
+    except _PASSED:
+        raise
+    except BaseException as problem:  # noqa: BLE001
+        reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        raise MoetoolError(f"{message}: {reason[:200]}", file=file, **where) from None
