@@ -131,8 +131,8 @@ def archs_show(
             "family": family,
             "class": layout.cls,
             "kind": layout.kind,
-            "law": layout.overlay.law or None,
-            "reads_per_expert": layout.experts.get("reads_per_expert"),
+            "law": layout.overlay.law.as_json() or None,
+            "reads_per_expert": layout.experts.reads_per_expert if layout.kind == "moe" else None,
             "conversions": conversions,
             "comes_from": sources,
             "why_not": note,
@@ -159,8 +159,8 @@ def archs_show(
             print(f"-> nothing: {note}")
         if sources:
             print(f"<- {', '.join(sources)}")
-        if layout.overlay.law:
-            print(f"routing: {layout.overlay.law}")
+        if layout.overlay.law.score:
+            print(f"routing: {layout.overlay.law.as_json()}")
         session.sink.table(
             ["tensor", "shape", "role", "layers", "when"],
             [

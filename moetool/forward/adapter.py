@@ -19,10 +19,9 @@ from moetool.errors import MoetoolError
 from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import text_model
+from moetool.surgery.layout import Layout, text_model
 from moetool.surgery.spec import rows
 
-_STACKS = ("layers", "h", "blocks", "block")
 # Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
 # weights, so the shell needs none of it.
 _RAGGED = ("per_layer_config", "allow_global_per_layer_attribute_access")
@@ -57,26 +56,17 @@ class Shell:
         from torch import nn
 
         at = text_model(self.source.config)
-        count = at.layout.field("layers", at.config)
-        found = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and name.rpartition(".")[2] in _STACKS
-            and not any(w in name for w in ("visual", "vision", "audio", "encoder."))
-        ]
-        if not found:
+        count, modules = at.field("layers"), dict(self.model.named_modules())
+        name = Layout.load(str(self.source.config.get("model_type"))).stack or ""
+        found = modules.get(name)
+        if not isinstance(found, nn.ModuleList) or len(found) != count:
             raise MoetoolError(
                 f"{at.layout.model_type} has no plain stack of decoder layers",
                 file=self.source.folder,
                 expected=f"{count} layers in a row",
                 hint="text cannot be sent through this family yet; methods without text work",
             )
-        name = min(found, key=lambda f: len(f[0]))[0]
-        return name, self.model.get_submodule(
-            name.rpartition(".")[0]
-        ) if "." in name else self.model
+        return name, modules[name.rpartition(".")[0]]
 
     def _map_names(self) -> dict[int | None, list[str]]:
         """Layer number (None: outside the stack) -> names on disk."""

@@ -5,8 +5,8 @@ kernels of kernels/moe.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 
@@ -71,6 +71,37 @@ class Block:
         return replace(self, router=self.router[with_identity], bias=bias, experts=chosen, law=law)
 
 
+@dataclass(frozen=True)
+class OnDemand:
+    """The experts of a layer that are read when tokens come to them: one in memory at a time, in
+    float32.
+    """
+
+    mixture: Mixture
+    layer: int
+    count: int
+    act: Any
+    device: str = "cpu"
+    _held: dict[int, moe.Experts] = field(default_factory=dict)
+
+    def _one(self, expert: int) -> moe.Experts:
+        if expert not in self._held:
+            self._held.clear()
+            only = range(expert, expert + 1)
+            self._held[expert] = _experts(
+                self.mixture, self.layer, only, self.act, self.device, True
+            )
+        return self._held[expert]
+
+    def hidden(self, x: Tensor, expert: int) -> Tensor:
+        """x [tokens, hidden] -> what down_proj of this expert sees [tokens, width]."""
+        return self._one(expert).hidden(x, 0)
+
+    def out(self, h: Tensor, expert: int) -> Tensor:
+        """h [tokens, width] -> [tokens, hidden]."""
+        return self._one(expert).out(h, 0)
+
+
 def read(
     mixture: Mixture,
     layer: int,
@@ -78,9 +109,11 @@ def read(
     device: str = "cpu",
     widen: bool = True,
     only: int | None = None,
+    hold: bool = True,
 ) -> Block:
     """Read a layer's block, or its first `only` experts. With `widen` the experts are held in
-    float32 (faster), else as stored (half the memory).
+    float32 (faster), else as stored (half the memory). Without `hold` each is read when it is
+    run: `route`, `routed` and `always` work, in the memory of one expert.
 
     Raises MoetoolError for quantized experts and for families whose experts are no gated FFNs.
     """
@@ -106,11 +139,17 @@ def read(
     def whole(name: str) -> Tensor:
         return mixture.source.matrix(name, device).float()
 
-    kept = list(range(min(only or count, count))) + list(range(count, count + mixture.zero_experts))
+    some = min(only or count, count)
+    experts = (
+        _experts(mixture, layer, range(some), act, device, widen)
+        if hold
+        else cast(moe.Experts, OnDemand(mixture, layer, some, act, device))
+    )
+    kept = list(range(some)) + list(range(count, count + mixture.zero_experts))
     return Block(
         router=whole(router.stored.name)[kept],
         bias=None if bias is None else whole(bias.stored.name).reshape(-1)[kept],
-        experts=_experts(mixture, layer, min(only or count, count), act, device, widen),
+        experts=experts,
         law=moe.Law(**mixture.law()),
         shared={r: whole(s.name) for r, s in mixture.shared(layer).items()},
         zero_experts=mixture.zero_experts,
@@ -118,12 +157,12 @@ def read(
 
 
 def _experts(
-    mixture: Mixture, layer: int, count: int, act: Any, device: str, widen: bool
+    mixture: Mixture, layer: int, experts: range, act: Any, device: str, widen: bool
 ) -> moe.Experts:
-    """The first `count` experts of a layer, one read at a time into the stack."""
+    """Some experts of a layer, one read at a time into the stack."""
     lie = mixture.orientation(layer)
     stack: dict[str, Tensor] = {}
-    for expert in range(count):
+    for place, expert in enumerate(experts):
         pieces = mixture.pieces(layer, expert)
         parts = form.canonical(
             {r: mixture.source.matrix(p, device) for r, p in pieces.items()},
@@ -133,11 +172,11 @@ def _experts(
         for name, tensor in parts.items():
             if name not in stack:
                 stack[name] = torch.empty(
-                    (count, *tensor.shape),
+                    (len(experts), *tensor.shape),
                     dtype=torch.float32 if widen else tensor.dtype,
                     device=device,
                 )
-            stack[name][expert].copy_(tensor)
+            stack[name][place].copy_(tensor)
     return moe.Experts(
         stack["gate_up"], stack["down"], act, stack.get("gate_up_bias"), stack.get("down_bias")
     )

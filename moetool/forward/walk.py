@@ -205,9 +205,10 @@ class Walk:
 
     def _block_name(self, layer: int) -> str:
         """The layer's submodule that holds router and experts."""
-        for name, module in self.shell.layers[layer].named_modules():
-            if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
-                return name.rpartition(".")[0]
+        assert self.mixture is not None
+        name = self.mixture.layout.experts.block
+        if name in dict(self.shell.layers[layer].named_modules()):
+            return str(name)
         raise MoetoolError(
             "a layer should hold experts, but its class has none",
             file=self.source.folder,
@@ -264,7 +265,7 @@ class Walk:
             self._checked = True
         block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
         self.shell.fill(layer, skip=self._experts[layer])
-        catch = _Catch(own, block, look)
+        catch = _Catch(own, block, look, self.mixture.layout.overlay.returns_logits)
         if look is not None:
             look.begin(layer, block, self.batches.total)
         with catch:
@@ -317,20 +318,18 @@ class Walk:
         first = self.batches.batches[0]
         tokens = min(COMPARED, int(first.lengths[0]))
         batch = Batch(first.ids[:1, :tokens], np.array([tokens]), first.file)
-        caught: list[tuple[Tensor, Tensor]] = []
+        caught: list[tuple[Tensor, Any]] = []
         own.register_forward_hook(
-            lambda m, args, kwargs, out: caught.append(
-                (
-                    (args or tuple(kwargs.values()))[0].detach(),
-                    (out[0] if isinstance(out, tuple) else out).detach(),
-                )
-            ),
+            lambda m, args, kwargs, out: caught.append(((args or tuple(kwargs.values()))[0], out)),
             with_kwargs=True,
         )
         x = torch.from_numpy(self.hidden.read(0)[:tokens].copy()).to(self.budget.device)[None]
         args, kwargs = self.calls.of(batch, layer)
         shell.layers[layer](x, *args, **kwargs)
-        seen, theirs = (t.reshape(-1, t.shape[-1]) for t in caught[0])
+        seen, theirs = caught[0]
+        self._check_returned(layer, theirs)
+        theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+        seen, theirs = (t.detach().reshape(-1, t.shape[-1]) for t in (seen, theirs))
         del shell, own
         part = blocks.read(self.mixture, layer, device=self.budget.device, only=few)
         mine, always = part.routed(seen, part.route(seen)), part.always(seen)
@@ -344,6 +343,22 @@ class Walk:
                 expected=f"a relative difference of at most {AGREE:g}",
                 found=f"{apart:.3g}",
                 hint="nothing was decided on wrong numbers; please report it. Methods without text still work",
+            )
+
+    def _check_returned(self, layer: int, returned: object) -> None:
+        """What the family's own block gave must be what the layout says it gives: a layer that
+        takes another thing would fail, or go on with the wrong one.
+        """
+        assert self.mixture is not None
+        said = self.mixture.layout.overlay.returns_logits
+        if isinstance(returned, tuple) != said:
+            raise MoetoolError(
+                f"a MoE block of {self.mixture.layout.model_type} gives another thing than expected",
+                file=self.source.folder,
+                tensor=f"layer {layer}",
+                expected="(output, router logits)" if said else "the output alone",
+                found=type(returned).__name__,
+                hint="please report it; methods without text still work",
             )
 
     def _maybe_stop(self) -> None:
@@ -373,8 +388,11 @@ class _Catch:
     them; padding is left out.
     """
 
-    def __init__(self, own: nn.Module, block: Block, look: Look | None) -> None:
+    def __init__(
+        self, own: nn.Module, block: Block, look: Look | None, returns_logits: bool
+    ) -> None:
         self.own, self.block, self.look = own, block, look
+        self.returns_logits = returns_logits
         self.batch: Batch | None = None
         self._made: Tensor | None = None
 
@@ -406,7 +424,7 @@ class _Catch:
             whole[valid] = made
         self._made = whole
         out = whole.reshape(hidden_states.shape)
-        return (out, routing.logits) if type(self.own).__name__ in _RETURN_TWO else out
+        return (out, routing.logits) if self.returns_logits else out
 
     def after(self, out: Tensor) -> None:
         """The layer's own output, for onlookers that compare the stream before and after the block."""
@@ -415,10 +433,6 @@ class _Catch:
         flat = out.reshape(-1, out.shape[-1])
         valid = torch.from_numpy(self.batch.valid).to(flat.device)
         self.look.after((flat - self._made)[valid], flat[valid])
-
-
-# Blocks whose forward returns (output, router logits).
-_RETURN_TWO = {"Llama4TextMoe", "GptOssMLP"}
 
 
 class _Calls:

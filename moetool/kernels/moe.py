@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -90,6 +90,17 @@ class Experts:
             self.down[expert].to(h.dtype),
             None if self.down_bias is None else self.down_bias[expert].to(h.dtype),
         )
+
+
+class Runs(Protocol):
+    """Experts that can be run one at a time, wherever their matrices are."""
+
+    @property
+    def count(self) -> int: ...
+
+    def hidden(self, x: Tensor, expert: int) -> Tensor: ...
+
+    def out(self, h: Tensor, expert: int) -> Tensor: ...
 
 
 def activation(name: str, *, alpha: float = 1.702, limit: float = 7.0) -> Any:
@@ -225,7 +236,7 @@ class Seen:
     out: Tensor
 
 
-def visit(x: Tensor, routing: Routing, experts: Experts, law: Law) -> Iterator[Seen]:
+def visit(x: Tensor, routing: Routing, experts: Runs, law: Law) -> Iterator[Seen]:
     """Each expert with the tokens routed to it, in expert order; experts without tokens are left
     out. Identity experts (indices from `experts.count` on, LongCat) come as h = out = x.
     """
@@ -253,7 +264,7 @@ def visit(x: Tensor, routing: Routing, experts: Experts, law: Law) -> Iterator[S
 def mix(
     x: Tensor,
     routing: Routing,
-    experts: Experts,
+    experts: Runs,
     law: Law,
     look: Callable[[Seen], None] | None = None,
 ) -> Tensor:

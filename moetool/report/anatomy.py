@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Found, Layout
+from moetool.surgery.layout import Found, Layout, any_text_model
 from moetool.surgery.spec import Stored
 
 
@@ -29,99 +29,55 @@ def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
     """Family, parameters (total and active), each layer's FFN, experts and router, dtypes, shards,
     ties, unknown names.
     """
-    model_type = checkpoint.config.get("model_type")
-    layout = _layout(model_type)
-    text_type = (checkpoint.config.get("text_config") or {}).get("model_type")
-    inner = (
-        _layout(text_type)
-        if text_type and (layout is None or layout.role("router") is None)
-        else None
-    )
+    family = _layout(checkpoint.config.get("model_type"))
+    at = any_text_model(checkpoint.config, checkpoint.tensors)
     layers: dict[int, _Layer] = defaultdict(_Layer)
     unknown: list[str] = []
-    total = 0
     for stored in checkpoint.tensors.values():
-        count = stored.elements
-        total += count
-        found = _recognise(stored.name, layout, inner)
-        if found is None:
+        found = (family and family.match(stored.name)) or (at and at.match(stored.name))
+        if not found:
             unknown.append(stored.name)
-        elif found.layer is not None and not any(w in stored.name for w in ("visual", "vision")):
-            _note(layers[found.layer], found, stored, count)
-    home = inner or layout
-    top_k = (
-        home.field(
-            "top_k", checkpoint.config if home is layout else checkpoint.config["text_config"]
-        )
-        if home
-        else None
-    )
+        elif found.layer is not None:
+            _note(layers[found.layer], found, stored, stored.elements)
+    top_k = at.field("top_k") if at else None
     rows = [_row(number, layers[number]) for number in sorted(layers)]
-    idle = sum(_idle(layers[n], top_k) for n in layers)
-    text = (
-        home.text(
-            checkpoint.config if home is layout else checkpoint.config.get("text_config") or {}
-        )
-        if home
-        else {}
-    )
-    tied = [n for n in (layout.tied if layout else {}) if n not in checkpoint.tensors]
+    total = sum(stored.elements for stored in checkpoint.tensors.values())
     return {
         "path": checkpoint.folder,
-        "family": model_type,
+        "family": checkpoint.config.get("model_type"),
         "class": (checkpoint.config.get("architectures") or [None])[0],
-        "known": layout is not None,
+        "known": family is not None,
         "kind": "moe" if any(r["experts"] for r in rows) else "dense",
         "parameters": total,
-        "active_parameters": total - idle,
-        "bytes": sum(size for size, _ in checkpoint.files.values()),
-        "tensors": len(checkpoint.stored),
-        "shards": len(checkpoint.files),
-        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.stored.values()).items())),
-        "forms": dict(
-            sorted(Counter(t.parts.form for t in checkpoint.tensors.values() if t.parts).items())
-        ),
+        "active_parameters": total - sum(_idle(layer, top_k) for layer in layers.values()),
+        **_files(checkpoint),
         "top_k": top_k if any(r["experts"] for r in rows) else None,
-        "hidden": text.get(home.fields.get("hidden", "")) if home else None,
-        "vocab": text.get(home.fields.get("vocab", "")) if home else None,
-        "tied": tied,
-        "law": (home.overlay.law or None) if home else None,
+        "hidden": at.field("hidden") if at else None,
+        "vocab": at.field("vocab") if at else None,
+        "tied": [n for n in (family.tied if family else {}) if n not in checkpoint.tensors],
+        "law": (at.layout.overlay.law.as_json() or None) if at else None,
         "unknown_tensors": sorted(unknown),
         "layers": rows,
     }
 
 
-def _layout(model_type: Any) -> Layout | None:
+def _files(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files hold."""
+    forms = Counter(t.parts.form for t in checkpoint.tensors.values() if t.parts)
+    return {
+        "bytes": sum(size for size, _ in checkpoint.files.values()),
+        "tensors": len(checkpoint.stored),
+        "shards": len(checkpoint.files),
+        "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.stored.values()).items())),
+        "forms": dict(sorted(forms.items())),
+    }
+
+
+def _layout(model_type: object) -> Layout | None:
     try:
         return Layout.load(str(model_type))
     except MoetoolError:
         return None
-
-
-def _recognise(name: str, layout: Layout | None, inner: Layout | None) -> Found | None:
-    found = layout.match(name) if layout else None
-    if found is None and inner is not None:
-        for prefix in ("language_model.", "model.language_model.", ""):
-            if name.startswith(prefix) and (found := _any_form(inner, name.removeprefix(prefix))):
-                return found
-    return found or (_any_form(layout, name) if layout else None)
-
-
-def _any_form(layout: Layout, name: str) -> Found | None:
-    """Also the stacked names of a family whose files are per-expert."""
-    found = layout.match(name)
-    if found is None:
-        for role, template in layout.fused().items():
-            head, _, tail = template.partition("{layer}")
-            number = (
-                name[len(head) : len(name) - len(tail)]
-                if name.startswith(head) and name.endswith(tail)
-                else ""
-            )
-            slot = layout.role(f"expert.{'up' if role == 'gate_up' else 'down'}")
-            if number.isdigit() and slot:
-                return Found(type(slot)(template, None, f"expert.{role}", "moe"), int(number))
-    return found
 
 
 def _note(layer: _Layer, found: Found, stored: Stored, count: int) -> None:
@@ -161,7 +117,7 @@ def _row(number: int, layer: _Layer) -> dict[str, Any]:
     }
 
 
-def _idle(layer: _Layer, top_k: Any) -> int:
+def _idle(layer: _Layer, top_k: object) -> int:
     """Parameters of the experts that a token does not use."""
     count = len(layer.experts) or layer.stacked or 0
     if not count or not isinstance(top_k, int):

@@ -18,7 +18,8 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, Slot, TextModel, text_model
+from moetool.surgery.family import Slot
+from moetool.surgery.layout import Layout, TextModel, text_model, words
 from moetool.surgery.spec import FLOATS, Piece, Stored, rows, whole
 
 ALIASES = ("num_experts", "num_local_experts")
@@ -110,7 +111,7 @@ class Mixture:
                 found=experts,
                 hint="restore the config from the original model",
             )
-        zero_experts = int(layout.text(at.config).get(layout.overlay.law.get("zero", ""), 0) or 0)
+        zero_experts = int(layout.text(at.config).get(layout.overlay.law.zero, 0) or 0)
         finder = _Finder(at, experts, zero_experts)
         counted = {
             name: found
@@ -152,7 +153,7 @@ class Mixture:
     @property
     def groups(self) -> int:
         """Groups of a group-limited router, else 1."""
-        rule = self.layout.overlay.law.get("groups")
+        rule = self.layout.overlay.law.groups
         if not rule or (rule == "max" and self.text.get("topk_method") == "greedy"):
             return 1
         return int(self.layout.field("groups", self.text_model.config) or 1)
@@ -230,7 +231,7 @@ class Mixture:
         hidden = int(self.layout.field("hidden", self.text_model.config) or 0)
         flags = self.layout.experts
         transposed = bool(
-            flags.get("is_transposed") or self.layout.overlay.gate_up.startswith("transposed")
+            flags.is_transposed or self.layout.overlay.gate_up.startswith("transposed")
         )
         shape = next(
             (
@@ -245,7 +246,7 @@ class Mixture:
         return {
             "transposed": transposed,
             "interleaved": "interleaved" in self.layout.overlay.gate_up
-            or flags.get("is_concatenated") is False,
+            or flags.is_concatenated is False,
             "hidden": hidden,
         }
 
@@ -254,35 +255,35 @@ class Mixture:
         routing is not described.
         """
         rule, text = self.layout.overlay.law, self.text
-        if rule.get("score") not in ("softmax", "sigmoid", "sparsemixer", "sigmoid-on-input"):
+        if rule.score not in ("softmax", "sigmoid", "sparsemixer", "sigmoid-on-input"):
             raise MoetoolError(
                 f"the routing of {self.layout.model_type} is not one that moetool computes",
-                found=rule.get("score", "nothing"),
+                found=rule.score or "nothing",
                 expected="softmax, sigmoid, sparsemixer or sigmoid-on-input",
                 hint="methods that need no text work: --method router-distance or random",
             )
-        renorm = rule["renorm"] == "always" or (
-            rule["renorm"] == "field" and bool(text.get(self.layout.fields.get("renorm", "")))
+        renorm = rule.renorm == "always" or (
+            rule.renorm == "field" and bool(text.get(self.layout.fields.get("renorm", "")))
         )
         grouped = self.groups > 1
-        scale = text.get(rule.get("scale") or self.layout.fields.get("routed_scale", ""), 1.0)
+        scale = text.get(self.layout.fields.get("routed_scale", ""), 1.0)
         return {
             "top_k": self.top_k,
-            "score": rule["score"],
+            "score": rule.score,
             "renorm": renorm,
             "scale": float(scale or 1.0),
-            "bias": rule.get("bias", "choice"),
+            "bias": rule.bias,
             "groups": self.groups,
             "group_top": int(text.get("topk_group") or 1) if grouped else 1,
-            "group_rule": "max" if rule.get("groups") == "max" else "sum2",
-            "group_fill": 0.0 if rule.get("groups") in ("max", "zero") else float("-inf"),
-            "least_sum": float(text.get(rule.get("least_sum", ""), 0.0) or 0.0),
+            "group_rule": "max" if rule.groups == "max" else "sum2",
+            "group_fill": 0.0 if rule.groups in ("max", "zero") else float("-inf"),
+            "least_sum": float(text.get(rule.least_sum, 0.0) or 0.0),
         }
 
     def act(self) -> dict[str, Any]:
         """The activation: {name} and, for gpt-oss, {alpha, limit}."""
         text = self.text
-        if self.layout.overlay.law.get("act") == "clamped-swiglu":
+        if self.layout.overlay.law.act == "clamped-swiglu":
             return {
                 "name": "clamped-swiglu",
                 "alpha": float(text.get("swiglu_alpha", 1.702)),
@@ -340,9 +341,6 @@ class _Finder:
         self._field = at.layout.fields["experts"]
         router = at.layout.role("router")
         self._router = router.name.rpartition(".")[0] + "." if router else ""
-        self._stem = (router.name if router else "model.layers.{layer}").partition(
-            "layers.{layer}"
-        )[0]
         templates = dict(at.layout.fused())
         own = {
             s.name: str(s.role).removeprefix("expert.")
@@ -406,17 +404,13 @@ class _Finder:
         beyond the last).
         """
         if self._at.prefix:
-            return (
-                (name.removeprefix(self._at.prefix), 0)
-                if name.startswith(self._at.prefix)
-                else (None, 0)
-            )
-        inner = re.fullmatch(r"(?:model\.)?mtp\.(layers\.\d+\..*)", name)
-        return (self._stem + inner[1], self._layers) if inner else (name, 0)
+            return self._at.inner(name), 0
+        rest = words().in_mtp(name)
+        return (self._at.layout.stem + rest, self._layers) if rest else (name, 0)
 
     def _side(self, stored: Stored, slot: Slot, layer: int) -> Counted | None:
         shape, total = slot.shape or [], self._experts + self._zero_experts
-        if slot.name.endswith("tid2eid"):
+        if slot.role == "router.ids":
             return Counted(stored, layer, "ids", "ids")
         counts = [
             i

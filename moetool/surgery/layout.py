@@ -9,76 +9,66 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery.family import Names, Overlay, Slot, StackedExperts, filled
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
-_NUMBER = re.compile(
-    r"(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)"
-)  # a part that is a number, or expert_7 (Switch, NLLB)
-# Names that stand in old files and hold nothing a model reads.
-_DEAD = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One kind of tensor. `layers`: all | moe | dense | some (or None outside layers); `when`:
-    only with this config.
-    """
-
-    name: str
-    shape: list[str | None] | None
-    role: str | None = None
-    layers: str | None = None
-    when: str | None = None
+# a part of a name that is a number, or expert_7 (Switch, NLLB)
+_NUMBER = re.compile(r"(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)")
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A name of a checkpoint, recognised."""
+    """A name of a checkpoint, recognised: its slot, and the numbers in it by what they number."""
 
     slot: Slot
-    layer: int | None = None
-    expert: int | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of the text model, if the tensor lies in one."""
+        return self.numbers.get("layer")
+
+    @property
+    def expert(self) -> int | None:
+        return self.numbers.get("expert")
 
 
-@dataclass(frozen=True)
-class Overlay:
-    """What transformers cannot tell about a family (archs/overlay.json)."""
+class Needed(NamedTuple):
+    """A tensor that a checkpoint must hold; a dimension is None where it cannot be told."""
 
-    law: dict[str, Any] = field(
-        default_factory=dict
-    )  # score, renorm, groups, bias, scale, zero, least_sum, act: see experts.Mixture.law
-    sites: dict[str, Any] | None = None
-    shared: dict[str, Any] | None = None
-    fixed: dict[str, Any] = field(default_factory=dict)
-    layouts: list[str] | None = None
-    extra_layers: str | None = None
-    gate_up: str = "concatenated"
-    note: str = ""
+    name: str
+    shape: Shape | None
+    slot: Slot
 
 
 @dataclass(frozen=True)
 class Layout:
     """One family. Made by `Layout.load`; every key of the data file is a field here, an unknown
-    key is an error.
+    key is an error. `stack`: the module of transformers' class that holds the layers which text
+    goes through, None where there is no plain one.
     """
 
     model_type: str
     cls: str
     kind: str
     text_config: str
+    stack: str | None
     fields: dict[str, str]
     aliases: dict[str, str]
     defaults: dict[str, Any]
     tied: dict[str, str]
     tensors: tuple[Slot, ...]
-    experts: dict[str, Any] = field(default_factory=dict)
+    experts: StackedExperts = field(default_factory=StackedExperts)
     overlay: Overlay = field(default_factory=Overlay)
 
     @classmethod
@@ -87,11 +77,8 @@ class Layout:
         return _load(model_type)
 
     @cached_property
-    def _by_form(self) -> dict[str, tuple[Slot, list[str]]]:
-        return {
-            re.sub(r"\{\w+\}", "#", slot.name): (slot, re.findall(r"\{(\w+)\}", slot.name))
-            for slot in self.tensors
-        }
+    def _by_pattern(self) -> dict[str, tuple[Slot, list[str]]]:
+        return {pattern: (s, keys) for s in self.tensors for pattern, keys in [s.pattern]}
 
     def match(self, name: str) -> Found | None:
         """Which slot a tensor name fills, in which layer, for which expert; None for a name the
@@ -103,11 +90,21 @@ class Layout:
             numbers.append(int(found[0]))
             return "#"
 
-        slot, keys = self._by_form.get(_NUMBER.sub(note, name), (None, []))
-        if slot is None:
-            return None
-        index = dict(zip(keys, numbers, strict=False))
-        return Found(slot, index.get("layer"), index.get("expert"))
+        slot, keys = self._by_pattern.get(_NUMBER.sub(note, name), (None, []))
+        return Found(slot, dict(zip(keys, numbers, strict=False))) if slot else None
+
+    @cached_property
+    def stem(self) -> str:
+        """What stands before the layer's number in the names of most tensors in layers."""
+        heads = (s.name.partition("{layer}")[0] for s in self.tensors if "{layer}" in s.name)
+        return max(Counter(heads).items(), key=lambda h: h[1], default=("", 0))[0]
+
+    def in_text(self, slot: Slot) -> bool:
+        """Whether a slot is of the text model, not of a tower beside it."""
+        if self.stack is None or "{layer}" in slot.name:
+            return True
+        module = self.stem.rstrip(".").rpartition(".")[0]
+        return "{i0}" not in slot.name and (slot.name.startswith(module) or slot.name in self.tied)
 
     def fused(self) -> dict[str, str]:
         """{"gate_up": template, "down": template} of the stacked form [experts, 2*width, hidden];
@@ -116,21 +113,15 @@ class Layout:
         Only forms whose expert slabs are plain rows: gate above up, not transposed, not
         interleaved.
         """
-        if (
-            self.experts.get("is_transposed")
-            or not self.experts.get("is_concatenated")
-            or not self.experts.get("has_gate")
-            or self.overlay.gate_up != "concatenated"
-        ):
+        lie = self.experts
+        plain = lie.is_concatenated and lie.has_gate and not lie.is_transposed
+        if not plain or self.overlay.gate_up != "concatenated":
             return {}
-        on_disk = {r: self.role(f"expert.{r}") for r in ("gate_up", "down")}
-        if on_disk["gate_up"] is not None and on_disk["down"] is not None:
-            return {r: s.name for r, s in on_disk.items() if s}
-        names = {
-            r: next((m for m in self.experts.get("memory", ()) if m.endswith(f"{r}_proj")), None)
-            for r in ("gate_up", "down")
-        }
-        return {r: n for r, n in names.items() if n} if all(names.values()) else {}
+        roles = ("gate_up", "down")
+        slots = {r: self.role(f"expert.{r}") for r in roles}
+        on_disk = {r: s.name for r, s in slots.items() if s}
+        names = on_disk if len(on_disk) == 2 else lie.stacked
+        return {r: names[r] for r in roles} if all(r in names for r in roles) else {}
 
     def per_expert(self) -> dict[str, str]:
         """{"gate", "up", "down"} -> template with {expert}, where the family reads that form;
@@ -199,37 +190,7 @@ class Layout:
     def moe_layers(self, config: dict[str, Any]) -> set[int]:
         """Which layers hold experts, as the config says."""
         count = self.field("layers", config) or 0
-        text, sites = self.text(config), self.overlay.sites or {}
-        every = set(range(count))
-        if self.kind != "moe":
-            return set()
-        if "dense_list" in sites:
-            step = text.get(sites["step"]) or 1
-            return {
-                i
-                for i in every
-                if i not in (text.get(sites["dense_list"]) or ()) and (i + 1) % step == 0
-            }
-        if "list" in sites:
-            listed = text.get(sites["list"])
-            step = text.get(sites["step"]) or 1
-            return (
-                set(listed)
-                if isinstance(listed, list)
-                else {i for i in every if (i + 1) % step == 0}
-            )
-        if "dense_prefix" in sites:
-            return {i for i in every if i >= (text.get(sites["dense_prefix"]) or 0)}
-        if "period" in sites:
-            period, offset = (text.get(f) for f in sites["period"])
-            return {i for i in every if i % (period or 1) == (offset or 0)}
-        if "types" in sites and isinstance(text.get(sites["types"]), list):
-            return {i for i, kind in enumerate(text[sites["types"]]) if kind == "sparse"}
-        if "range" in sites:
-            start, end, step = (text.get(f) for f in sites["range"])
-            end = count - 1 if end in (None, -1) else end
-            return {i for i in every if (start or 0) <= i <= end and (i + 1) % (step or 1) == 0}
-        return every
+        return self.overlay.sites.layers(self.text(config), count) if self.kind == "moe" else set()
 
     def present(self, slot: Slot, text: dict[str, Any]) -> bool:
         """Whether a conditional slot exists under this config."""
@@ -238,53 +199,50 @@ class Layout:
         name, _, value = slot.when.partition("=")
         return bool(text.get(name) == json.loads(value))
 
-    def slots(
-        self, config: dict[str, Any]
-    ) -> Iterator[tuple[str, tuple[int | None, ...] | None, Slot]]:
-        """Every (name, shape, slot) a checkpoint with this config must hold; slots of `some`
-        layers are left out.
+    def slots(self, config: dict[str, Any]) -> Iterator[Needed]:
+        """Every tensor a checkpoint with this config must hold; slots of `some` layers are left
+        out.
         """
         text = self.text(config)
         layers, moe = range(self.field("layers", config) or 0), self.moe_layers(config)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         for slot in self.tensors:
-            if (
-                not self.present(slot, text)
-                or slot.layers == "some"
-                or (tied and slot.name in self.tied)
-            ):
+            left_out = slot.layers == "some" or (tied and slot.name in self.tied)
+            if left_out or not self.present(slot, text) or self._idle(slot, text):
                 continue
-            shape = self.shape(slot, text)
-            if (
-                shape
-                and 0 in shape
-                and str(slot.role).startswith("shared.")
-                and not (self.overlay.shared or {}).get("always")
-            ):
-                continue
-            template = re.sub(
-                r"\{i\d+\}", "0", slot.name
-            )  # of an inner list the first stands for all
             if slot.layers is None:
-                yield template, shape, slot
+                yield Needed(_first(slot.name), self.shape(slot, text), slot)
                 continue
             for layer in layers:
-                if (slot.layers == "moe") > (layer in moe) or (
-                    slot.layers == "dense" and layer in moe
-                ):
-                    continue
-                name = template.replace("{layer}", str(layer))
-                own = text | (text.get("per_layer_config") or {}).get(
-                    str(layer), {}
-                )  # a ragged checkpoint
-                here = shape if own == text else self.shape(slot, own)
-                if "{expert}" in name:
-                    yield from (
-                        (name.replace("{expert}", str(e)), here, slot)
-                        for e in range(own.get(self.fields.get("experts", "")) or 0)
-                    )
-                else:
-                    yield name, here, slot
+                if _holds(slot, layer in moe):
+                    yield from self._in_layer(slot, layer, text)
+
+    def _idle(self, slot: Slot, text: dict[str, Any]) -> bool:
+        """Whether this is a shared expert without neurons that the family leaves out."""
+        shape, shared = self.shape(slot, text), self.overlay.shared
+        if not shape or 0 not in shape or not str(slot.role).startswith("shared."):
+            return False
+        return shared is None or not shared.always
+
+    def _in_layer(self, slot: Slot, layer: int, text: dict[str, Any]) -> Iterator[Needed]:
+        """A slot's tensors in one layer; a ragged checkpoint has its own numbers in each."""
+        own = text | (text.get("per_layer_config") or {}).get(str(layer), {})
+        name, shape = filled(_first(slot.name), layer=layer), self.shape(slot, own)
+        if "{expert}" not in name:
+            yield Needed(name, shape, slot)
+            return
+        for expert in range(own.get(self.fields.get("experts", "")) or 0):
+            yield Needed(filled(name, expert=expert), shape, slot)
+
+
+def _first(template: str) -> str:
+    """Of an inner list the first stands for all."""
+    return re.sub(r"\{i\d+\}", "0", template)
+
+
+def _holds(slot: Slot, moe: bool) -> bool:
+    """Whether a layer, with experts or without, has this slot."""
+    return slot.layers == "all" or slot.layers == ("moe" if moe else "dense")
 
 
 @dataclass(frozen=True)
@@ -298,26 +256,91 @@ class TextModel:
     prefix: str = ""
     path: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """The text part of the config, defaults filled in."""
+        return self.layout.text(self.config)
+
+    def field(self, meaning: str) -> Any:
+        """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None."""
+        return self.layout.field(meaning, self.config)
+
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that hold experts, as the config says."""
+        return sorted(self.layout.moe_layers(self.config))
+
+    def name(self, template: str, **numbers: int | None) -> str:
+        """A tensor's name in the file."""
+        return self.prefix + filled(template, **numbers)
+
+    def inner(self, name: str) -> str | None:
+        """A name in the file as the layout has it; None outside the text model."""
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
+
+    def match(self, name: str) -> Found | None:
+        """Which slot a name in the file fills, stacked experts included; None for any other."""
+        inner = self.inner(name)
+        if inner is None:
+            return None
+        return self.layout.match(inner) or self._stacked(inner)
+
+    def _stacked(self, inner: str) -> Found | None:
+        """A stacked tensor of a family whose files have one tensor an expert."""
+        for role, template in self.layout.fused().items():
+            slot = Slot(template, None, f"expert.{role}", "moe")
+            found = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), inner)
+            if found:
+                return Found(slot, {"layer": int(found[1])})
+        return None
+
 
 def text_model(config: dict[str, Any]) -> TextModel:
-    """Where the text model of this config is described: the family itself, or the family of a
-    multimodal model's text part.
+    """Where the text model of this config is described: the family itself, or, in a multimodal
+    family that only wraps a model of another family, that one.
     """
     layout = Layout.load(str(config.get("model_type")))
+    path = tuple(filter(None, layout.text_config.split(".")))
+    text, known = config, layout.defaults
+    for part in path:
+        text, known = text.get(part) or {}, known.get(part) or {}
+    inner = text.get("model_type") or known.get("model_type")
+    if layout.kind == "dense" and path and inner in _kinds():
+        wrapped = Layout.load(inner)
+        head = layout.stem.removesuffix(wrapped.stem)
+        if wrapped.stack and layout.stem == head + wrapped.stem and head.endswith("."):
+            return TextModel(wrapped, text, head, path)
+    return TextModel(layout, config, "", path)
+
+
+def any_text_model(config: dict[str, Any], names: Iterable[str]) -> TextModel | None:
+    """The text model of a checkpoint whose family may be unknown: then that of its text part,
+    under the prefix that its names have. None where that is unknown too.
+    """
+    with suppress(MoetoolError):
+        return text_model(config)
     text = config.get("text_config") or {}
-    inner = text.get("model_type") or ("llama" if layout.model_type == "llava" else None)
-    if (
-        layout.kind == "dense"
-        and inner
-        and (layout.model_type == "llava" or not layout.text_config or inner in families()["moe"])
-    ):
-        return TextModel(Layout.load(inner), text, "language_model.", ("text_config",))
-    return TextModel(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
+    if text.get("model_type") not in _kinds():
+        return None
+    layout = Layout.load(text["model_type"])
+    heads = (h for n in names for h in _heads(n) if layout.match(n.removeprefix(h)))
+    return TextModel(layout, text, next(heads, ""), ("text_config",))
+
+
+def _heads(name: str) -> Iterator[str]:
+    """`""`, `a.`, `a.b.` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join([*parts[:n], ""]) for n in range(len(parts)))
+
+
+@lru_cache(maxsize=1)
+def words() -> Names:
+    """What holds in the names of every family."""
+    return Names.read((DATA / "names.json").read_text())
 
 
 def is_dead(name: str) -> bool:
     """Old buffers that no class reads (rotary frequencies)."""
-    return bool(_DEAD.search(name))
+    return words().is_dead(name)
 
 
 def families() -> dict[str, list[str]]:
@@ -326,23 +349,32 @@ def families() -> dict[str, list[str]]:
     return {kind: sorted(index[kind]) for kind in ("moe", "dense")}
 
 
+@lru_cache(maxsize=1)
+def _kinds() -> dict[str, str]:
+    """model type -> moe | dense."""
+    return {name: kind for kind, names in families().items() for name in names}
+
+
 @lru_cache(maxsize=64)
 def _load(model_type: str) -> Layout:
     path = DATA / "families" / f"{model_type}.json"
     if not re.fullmatch(r"[\w-]+", str(model_type)) or not path.exists():
-        known = [m for kinds in families().values() for m in kinds]
         raise MoetoolError(
             f"no layout for model type {model_type!r}",
             expected="a family that `moetool archs list` shows",
-            hint=did_you_mean(str(model_type), known)
+            hint=did_you_mean(str(model_type), list(_kinds()))
             if model_type
             else "the config names no model_type",
         )
     data = json.loads(path.read_text())
     overlays = json.loads((DATA / "overlay.json").read_text())
     try:
-        slots = tuple(Slot(**t) for t in data.pop("tensors"))
-        return Layout(tensors=slots, overlay=Overlay(**overlays.get(model_type, {})), **data)
+        return Layout(
+            tensors=tuple(Slot(**t) for t in data.pop("tensors")),
+            experts=StackedExperts(**data.pop("experts", {})),
+            overlay=Overlay.read(overlays.get(model_type, {})),
+            **data,
+        )
     except TypeError as problem:
         raise MoetoolError(
             f"the layout of {model_type} is not well formed: {problem}",

@@ -16,6 +16,7 @@ from math import sqrt
 from typing import Any
 
 from moetool.errors import MoetoolError
+from moetool.surgery.family import filled
 from moetool.surgery.layout import DATA, Layout, is_dead
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -253,7 +254,7 @@ def map_tensor(
                 + source.model_type
                 + "` lists them",
             )
-        new = piece.to.replace("{layer}", str(found.layer))
+        new = filled(piece.to, **found.numbers)
         span = None
         if piece.rows:
             first, last = (0 if f == "0" else source.evaluate(f, text) or 0 for f in piece.rows)

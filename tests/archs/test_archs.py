@@ -41,7 +41,7 @@ def test_layout_loads_strictly(name: str) -> None:
     layout = Layout.load(name)
     assert layout.model_type == name and layout.tensors
     if layout.kind == "moe":
-        assert layout.overlay.law["score"]
+        assert layout.overlay.law.score
         assert any(str(s.role).startswith("expert.") for s in layout.tensors) or name in (
             "doge",
             "vitpose_backbone",

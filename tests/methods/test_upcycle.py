@@ -84,7 +84,7 @@ def test_site_fields_are_read_back(
     family: str, layers: tuple[int, ...], expected: dict[str, Any]
 ) -> None:
     layout = Layout.load(family)
-    made = site.fields(layers, 4, layout, 96)
+    made = layout.overlay.sites.fields(layers, 4, 96)
     assert made == expected
     assert layout.moe_layers({"num_hidden_layers": 4, **made}) == set(layers)
 

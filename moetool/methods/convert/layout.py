@@ -117,7 +117,7 @@ class ConvertLayout:
         dtype = source.tensors[pieces[0]["gate"].name].dtype
         if self.to == "per-expert":
             names = layout.per_expert()
-            if not (names and layout.experts["reads_per_expert"]):
+            if not (names and layout.experts.reads_per_expert):
                 raise MoetoolError(
                     f"{layout.model_type} reads stacked experts only: per-expert names would load as random experts",
                     hint="leave it as it is",

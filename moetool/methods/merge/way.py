@@ -97,7 +97,7 @@ class MergeWay(Way):
 
     def check(self, mixture: Mixture) -> None:
         refuse_quantized(mixture, "merging")
-        bias = mixture.layout.overlay.law.get("bias")
+        bias = mixture.layout.overlay.law.bias
         if self.router == "logsumexp" and bias != "logit":
             raise UsageError(
                 f"--router logsumexp needs a bias in the logits, and {mixture.layout.model_type} has none",

@@ -13,6 +13,7 @@ from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.family import SharedExpert
 from moetool.surgery.spec import FLOATS, Piece, rows, whole
 
 MATRICES = ("gate", "up", "down")
@@ -242,29 +243,30 @@ def _router(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
 
 def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
     """The always-on FFN; a family that always has the tensors gets zeros when it is not wished."""
-    rule = chosen.target.overlay.shared or {}
+    rule = chosen.target.overlay.shared
+    assert rule is not None
     width = ffn.width if layer.shared else idle_width(rule, ffn.width // layer.split)
     shapes = {"gate": (width, ffn.hidden), "up": (width, ffn.hidden), "down": (ffn.hidden, width)}
     for matrix in MATRICES:
         slot = chosen.target.role(f"shared.{matrix}")
-        if slot is None or (not layer.shared and not rule.get("always")):
+        if slot is None or (not layer.shared and not rule.always):
             continue
         target = build.target(_name(chosen, slot.name, layer.number), ffn.dtype, shapes[matrix])
         if not layer.shared:
             build.zeros(target)
-        elif matrix == "down" and rule.get("gated"):
+        elif matrix == "down" and rule.gated:
             build.task("affine", [ffn.down], [whole(target)], scale=2.0)  # sigmoid(0) = 1/2
         else:
             build.copy(getattr(ffn, matrix), whole(target))
     switch = chosen.target.role("shared.switch")
-    if switch is not None and (layer.shared or rule.get("always")):
+    if switch is not None and (layer.shared or rule.always):
         build.zeros(
             build.target(_name(chosen, switch.name, layer.number), ffn.dtype, (1, ffn.hidden))
         )
 
 
-def idle_width(rule: dict[str, Any], expert_width: int) -> int:
+def idle_width(rule: SharedExpert, expert_width: int) -> int:
     """Width of a shared expert that must exist but is not wished: narrow zeros load in more places
     than empty tensors.
     """
-    return min(int(rule.get("idle", 0)), expert_width)
+    return min(rule.idle, expert_width)

@@ -269,7 +269,7 @@ class Upcycle:
     def _fused(self, chosen: Conversion) -> bool:
         if self.layout != "auto":
             return self.layout == "fused"
-        return not (chosen.target.per_expert() and chosen.target.experts["reads_per_expert"])
+        return not (chosen.target.per_expert() and chosen.target.experts.reads_per_expert)
 
     def _config(
         self,
@@ -297,8 +297,8 @@ class Upcycle:
             if self.shared
             else shared_fields(target, 0, expert_width)
         )
-        made = site.fields(layers, chosen.source.field("layers", chosen.config), target, ffn.width)
-        decided |= made if isinstance(made, dict) else {}
+        count = chosen.source.field("layers", chosen.config)
+        decided |= target.overlay.sites.fields(layers, count, ffn.width)
         inner = pairing.map_config(chosen.pair, chosen.source, target, chosen.config, decided)
         if chosen.outer is None:
             return inner
@@ -335,10 +335,12 @@ class Upcycle:
 
 def shared_fields(target: Any, width: int, expert_width: int) -> dict[str, Any]:
     """Config fields for a shared expert of this width (0 for none)."""
-    rule = target.overlay.shared or {}
-    if "count" in rule:
-        return {rule["count"]: width // expert_width}
-    return {rule["width"]: width or idle_width(rule, expert_width)} if "width" in rule else {}
+    rule = target.overlay.shared
+    if rule is None:
+        return {}
+    if rule.count:
+        return {rule.count: width // expert_width}
+    return {rule.width: width or idle_width(rule, expert_width)} if rule.width else {}
 
 
 def _near_divisor(width: int, near: int) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import frexp
-from typing import Any
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
+from moetool.surgery.family import RouterLaw
 from moetool.surgery.layout import Layout
 from moetool.units import STRENGTH, parse_number
 
@@ -37,13 +37,9 @@ def solve(
     or the trunk is mixed.
     """
     law = target.overlay.law
-    total = float(law.get("total", 1.0))  # what the combine weights of one token sum to
+    total = law.total  # what the combine weights of one token sum to
     factor = split / total
-    place = (
-        "config"
-        if target.fields.get("routed_scale") and target.overlay.law.get("renorm") != "never"
-        else "down_proj"
-    )
+    place = "config" if target.fields.get("routed_scale") and law.renorm != "never" else "down_proj"
     if asked != "auto":
         try:
             factor = parse_number(asked, largest=STRENGTH)
@@ -100,7 +96,7 @@ def _level(
     router_law: str,
     repeat: int,
     shared: bool,
-    law: dict[str, Any],
+    law: RouterLaw,
 ) -> tuple[str, str, float | None]:
     if shared:
         return (

@@ -5,15 +5,16 @@ would.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import DATA, Layout, families
+from moetool.surgery.layout import DATA, Found, Layout, families
 from moetool.surgery.pair import Pair, pairs
+from moetool.surgery.sites import CannotHold
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Conversion:
     config: dict[str, Any]
     outer: Pair | None = None
     prefix: str = ""
+
+    def match(self, name: str) -> Found | None:
+        """Which slot of the source's text model a name in the file fills."""
+        if not name.startswith(self.prefix):
+            return None
+        return self.source.match(name.removeprefix(self.prefix))
 
     @property
     def stays_dense(self) -> bool:
@@ -116,29 +123,22 @@ def gap(source: Layout, target: Layout) -> str:
     """
 
     def trunk(layout: Layout) -> set[str]:
-        return {
-            s.name
-            for s in layout.tensors
-            if s.role is None
-            and s.when is None
-            and "vision" not in s.name
-            and "visual" not in s.name
-        }
+        text = (s for s in layout.tensors if layout.in_text(s))
+        return {s.name for s in text if s.role is None and s.when is None}
 
-    needs, lacks = (
-        sorted(n.rpartition("{layer}.")[2] for n in names)
-        for names in (trunk(target) - trunk(source), trunk(source) - trunk(target))
-    )
-    parts = (
-        [f"{target.model_type} needs {', '.join(needs[:4])}, which {source.model_type} has not"]
-        if needs
-        else []
-    )
-    parts += [f"{target.model_type} has no place for {', '.join(lacks[:4])}"] if lacks else []
-    return (
-        "; ".join(parts)
-        or f"their tensors have the same names, but nobody has shown that {target.model_type} computes the same"
-    )
+    def short(names: set[str]) -> list[str]:
+        return sorted(n.rpartition("{layer}.")[2] for n in names)
+
+    ours, theirs = trunk(source), trunk(target)
+    needs, lacks = short(theirs - ours), short(ours - theirs)
+    parts = []
+    if needs:
+        missing = ", ".join(needs[:4])
+        parts.append(f"{target.model_type} needs {missing}, which {source.model_type} has not")
+    if lacks:
+        parts.append(f"{target.model_type} has no place for {', '.join(lacks[:4])}")
+    same = "their tensors have the same names, but nobody has shown that"
+    return "; ".join(parts) or f"{same} {target.model_type} computes the same"
 
 
 def refusals(conversion: Conversion, wish: Wish) -> list[str]:
@@ -146,20 +146,21 @@ def refusals(conversion: Conversion, wish: Wish) -> list[str]:
     target = conversion.target
     found = list(conversion.pair.refusals(conversion.source, conversion.config))
     layers = site.parse(wish.layers, wish.count)
-    fields = site.fields(layers, wish.count, target, wish.width)
-    if isinstance(fields, str):
-        found.append(fields)
+    try:
+        target.overlay.sites.fields(layers, wish.count, wish.width)
+    except CannotHold as problem:
+        found.append(f"{target.model_type} {problem}")
     if wish.shared and not target.overlay.shared:
         found.append(f"{target.model_type} has no shared expert")
     if wish.layout == "per-expert" and not (
-        target.per_expert() and target.experts["reads_per_expert"]
+        target.per_expert() and target.experts.reads_per_expert
     ):
         found.append(
             f"{target.model_type} reads stacked experts only: per-expert names would load as random experts (use --layout fused)"
         )
     if wish.layout == "fused" and not target.fused():
         found.append(f"{target.model_type} has no stacked form")
-    if target.overlay.law["score"] == "sparsemixer" and (
+    if target.overlay.law.score == "sparsemixer" and (
         wish.split > 1 or (wish.top_k != 2 and not wish.shared)
     ):
         found.append(
@@ -200,7 +201,7 @@ def choose(source: Checkpoint, wish: Wish) -> Conversion:
     )
 
 
-def _next_step(reasons: dict[str, Sequence[str]], model_type: str) -> str:
+def _next_step(reasons: Mapping[str, Sequence[str]], model_type: str) -> str:
     text = " ".join(r for rs in reasons.values() for r in rs)
     if "would stay dense" in text or "only before" in text:
         return "use --layers all or last:N, or another --target"

@@ -15,6 +15,7 @@ from moetool.methods.upcycle.experts import MATRICES, Ffn
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import pair as pairing
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.layout import words
 from moetool.surgery.spec import Piece, rows, whole
 
 Place = int | str  # a layer number, "before" or "after" the layers
@@ -45,13 +46,9 @@ class Trunk:
         for name in sorted(base.tensors):
             if name in dropped or is_ffn(chosen, name):
                 continue
-            found = (
-                chosen.source.match(name.removeprefix(chosen.prefix))
-                if name.startswith(chosen.prefix)
-                else None
-            )
-            if found is None or found.layer is None or "visual" in name:
-                names["before" if "embed" in name else "after"].append(name)
+            found = chosen.match(name)
+            if found is None or found.layer is None:
+                names["before" if words().is_first(name) else "after"].append(name)
                 continue
             if found.layer >= count:
                 raise MoetoolError(
@@ -142,16 +139,9 @@ def is_ffn(chosen: Conversion, name: str) -> bool:
     """Whether a tensor is part of a text FFN that may become experts."""
     if chosen.stays_dense:
         return False
-    found = (
-        chosen.source.match(name.removeprefix(chosen.prefix))
-        if name.startswith(chosen.prefix)
-        else None
-    )
-    return bool(
-        found
-        and str(found.slot.role).startswith("ffn.")
-        and not str(found.slot.role).endswith("_bias")
-    )
+    found = chosen.match(name)
+    role = str(found.slot.role) if found else ""
+    return role.startswith("ffn.") and not role.endswith("_bias")
 
 
 def _left_out(base: Checkpoint, chosen: Conversion) -> dict[str, str]:

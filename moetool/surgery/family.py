@@ -1,0 +1,159 @@
+"""The parts of a family's data, each strict: a key that is no field here is an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moetool.surgery import sites
+from moetool.surgery.sites import Sites
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One kind of tensor. In its name `{layer}` is a number of the text model's stack, `{expert}`
+    an expert's, `{i0}` any other. `layers`: all | moe | dense | some (or None outside layers);
+    `when`: only with this config.
+    """
+
+    name: str
+    shape: list[str | None] | None
+    role: str | None = None
+    layers: str | None = None
+    when: str | None = None
+
+    def named(self, **numbers: int | None) -> str:
+        """The tensor's name with these numbers in it: `layer=3, expert=7`."""
+        return filled(self.name, **numbers)
+
+    @property
+    def pattern(self) -> tuple[str, list[str]]:
+        """The name with `#` for each number, and what those number."""
+        return re.sub(r"\{\w+\}", "#", self.name), re.findall(r"\{(\w+)\}", self.name)
+
+
+def filled(template: str, **numbers: int | None) -> str:
+    """A template with numbers in it; those that are not given stay open."""
+    for key, number in numbers.items():
+        template = template.replace(f"{{{key}}}", str(number))
+    return template
+
+
+@dataclass(frozen=True)
+class RouterLaw:
+    """How a router's logits become experts and weights (read by surgery/experts.py, written out
+    in kernels/moe.py).
+
+    `score`: softmax, sigmoid, ...; `renorm`: always | never | field (as the config says);
+    `groups`: true (the best two of a group count), "max" (its best one) or "zero" (ineligible
+    scores become zero); `bias`: choice | logit; `zero`: the field that counts zero experts;
+    `least_sum`: the field with the least divisor; `act`: an activation that is no config's word;
+    `total`: what the weights of a token sum to.
+    """
+
+    score: str = ""
+    renorm: str = "never"
+    groups: bool | str = False
+    bias: str = "choice"
+    zero: str = ""
+    least_sum: str = ""
+    act: str = ""
+    total: float = 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What is said of this family: fields that are not the usual ones."""
+        usual = {f.name: f.default for f in fields(self)}
+        said = {name: getattr(self, name) for name in usual}
+        always = ("score", "renorm") if self.score else ()
+        return {n: v for n, v in said.items() if n in always or v != usual[n]}
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The always-on expert of a family. `width` or `count`: the field that says how wide it is or
+    how many experts wide; `gated`: behind a sigmoid; `always`: its tensors must be there; `idle`:
+    how narrow it may be where it is not wished.
+    """
+
+    width: str = ""
+    count: str = ""
+    gated: bool = False
+    always: bool = False
+    idle: int = 0
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """The experts as transformers' class holds them. `block`: the module of a layer with router
+    and experts; `stacked`: role -> template of parameters that hold all experts of a layer, which
+    is also the stacked form on disk; `reads_per_expert`: whether a tensor an expert is read too.
+    """
+
+    block: str | None = None
+    stacked: dict[str, str] = field(default_factory=dict)
+    reads_per_expert: bool = False
+    is_transposed: bool | None = None
+    is_concatenated: bool | None = None
+    has_gate: bool | None = None
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """What transformers cannot tell about a family (archs/overlay.json). `fixed`: config fields
+    that a conversion sets; `gate_up`: how the two lie in one tensor; `returns_logits`: whether the
+    block's forward gives (output, router logits).
+    """
+
+    law: RouterLaw = field(default_factory=RouterLaw)
+    sites: Sites = field(default_factory=Sites)
+    shared: SharedExpert | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    gate_up: str = "concatenated"
+    returns_logits: bool = False
+    note: str = ""
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Overlay:
+        """From a family's entry; TypeError for an unknown key, in nested parts too."""
+        rest = dict(data)
+        law, shared = RouterLaw(**rest.pop("law", {})), rest.pop("shared", None)
+        return cls(
+            law=law,
+            sites=sites.read(rest.pop("sites", None)),
+            shared=None if shared is None else SharedExpert(**shared),
+            **rest,
+        )
+
+
+@dataclass(frozen=True)
+class Names:
+    """Words in tensor names that hold for every family (archs/names.json). `dead`: ends of old
+    buffers that no class reads; `mtp`: heads of layers that predict more tokens and lie outside
+    the stack; `first`: what comes before the layers, such as embeddings.
+    """
+
+    dead: tuple[str, ...]
+    mtp: tuple[str, ...]
+    first: tuple[str, ...]
+
+    @classmethod
+    def read(cls, text: str) -> Names:
+        """From the file's text; TypeError for an unknown key."""
+        return cls(**{k: tuple(v) for k, v in json.loads(text).items()})
+
+    def is_dead(self, name: str) -> bool:
+        """Whether a tensor holds nothing that a model reads."""
+        return name.endswith(self.dead)
+
+    def is_first(self, name: str) -> bool:
+        """Whether a tensor outside the layers comes before them."""
+        return any(word in name for word in self.first)
+
+    def in_mtp(self, name: str) -> str | None:
+        """`0.mlp.gate.weight` of an MTP layer's tensor; None for any other."""
+        for head in self.mtp:
+            if name.startswith(head) and name.removeprefix(head).partition(".")[0].isdigit():
+                return name.removeprefix(head)
+        return None
