@@ -224,11 +224,12 @@ class _Reform:
         """The config, with every form that is still there told to a loader."""
         config = self.wanted.config
         told = {n: t for source in reversed(self.sources) for n, t in source.told.items()}
-        full = [t for t in self.wanted.targets if t.name not in self.chosen]
+        known = {n for source in self.sources for n in source.tensors}
+        new = [t for t in self.wanted.targets if t.name not in self.chosen and t.name not in known]
         for name, said in told.items():
             held = {n: self.targets[n] for n, like in self.chosen.items() if like.form == name}
             if held:
-                config = forms.named(name).config(config, said, held, full)
+                config = forms.named(name).config(config, said, held, new)
         return config
 
 

@@ -118,12 +118,14 @@ class Cut:
             )
 
     def _dropped(self) -> dict[str, str]:
-        """Tensors of experts that went, by name (of stacks only rows go)."""
+        """Tensors of experts that went, and stacks that were solved anew, by name."""
         used = {p.name for t in self.build.tasks for p in t.inputs if p.source == 0}
         return {
-            n: f"expert {c.expert} of layer {c.layer} was removed"
+            n: "every expert's matrix was solved anew"
+            if c.expert is None
+            else f"expert {c.expert} of layer {c.layer} was removed"
             for n, c in sorted(self.mixture.counted.items())
-            if c.expert is not None and n not in used
+            if (c.expert is not None or c.kind == "expert") and n not in used
         }
 
     def _uniform(self) -> int:

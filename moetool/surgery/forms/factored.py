@@ -67,7 +67,7 @@ class Factored(Form):
         return Recognised(found, inner, {"moetool_form": config.get("moetool_form", {})})
 
     def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], full: Sequence[Target]
+        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
     ) -> Config:
         return wrapped(config, told["moetool_form"].get("ranks", {}))
 

@@ -81,10 +81,10 @@ class Form:
         return None
 
     def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], full: Sequence[Target]
+        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
     ) -> Config:
         """The config that tells a loader of these matrices; `told` is what a source's config said
-        of the form, `full` are the tensors that lie in no form.
+        of the form, `new` are full tensors under names that no source has.
         """
         raise NotImplementedError
 
@@ -117,6 +117,15 @@ def slabs(parts: Sequence[Stored | Target], shape: Shape, piece: Piece) -> tuple
         inner = part.shape[1:] if len(piece.shape) < len(shape) else (count, *part.shape[1:])
         made.append(Piece(part.name, inner, first * size, piece.source))
     return tuple(made)
+
+
+def float_of(config: Config) -> str:
+    """The dtype, as safetensors says it, that a config names for its weights; BF16 without one."""
+    text = config.get("text_config") or {}
+    said = next(
+        (c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16"
+    )
+    return {"float32": "F32", "float16": "F16"}.get(str(said).removeprefix("torch."), "BF16")
 
 
 def made_of(form: str, full: str, dtype: str, shape: Shape, parts: Parts) -> Stored:

@@ -27,7 +27,7 @@ class Full(Form):
         return None
 
     def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], full: Sequence[Target]
+        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
     ) -> Config:
         return config
 
