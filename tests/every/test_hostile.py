@@ -159,11 +159,3 @@ def test_a_model_that_answers_nan_is_named(
     said = run(*words)
     assert said.code in (1, 4) and "NaN" in said.err
     assert not (tmp_path / "out").exists()
-
-
-def test_json_never_holds_nan() -> None:
-    from moetool import strict_json
-
-    said = strict_json.text({"a": [float("nan"), (float("inf"), 1.5)], "b": "\udcff\u00e9"})
-    assert json.loads(said) == {"a": [None, [None, 1.5]], "b": "\udcff\u00e9"}
-    said.encode()

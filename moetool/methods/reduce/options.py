@@ -117,7 +117,7 @@ def renamed(values: Mapping[str, object], known: Iterable[Field]) -> Renamed:
     for key, value in values.items():
         name = key.replace("-", "_")
         new = today.get(name, name)
-        if clean.get(new, value) != value:
+        if new in clean and clean[new] != value:
             raise UsageError(
                 f"--{name} and --{new} say different things",
                 found=f"{clean[new]}, {value}",
