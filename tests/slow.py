@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe")
 
 BATTERIES: dict[str, tuple[str, ...]] = {
+    "archs/test_archs.py::test_generated_files_are_current": ("few",),
     "every/test_faults.py::test_kill_at_every_rename": ("before",),
     "every/test_faults.py::test_random_kills_and_resume": ("copies", "drop"),
     "every/test_faults.py::test_workers_and_hash_seeds_change_nothing": ("copies", "drop"),
@@ -20,7 +21,9 @@ BATTERIES: dict[str, tuple[str, ...]] = {
     "every/test_reduce_faults.py::test_kill_at_every_rename": ("refit",),
     "every/test_reduce_faults.py::test_workers_and_hash_seeds_change_nothing": ("refit",),
     "every/test_reductions.py::test_merge": FAMILIES,
+    "every/test_reductions.py::test_merge_methods": ("qwen3_moe", "deepseek_v3"),
     "every/test_reductions.py::test_prune": FAMILIES,
+    "every/test_reductions.py::test_prune_methods": ("qwen3_moe", "gpt_oss"),
 }
 
 
