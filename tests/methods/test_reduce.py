@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_forms import ids
+from test_profiles import ids
 
 import moetool as api
 from moetool import methods

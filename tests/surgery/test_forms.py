@@ -19,7 +19,7 @@ import tiny
 import torch
 from conftest import command, tree
 from forward.test_walk import SHAPES, apart, batches
-from methods.test_forms import ids
+from methods.test_profiles import ids
 
 import moetool as api
 from moetool.errors import MoetoolError
