@@ -152,7 +152,8 @@ def archs_show(
     if session.sink.mode == "human":
         print(f"{family}: {layout.cls}, {layout.kind}")
         for entry in conversions:
-            print(f"-> {entry['target']}: exact ({entry['evidence']})")
+            shown = ", ".join(filter(None, (entry["measured"], entry["evidence"])))
+            print(f"-> {entry['target']}: exact ({shown})")
             for line in entry["only_if"]:
                 print(f"     only if {line}")
         if note:
@@ -173,6 +174,7 @@ def archs_show(
                 ]
                 for s in layout.tensors
             ],
+            plain=True,
         )
     return 0
 
@@ -180,8 +182,8 @@ def archs_show(
 def _conversion(pair: Any) -> dict[str, Any]:
     rules = []
     for rule in pair.require:
-        wanted = f"= {rule['is'][0]!r}" if "is" in rule else f"is all {rule['each']}"
-        rules.append(f"{rule['field']} {wanted} ({rule['because']})")
+        wanted = f"= {rule.values[0]!r}" if rule.values else f"is all {rule.each}"
+        rules.append(f"{rule.field} {wanted} ({rule.because})")
     if not pair.rope_partial and not pair.inner:
         rules.append("partial_rotary_factor = 1, where the family has it")
     return {
@@ -189,6 +191,7 @@ def _conversion(pair: Any) -> dict[str, Any]:
         "only_if": rules,
         "dropped_fields": pair.drop,
         "evidence": pair.evidence,
+        "measured": pair.measured,
     }
 
 

@@ -43,11 +43,20 @@ class Sink:
             print(strict_json.text(problem.as_dict()))
         print(f"error: {problem}", file=sys.stderr)
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-        """A table on stdout, by Rich on a terminal and in plain columns elsewhere."""
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        title: str = "",
+        *,
+        plain: bool = False,
+    ) -> None:
+        """A table on stdout, by Rich on a terminal and in plain columns elsewhere. `plain`: in
+        plain columns anyway, for cells that must stay whole (names of tensors).
+        """
         if self.mode != "human":
             return
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not plain:
             from rich.console import Console
             from rich.table import Table
 

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from moetool.errors import MoetoolError, Stopped, UsageError
+from moetool.errors import MoetoolError, Stopped
 from moetool.forward import block as blocks
 from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.block import Block
+from moetool.forward.calls import Calls
 from moetool.forward.hidden import Hidden
+from moetool.forward.needs import compared_experts, needs
 from moetool.kernels import moe
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
@@ -31,14 +33,8 @@ from moetool.surgery.layout import text_model
 
 Tensor = torch.Tensor
 COMPARED = 256  # tokens on which the family's own block is asked
-AGREE = (
-    2e-4  # largest difference from the family's own block, relative to its largest output, float32
-)
-# python, numpy, torch, transformers and accelerate imported and a model built, measured
-RESERVE = 460_000_000
-PER_TOKEN = (
-    16  # float32 vectors of the hidden size that a token in work holds, beside attention's own
-)
+# largest difference from the family's own block, relative to its largest output, float32
+AGREE = 2e-4
 
 
 class Look(Protocol):
@@ -67,92 +63,6 @@ class Budget:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Promised bytes: `floor` whatever is done, the widest layer's experts as `stored` and
-    `widened`, what comparing with the family's own block takes before a layer is there
-    (`compared`), and `hidden` for all hidden states.
-    """
-
-    floor: int
-    stored: int
-    widened: int
-    compared: int
-    hidden: int
-    outside: int  # embeddings, last norm and head, which stay
-
-    def fit(self, memory: int | None) -> tuple[bool, bool, int]:
-        """(hold experts in float32, spill hidden states, promised peak); MoetoolError when even
-        the least does not fit.
-        """
-        for widen, spill in ((True, False), (True, True), (False, False), (False, True)):
-            peak = (
-                self.floor
-                + max(self.compared, self.widened if widen else self.stored)
-                + (0 if spill else self.hidden)
-            )
-            if memory is None or peak <= memory:
-                return widen, spill, peak
-        raise MoetoolError(
-            "sending text through the model does not fit into --memory",
-            expected=f"at least {peak:,} bytes",
-            found=f"{memory:,} bytes",
-            hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text",
-        )
-
-
-def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
-    """What a walk over these batches holds; `extra` is what the onlooker keeps for a layer."""
-    at = text_model(source.config)
-    width = int(at.layout.field("hidden", at.config) or 0)
-    count = int(at.layout.field("layers", at.config) or 1)
-    mixture = Mixture.of(source) if at.layout.kind == "moe" else None
-    experts = {n for n, c in mixture.counted.items() if c.kind == "expert"} if mixture else set()
-    sizes: dict[int, int] = {}
-    wide: dict[int, int] = {}
-    others: dict[int | None, int] = {}
-    for name, stored in source.tensors.items():
-        held = stored.held
-        if name in experts and mixture:
-            layer = mixture.counted[name].layer
-            sizes[layer] = sizes.get(layer, 0) + held
-            wide[layer] = wide.get(layer, 0) + (held if stored.parts else 2 * held)
-        else:
-            found = at.layout.match(name.removeprefix(at.prefix))
-            layer_ = (
-                found.layer if found and found.layer is not None and found.layer < count else None
-            )
-            others[layer_] = others.get(layer_, 0) + held * (
-                4 // max(1, held // max(1, stored.elements))
-            )
-    widest, widened = max(sizes.values(), default=0), max(wide.values(), default=0)
-    outside = others.pop(None, 0)
-    tokens = max(b.ids.size for b in batches.batches)
-    one = (
-        widened // 2 // max(1, mixture.experts) if mixture else 0
-    )  # half an expert in float32: as it is stored, where that is 16 bits
-    compared = (
-        2 * 4 * one * compared_experts(mixture) if mixture else 0
-    )  # theirs: listed, stacked, joined; then ours
-    floor = (
-        RESERVE
-        + outside
-        + 2 * max(others.values(), default=0)
-        + extra
-        + PER_TOKEN * 4 * width * tokens
-        + 1500 * len(source.tensors)
-    )
-    hidden = 4 * width * sum(b.ids.size for b in batches.batches)
-    return Needs(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
-
-
-def compared_experts(mixture: Mixture) -> int:
-    """How many experts of a layer are compared with the family's own block: a few more than run,
-    as many in each router group.
-    """
-    return min(mixture.experts, -(-(mixture.top_k + 2) // mixture.groups) * mixture.groups)
-
-
 class Walk:
     """One model and its text. `run` sends everything through; afterwards `logits` gives the head's
     answer batch by batch.
@@ -169,27 +79,24 @@ class Walk:
         stop: threading.Event | None = None,
         name: str = "layers",
     ) -> None:
-        self.source, self.batches, self.budget, self.tell, self.name = (
-            source,
-            batches,
-            budget,
-            tell,
-            name,
-        )
+        self.source, self.batches, self.budget = source, batches, budget
+        self.tell, self.name = tell, name
         self.stop = stop or threading.Event()
         at = text_model(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
         needed = needs(source, batches, extra=extra)
-        self.widen, spill, self.peak = needed.fit(budget.memory)
-        self.retained = needed.outside + (0 if spill else needed.hidden)  # bytes held after `run`
+        fit = needed.fit(budget.memory)
+        self.widen, self.peak = fit.widen, fit.peak
+        # bytes held after `run`
+        self.retained = needed.outside + (0 if fit.spill else needed.hidden)
         self.width = int(at.layout.field("hidden", at.config) or 0)
         self.shell = Shell(source, budget.device)
         self._experts = self._own() if self.mixture else {}
         self.shell.check_complete(
             [f"{self.shell.stack}.{layer}.{self._block_name(layer)}." for layer in self._experts]
         )
-        self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=spill)
-        self.calls = _Calls(self.shell, budget.device)
+        self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=fit.spill)
+        self.calls = Calls(self.shell, budget.device)
         self._checked = False
 
     def _own(self) -> dict[int, list[str]]:
@@ -433,87 +340,3 @@ class _Catch:
         flat = out.reshape(-1, out.shape[-1])
         valid = torch.from_numpy(self.batch.valid).to(flat.device)
         self.look.after((flat - self._made)[valid], flat[valid])
-
-
-class _Calls:
-    """What each decoder layer is called with. Asked once for each batch shape, with recorders in
-    the layers' place.
-    """
-
-    def __init__(self, shell: Shell, device: str) -> None:
-        self.shell, self.device = shell, device
-        self._known: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-
-    def enter(self, batch: Batch) -> Tensor:
-        """Embed a batch; returns the first layer's input [sequences, length, hidden]."""
-        seen: list[Any] = []
-        with self._stand_ins(lambda x, a, k: (seen.append((x, a, k)), x)[1]):
-            self.shell.base(input_ids=torch.from_numpy(batch.ids).to(self.device), use_cache=False)
-        calls = [(a, k) for _, a, k in seen]
-        known = self._known.setdefault(batch.ids.shape, calls)
-        if not _same(known, calls):
-            raise UsageError(
-                "this family passes its layers something that depends on the text itself",
-                found=type(self.shell.base).__name__,
-                hint="text cannot be sent through it layer by layer yet; methods without text work",
-            )
-        return seen[0][0]
-
-    def of(self, batch: Batch, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of a layer for batches of this shape, beside the hidden states."""
-        if batch.ids.shape not in self._known:
-            self.enter(batch)
-        return self._known[batch.ids.shape][layer]
-
-    def leave(self, batch: Batch, x: Tensor, places: Tensor) -> Tensor:
-        """Last norm, head, and whatever the class does to logits."""
-        with self._stand_ins(lambda h, a, k: x):
-            out = self.shell.model(
-                input_ids=torch.from_numpy(batch.ids).to(self.device),
-                use_cache=False,
-                logits_to_keep=places.to(self.device),
-            )
-        made: Tensor = out.logits
-        return made
-
-    def _stand_ins(self, act: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
-        return _StandIns(self.shell.layers, act)
-
-
-class _StandIns:
-    """For a while, modules that only note how they are called sit where the decoder layers were."""
-
-    def __init__(self, layers: nn.ModuleList, act: Callable[..., Any]) -> None:
-        self.layers, self.act = layers, act
-
-    def __enter__(self) -> None:
-        self._real = list(self.layers)
-        for i, layer in enumerate(self._real):
-            self.layers[i] = _StandIn(layer, self.act)
-
-    def __exit__(self, *_: object) -> None:
-        for i, layer in enumerate(self._real):
-            self.layers[i] = layer
-
-
-class _StandIn(nn.Module):
-    def __init__(self, layer: nn.Module, act: Callable[..., Any]) -> None:
-        super().__init__()
-        self.__dict__["_layer"], self.__dict__["_act"] = layer, act
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_act"](hidden_states, args, kwargs)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two calls are alike, tensors by value."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b)

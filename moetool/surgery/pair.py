@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError
 from moetool.surgery.family import filled
@@ -58,12 +59,39 @@ class Piecewise:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What a config field of the source must hold: one of the values `values` (`is` in the file),
+    or a list whose every item is `each`; `because` says why.
+    """
+
+    field: str
+    because: str
+    values: tuple[Any, ...] | None = None
+    each: str | None = None
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Rule:
+        """From an entry of `require`; TypeError for a key that is not known."""
+        rest = dict(data)
+        return cls(values=tuple(rest.pop("is")) if "is" in rest else None, **rest)
+
+    def refusal(self, value: Any) -> str | None:
+        """Why a value cannot be carried over; None when it can."""
+        if self.each is not None and isinstance(value, list):
+            wrong = sorted({str(v) for v in value if v != self.each})
+            return f"{self.field} holds {', '.join(wrong)}: {self.because}" if wrong else None
+        if self.values is not None and value not in self.values:
+            return f"{self.field}={json.dumps(value)}: {self.because}"
+        return None
+
+
+@dataclass(frozen=True)
 class Pair:
     """An exact conversion between two families; every key of its file is a field here."""
 
     source: str
     target: str
-    require: tuple[dict[str, Any], ...] = ()
+    require: tuple[Rule, ...] = ()
     drop: dict[str, str] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
     carry: tuple[str, ...] = ()
@@ -73,7 +101,8 @@ class Pair:
     tensors: dict[str, tuple[Piecewise, ...]] = field(default_factory=dict)
     inner: str | None = None
     prefix: str = ""
-    evidence: str = ""
+    evidence: str = ""  # the test that shows it
+    measured: str = ""  # how far the logits were apart
     preferred: int = 0
 
     @property
@@ -84,15 +113,7 @@ class Pair:
     def refusals(self, source: Layout, config: dict[str, Any]) -> list[str]:
         """Why this source cannot become this target without loss; empty when it can."""
         text = source.text(config)
-        found = []
-        for rule in self.require:
-            value = text.get(rule["field"])
-            if isinstance(value, list) and "each" in rule:
-                wrong = sorted({str(v) for v in value if v != rule["each"]})
-                if wrong:
-                    found.append(f"{rule['field']} holds {', '.join(wrong)}: {rule['because']}")
-            elif "is" in rule and value not in rule["is"]:
-                found.append(f"{rule['field']}={json.dumps(value)}: {rule['because']}")
+        found = [why for rule in self.require if (why := rule.refusal(text.get(rule.field)))]
         partial = rope(source, config).get("partial_rotary_factor", 1.0)
         if not self.rope_partial and partial not in (None, 1.0):
             found.append(f"partial_rotary_factor={partial}: {self.target} rotates whole heads")
@@ -143,63 +164,104 @@ def map_config(
             expected="float weights",
             hint="dequantize it first: from_pretrained(...).dequantize() and save_pretrained",
         )
-    given = _inside(config, source.text_config)
-    known_source, known_target = (
-        _inside(source.defaults, source.text_config),
-        _inside(target.defaults, target.text_config),
-    )
-    effective = source.text(config)
-    out: dict[str, Any] = {}
-    dropped: dict[str, str] = {}
-    for name in sorted(set(effective) | set(given)):
-        real = source.aliases.get(name, name)
-        value = given.get(name, effective.get(name))
-        if real in _ROPE or name in _ROPE:
-            continue
-        if real != name and (real in given or real in known_target or real in pair.rename):
-            continue
-        if name in _REMADE:
-            dropped[name] = _REMADE[name]
-        elif name in pair.rename:
-            out[pair.rename[name]] = value
-        elif name in pair.drop:
-            dropped[name] = pair.drop[name]
-        elif any(rule["field"] == name for rule in pair.require) and name not in known_target:
-            dropped[name] = f"checked: {value!r} has no effect in {pair.target}"
-        elif (
-            name in known_target or name in pair.carry or name in _BASE or name not in known_source
-        ):
-            if name in given or name in known_target:
-                out[name] = value
-        else:
-            raise MoetoolError(
-                "a config field has no rule",
-                file="config.json",
-                found=f"{name}={value!r}",
-                expected=f"a rule in archs/pairs/{pair.source}--{pair.target}.json",
-                hint="report this as a bug of moetool",
-            )
-    _write_rope(out, rope(source, config), known_target, pair)
-    if "head_dim" in known_target and out.get("head_dim") is None:
-        out["head_dim"] = source.evaluate(
-            "head_dim", effective
-        )  # Mixtral's long rope reads it and computes nothing itself
+    mapped = _Fields.of(pair, source, target, config)
+    out, known = mapped.carried(), mapped.known_target
+    _write_rope(out, rope(source, config), known, pair)
+    if "head_dim" in known and out.get("head_dim") is None:
+        # Mixtral's long rope reads it and computes nothing itself
+        out["head_dim"] = source.evaluate("head_dim", mapped.effective)
     out |= pair.set | target.overlay.fixed | decided
     if target.text_config:
-        whole = {k: v for k, v in config.items() if k != target.text_config}
-        inner_type = _inside(target.defaults, target.text_config).get("model_type")
-        out = (
-            whole | {target.text_config: {"model_type": inner_type} | out}
-            if inner_type
-            else whole | {target.text_config: out}
+        out = _around(target, config, out)
+    head = {"architectures": [target.cls], "model_type": target.model_type}
+    rest = {k: v for k, v in out.items() if k not in head}
+    return Config(head | rest, mapped.dropped)
+
+
+def _around(target: Layout, config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """The whole config of a family that keeps its text model's in a part of it."""
+    inner_type = _inside(target.defaults, target.text_config).get("model_type")
+    head = {"model_type": inner_type} if inner_type else {}
+    whole = {k: v for k, v in config.items() if k != target.text_config}
+    return whole | {target.text_config: head | text}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a source's text config on their way: as `given`, and with the class's defaults
+    (`effective`); what source and target know; what was `dropped`, with the reason.
+    """
+
+    pair: Pair
+    source: Layout
+    given: dict[str, Any]
+    effective: dict[str, Any]
+    known_source: dict[str, Any]
+    known_target: dict[str, Any]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pair: Pair, source: Layout, target: Layout, config: dict[str, Any]) -> _Fields:
+        return cls(
+            pair,
+            source,
+            _inside(config, source.text_config),
+            source.text(config),
+            _inside(source.defaults, source.text_config),
+            _inside(target.defaults, target.text_config),
         )
-        if "tie_word_embeddings" in config:
-            out["tie_word_embeddings"] = config["tie_word_embeddings"]
-    return Config(
-        {"architectures": [target.cls], "model_type": target.model_type}
-        | {k: v for k, v in out.items() if k not in ("architectures", "model_type")},
-        dropped,
-    )
+
+    def carried(self) -> dict[str, Any]:
+        """The fields that go over, by their new names; the others are noted in `dropped`."""
+        out = {}
+        for name in sorted(set(self.effective) | set(self.given)):
+            if self._is_spelling(name) or self._drops(name):
+                continue
+            value = self.given.get(name, self.effective.get(name))
+            if name in self.pair.rename:
+                out[self.pair.rename[name]] = value
+            elif not self._is_known(name):
+                raise MoetoolError(
+                    "a config field has no rule",
+                    file="config.json",
+                    found=f"{name}={value!r}",
+                    expected=f"a rule in archs/pairs/{self.pair.source}--{self.pair.target}.json",
+                    hint="report this as a bug of moetool",
+                )
+            elif name in self.given or name in self.known_target:
+                out[name] = value
+        return out
+
+    def _is_spelling(self, name: str) -> bool:
+        """Whether a field is written otherwise: as rotary settings, or by its real name."""
+        real = self.source.aliases.get(name, name)
+        if real in _ROPE or name in _ROPE:
+            return True
+        elsewhere = real in self.given or real in self.known_target or real in self.pair.rename
+        return real != name and elsewhere
+
+    def _drops(self, name: str) -> bool:
+        """Whether a field is left out, and note why."""
+        checked = any(rule.field == name for rule in self.pair.require)
+        if name in _REMADE:
+            self.dropped[name] = _REMADE[name]
+        elif name in self.pair.rename:
+            return False
+        elif name in self.pair.drop:
+            self.dropped[name] = self.pair.drop[name]
+        elif checked and name not in self.known_target:
+            value = self.given.get(name, self.effective.get(name))
+            self.dropped[name] = f"checked: {value!r} has no effect in {self.pair.target}"
+        else:
+            return False
+        return True
+
+    def _is_known(self, name: str) -> bool:
+        """Whether a field may keep its name: the target has it, the pair says so, it belongs to
+        every config, or the source's class does not know it either.
+        """
+        kept = name in self.known_target or name in self.pair.carry or name in _BASE
+        return kept or name not in self.known_source
 
 
 def _inside(config: dict[str, Any], path: str) -> dict[str, Any]:
@@ -229,12 +291,21 @@ def _write_rope(
         }
 
 
+class Mapped(NamedTuple):
+    """One output of a trunk tensor: its name, the rows it takes (None: all), and the surgery
+    operation with its parameters.
+    """
+
+    name: str
+    rows: tuple[int, int] | None
+    op: str
+    params: dict[str, Any]
+
+
 def map_tensor(
     pair: Pair, source: Layout, target: Layout, name: str, text: dict[str, Any]
-) -> Iterator[tuple[str, tuple[int, int] | None, str, dict[str, Any]]]:
-    """Yield (target name, row range, op, params) for one trunk tensor. MoetoolError for a tensor
-    without a place.
-    """
+) -> Iterator[Mapped]:
+    """What becomes of one trunk tensor. MoetoolError for a tensor without a place."""
     found = source.match(name)
     if found is None:
         raise MoetoolError(
@@ -259,7 +330,8 @@ def map_tensor(
         if piece.rows:
             first, last = (0 if f == "0" else source.evaluate(f, text) or 0 for f in piece.rows)
             span = (first, last)
-        yield new, span, piece.op, {k: _number(v, text) for k, v in piece.params.items()}
+        params = {k: _number(v, text) for k, v in piece.params.items()}
+        yield Mapped(new, span, piece.op, params)
 
 
 def _number(value: Any, text: dict[str, Any]) -> Any:
@@ -277,26 +349,24 @@ def drops(name: str) -> str | None:
 @lru_cache(maxsize=1)
 def pairs() -> tuple[Pair, ...]:
     """Every conversion there is data for."""
-    found = []
-    for path in sorted((DATA / "pairs").glob("*.json")):
-        data = json.loads(path.read_text())
-        tensors = {
-            k: tuple(
-                Piecewise(**(v | {"rows": tuple(v["rows"])} if "rows" in v else v)) for v in vs
-            )
-            for k, vs in data.pop("tensors", {}).items()
-        }
-        try:
-            found.append(
-                Pair(
-                    tensors=tensors,
-                    require=tuple(data.pop("require", ())),
-                    carry=tuple(data.pop("carry", ())),
-                    **data,
-                )
-            )
-        except TypeError as problem:
-            raise MoetoolError(
-                f"a conversion is not well formed: {problem}", file=path, hint="correct the file"
-            ) from None
+    found = [_read(path) for path in sorted((DATA / "pairs").glob("*.json"))]
     return tuple(sorted(found, key=lambda p: (p.source, p.preferred, p.target)))
+
+
+def _read(path: Path) -> Pair:
+    data = json.loads(path.read_text())
+    try:
+        return Pair(
+            tensors={k: tuple(map(_piecewise, vs)) for k, vs in data.pop("tensors", {}).items()},
+            require=tuple(map(Rule.read, data.pop("require", ()))),
+            carry=tuple(data.pop("carry", ())),
+            **data,
+        )
+    except TypeError as problem:
+        raise MoetoolError(
+            f"a conversion is not well formed: {problem}", file=path, hint="correct the file"
+        ) from None
+
+
+def _piecewise(data: dict[str, Any]) -> Piecewise:
+    return Piecewise(**(data | {"rows": tuple(data["rows"])} if "rows" in data else data))
