@@ -59,7 +59,10 @@ class Block:
             [order, torch.arange(e.count, e.count + self.zero_experts, device=order.device)]
         )
         law = replace(self.law, top_k=min(self.law.top_k, len(with_identity)))
-        pick = lambda t: None if t is None else t[order]  # noqa: E731
+
+        def pick(bias: Tensor | None) -> Tensor | None:
+            return None if bias is None else bias[order]
+
         chosen = replace(
             e,
             gate_up=e.gate_up[order],

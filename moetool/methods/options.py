@@ -141,9 +141,13 @@ def option(
     )
 
 
-@lru_cache(maxsize=64)
 def fields(cls: type, of: tuple[str, ...] = ()) -> tuple[Field, ...]:
     """The options of a dataclass, in the order of its fields."""
+    return _fields(cls, of)
+
+
+@lru_cache(maxsize=64)
+def _fields(cls: type, of: tuple[str, ...]) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls)
     return tuple(_field(f, hints[f.name], of) for f in dataclasses.fields(cls) if f.metadata)
 
@@ -154,7 +158,7 @@ def _field(made: dataclasses.Field[Any], hint: object, of: tuple[str, ...]) -> F
     return Field(
         name=made.name,
         type=_plain(hint),
-        default=made.default,
+        default=typing.cast("Value", made.default),
         help=text() if callable(text) else text,
         choices=tuple(choices() if callable(choices) else choices),
         of=of,

@@ -49,12 +49,9 @@ class Mone(PruneWay):
 
         mean = view.seen.mean("out_sum")
         variance = np.maximum(view.seen.mean("out_sq") - mean * mean, 0.0).sum(1)
-        return (
-            np.sqrt(variance)
-            * view.seen.mean("gate")
-            * view.seen.total("count")[: view.experts]
-            / max(1, view.seen.tokens)
-        )
+        score: np.ndarray = np.sqrt(variance) * view.seen.mean("gate")
+        score = score * view.seen.total("count")[: view.experts] / max(1, view.seen.tokens)
+        return score
 
     def choose(self, view: View, count: int) -> Decision:
         """Everybody stays, those that would go as constants."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetool import atomic
 from moetool.surgery.checkpoint import Checkpoint, read_header
+from moetool.surgery.spec import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,8 @@ def solved_source(folder: str | Path) -> Checkpoint:
 
 
 def _source(folder: Path, pattern: str) -> Checkpoint:
-    tensors, files = {}, {}
+    tensors: dict[str, Stored] = {}
+    files: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.glob(pattern)):
         stored, seal, size = read_header(path)
         files[path.name] = (size, seal)

@@ -130,7 +130,7 @@ class Cut:
 
     def _uniform(self) -> int:
         """The number of experts that the config will say."""
-        counts = {layer.count for layer in self.decided.layers.values()}
+        counts: set[int] = {layer.count for layer in self.decided.layers.values()}
         if self.uneven == "zeroed":
             return self.mixture.experts
         if len(counts) > 1 and self.uneven == "uniform":

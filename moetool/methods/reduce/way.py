@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from moetool.forward.block import Block
     from moetool.methods.contract import Settings
     from moetool.methods.reduce.cut import Maker
-    from moetool.methods.reduce.decision import Decided, Decision
+    from moetool.methods.reduce.decided import Decided
+    from moetool.methods.reduce.decision import Decision
     from moetool.methods.reduce.view import View
     from moetool.surgery.checkpoint import Checkpoint
     from moetool.surgery.experts import Mixture

@@ -62,6 +62,7 @@ def _by_activations(view: View, lead: int, member: int) -> np.ndarray:
     def unit(expert: int) -> torch.Tensor:
         h = view.block.experts.hidden(x, expert).double()
         h = h - h.mean(0)
-        return h / h.norm(dim=0).clamp_min(1e-30)
+        made: torch.Tensor = h / h.norm(dim=0).clamp_min(1e-30)
+        return made
 
     return np.asarray((unit(lead).T @ unit(member)).cpu().numpy())
