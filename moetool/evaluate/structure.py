@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moetool.errors import VerificationFailed
+from moetool.surgery import complete
 from moetool.surgery.checkpoint import Checkpoint, read_json
-from moetool.surgery.layout import Layout, text_model
 
 
 def recorded(folder: str) -> dict[str, Any]:
@@ -68,71 +68,20 @@ def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str,
 
 def check_names(checkpoint: Checkpoint) -> int:
     """Compare names and shapes with the family's layout; returns how many slots were compared."""
-    at = text_model(checkpoint.config)
-    layout, config, prefix = at.layout, at.config, at.prefix
-    fused = layout.fused()
-    stacked = bool(fused) and any(
-        checkpoint.tensors.get(prefix + t.replace("{layer}", str(i)))
-        for t in fused.values()
-        for i in layout.moe_layers(config)
-    )
-    compared = _check_stacked(checkpoint, layout, config, prefix) if stacked else 0
-    for name, shape, slot in layout.slots(config):
-        if stacked and str(slot.role).startswith("expert."):
-            continue
-        stored = checkpoint.tensors.get(prefix + name)
-        if stored is None:
-            raise VerificationFailed(
-                "a tensor that the family needs is missing",
-                file=checkpoint.folder,
-                tensor=prefix + name,
-                expected=list(shape or ()),
-                found="nothing",
-                hint="a loader would start it at random: make the output again",
-            )
-        if shape is not None and None not in shape and stored.shape != tuple(shape):
-            raise VerificationFailed(
-                "a tensor has a wrong shape",
-                file=f"{checkpoint.folder}/{stored.file}",
-                tensor=prefix + name,
-                expected=list(shape),
-                found=list(stored.shape),
-                hint="make the output again",
-            )
-        compared += 1
-    return compared
-
-
-def _check_stacked(
-    checkpoint: Checkpoint, layout: Layout, config: dict[str, Any], prefix: str
-) -> int:
-    """Stacked experts: present in every MoE layer, with as many slabs as the config has experts,
-    gate and up twice as high as down is wide.
-    """
-    experts, layers = layout.field("experts", config), sorted(layout.moe_layers(config))
-    for layer in layers:
-        both, down = (
-            checkpoint.tensors.get(prefix + layout.fused()[r].replace("{layer}", str(layer)))
-            for r in ("gate_up", "down")
+    compared = complete.compare(checkpoint)
+    if compared.fault is not None:
+        fault = compared.fault
+        raise VerificationFailed(
+            fault.what,
+            file=fault.file,
+            tensor=fault.tensor,
+            expected=fault.expected,
+            found=fault.found,
+            hint="a loader would start it at random: make the output again"
+            if fault.what == complete.MISSING
+            else "make the output again",
         )
-        if both is None or down is None:
-            raise VerificationFailed(
-                "a tensor that the family needs is missing",
-                file=checkpoint.folder,
-                tensor=f"stacked experts of layer {layer}",
-                found="nothing",
-                hint="make the output again",
-            )
-        if both.shape != (experts, 2 * down.shape[2], down.shape[1]) or down.shape[0] != experts:
-            raise VerificationFailed(
-                "a tensor has a wrong shape",
-                file=f"{checkpoint.folder}/{both.file}",
-                tensor=both.name,
-                expected=[experts, 2 * down.shape[-1], down.shape[1]],
-                found=list(both.shape),
-                hint="make the output again",
-            )
-    return 2 * len(layers)
+    return compared.right
 
 
 def _digest(path: Path) -> str | None:

@@ -103,7 +103,8 @@ class StackedExperts:
 class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json). `fixed`: config fields
     that a conversion sets; `gate_up`: how the two lie in one tensor; `returns_logits`: whether the
-    block's forward gives (output, router logits).
+    block's forward gives (output, router logits); `adjusts_width`: the config's flag under which
+    the class computes the width of an FFN from more than its field.
     """
 
     law: RouterLaw = field(default_factory=RouterLaw)
@@ -112,6 +113,7 @@ class Overlay:
     fixed: dict[str, Any] = field(default_factory=dict)
     gate_up: str = "concatenated"
     returns_logits: bool = False
+    adjusts_width: str = ""
     note: str = ""
 
     @classmethod

@@ -64,7 +64,7 @@ def make(layout: Layout, folder: Path) -> dict[str, Any]:
     }
     header, data = {}, bytearray()
     for name, shape, _ in layout.slots(config):
-        dims = [d if d is not None else 2 for d in shape or (2,)]
+        dims = [2 if d is None else d for d in ((2,) if shape is None else shape)]
         size = 2
         for d in dims:
             size *= d
