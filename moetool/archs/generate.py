@@ -50,9 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     index = json.loads((HERE / "index.json").read_text())
-    both = [(kind, name) for name in index["moe"] for kind in ["moe"]]
-    both += [("dense", name) for name in index["dense"]]
-    wanted = [(k, n) for k, n in both if not args.families or n in args.families]
+    kinds = dict.fromkeys(index["moe"], "moe") | dict.fromkeys(index["dense"], "dense")
+    wanted = [(k, n) for n, k in kinds.items() if not args.families or n in args.families]
     different = 0
     for kind, name in wanted:
         text = render(derive(name, index[kind][name], kind))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -134,13 +135,9 @@ def reads(model: Any, pattern: str) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    patterns = [
-        str(p)
-        for c in get_model_conversion_mapping(model)
-        if isinstance(c, WeightConverter)
-        for p in c.source_patterns
-    ]
-    return any(pattern in p for p in patterns)
+    mapping = get_model_conversion_mapping(model)
+    sources = [c.source_patterns for c in mapping if isinstance(c, WeightConverter)]
+    return any(pattern in str(p) for p in chain.from_iterable(sources))
 
 
 def flags(model: Any, name: str | None) -> dict[str, bool]:

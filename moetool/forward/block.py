@@ -35,7 +35,7 @@ class Block:
         return moe.select(x, self.router, self.law, self.bias)
 
     def routed(
-        self, x: Tensor, routing: moe.Routing, look: Callable[[moe.Seen], None] | None = None
+        self, x: Tensor, routing: moe.Routing, look: Callable[[moe.AtWork], None] | None = None
     ) -> Tensor:
         """The routed experts' output [tokens, hidden]."""
         return moe.mix(x, routing, self.experts, self.law, look)

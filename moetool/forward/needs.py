@@ -30,7 +30,7 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Needs:
+class Promised:
     """Promised bytes: `floor` whatever is done, the widest layer's experts as `stored` and
     `widened`, what comparing with the family's own block takes before a layer is there
     (`compared`), and `hidden` for all hidden states.
@@ -93,7 +93,7 @@ class _Sizes:
         return sizes
 
 
-def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
+def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Promised:
     """What a walk over these batches holds; `extra` is what the onlooker keeps for a layer."""
     at = text_model(source.config)
     mixture = Mixture.of(source) if at.layout.kind == "moe" else None
@@ -110,7 +110,7 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Needs:
     work = PER_TOKEN * vector * max(tokens) + PER_TENSOR * len(source.tensors)
     floor = RESERVE + outside + 2 * max(sizes.others.values(), default=0) + extra + work
     hidden = vector * sum(tokens)
-    return Needs(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
+    return Promised(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
 
 
 def compared_experts(mixture: Mixture) -> int:

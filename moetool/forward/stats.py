@@ -147,7 +147,7 @@ class Profiler:
             self._sums |= {"in_cov": zeros(hidden, hidden), "mid_cov": zeros(e, width, width)}
         self._sample: list[Tensor] = []
 
-    def batch(self, file: int, x: Tensor, routing: moe.Routing) -> Callable[[moe.Seen], None]:
+    def batch(self, file: int, x: Tensor, routing: moe.Routing) -> Callable[[moe.AtWork], None]:
         """Take note of a batch's routing; returns what to call with each expert at work."""
         sums, index = self._sums, routing.index
         everyone = sums["prob"].shape[0]
@@ -164,13 +164,13 @@ class Profiler:
         self._take(x)
         self._pending: list[tuple[Tensor, int, Tensor]] = []
 
-        def seen(at: moe.Seen) -> None:
+        def seen(at: moe.AtWork) -> None:
             if at.expert < self._block.experts.count:
                 self._expert(file, x, at)
 
         return seen
 
-    def _expert(self, file: int, x: Tensor, at: moe.Seen) -> None:
+    def _expert(self, file: int, x: Tensor, at: moe.AtWork) -> None:
         sums, e = self._sums, at.expert
         squares = at.out * at.out
         norms = squares.sum(-1).sqrt()

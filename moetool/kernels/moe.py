@@ -223,7 +223,7 @@ def route(
 
 
 @dataclass(frozen=True)
-class Seen:
+class AtWork:
     """One expert at work on its own tokens: rows [n] of the batch, weight [n], h [n, width] (what
     down_proj sees), out [n, hidden] (unweighted output; for `sigmoid-on-input` the output for the
     already weighted input).
@@ -236,7 +236,7 @@ class Seen:
     out: Tensor
 
 
-def visit(x: Tensor, routing: Routing, experts: Runs, law: Law) -> Iterator[Seen]:
+def visit(x: Tensor, routing: Routing, experts: Runs, law: Law) -> Iterator[AtWork]:
     """Each expert with the tokens routed to it, in expert order; experts without tokens are left
     out. Identity experts (indices from `experts.count` on, LongCat) come as h = out = x.
     """
@@ -253,12 +253,12 @@ def visit(x: Tensor, routing: Routing, experts: Runs, law: Law) -> Iterator[Seen
         weight = routing.weight.reshape(-1)[places]
         mine = x[rows]
         if expert >= experts.count:
-            yield Seen(expert, rows, weight, mine, mine)
+            yield AtWork(expert, rows, weight, mine, mine)
             continue
         h = experts.hidden(
             mine * weight[:, None] if law.score == "sigmoid-on-input" else mine, expert
         )
-        yield Seen(expert, rows, weight, h, experts.out(h, expert))
+        yield AtWork(expert, rows, weight, h, experts.out(h, expert))
 
 
 def mix(
@@ -266,7 +266,7 @@ def mix(
     routing: Routing,
     experts: Runs,
     law: Law,
-    look: Callable[[Seen], None] | None = None,
+    look: Callable[[AtWork], None] | None = None,
 ) -> Tensor:
     """The routed output [tokens, hidden]: every expert on its own tokens, weighted and summed.
     `look` sees each expert at work.

@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Found, Layout, any_text_model
+from moetool.surgery.layout import Layout, Matched, any_text_model
 from moetool.surgery.spec import Stored
 
 
@@ -80,7 +80,7 @@ def _layout(model_type: object) -> Layout | None:
         return None
 
 
-def _note(layer: _Layer, found: Found, stored: Stored, count: int) -> None:
+def _note(layer: _Layer, found: Matched, stored: Stored, count: int) -> None:
     role = found.slot.role or ""
     layer.parameters += count
     if role.startswith("expert."):

@@ -27,7 +27,7 @@ Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class Matched:
     """A name of a checkpoint, recognised: its slot, and the numbers in it by what they number."""
 
     slot: Slot
@@ -78,9 +78,9 @@ class Layout:
 
     @cached_property
     def _by_pattern(self) -> dict[str, tuple[Slot, list[str]]]:
-        return {pattern: (s, keys) for s in self.tensors for pattern, keys in [s.pattern]}
+        return {s.pattern[0]: (s, s.pattern[1]) for s in self.tensors}
 
-    def match(self, name: str) -> Found | None:
+    def match(self, name: str) -> Matched | None:
         """Which slot a tensor name fills, in which layer, for which expert; None for a name the
         family does not know.
         """
@@ -91,7 +91,7 @@ class Layout:
             return "#"
 
         slot, keys = self._by_pattern.get(_NUMBER.sub(note, name), (None, []))
-        return Found(slot, dict(zip(keys, numbers, strict=False))) if slot else None
+        return Matched(slot, dict(zip(keys, numbers, strict=False))) if slot else None
 
     @cached_property
     def stem(self) -> str:
@@ -277,20 +277,20 @@ class TextModel:
         """A name in the file as the layout has it; None outside the text model."""
         return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
 
-    def match(self, name: str) -> Found | None:
+    def match(self, name: str) -> Matched | None:
         """Which slot a name in the file fills, stacked experts included; None for any other."""
         inner = self.inner(name)
         if inner is None:
             return None
         return self.layout.match(inner) or self._stacked(inner)
 
-    def _stacked(self, inner: str) -> Found | None:
+    def _stacked(self, inner: str) -> Matched | None:
         """A stacked tensor of a family whose files have one tensor an expert."""
         for role, template in self.layout.fused().items():
             slot = Slot(template, None, f"expert.{role}", "moe")
             found = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), inner)
             if found:
-                return Found(slot, {"layer": int(found[1])})
+                return Matched(slot, {"layer": int(found[1])})
         return None
 
 
@@ -322,14 +322,16 @@ def any_text_model(config: dict[str, Any], names: Iterable[str]) -> TextModel | 
     if text.get("model_type") not in _kinds():
         return None
     layout = Layout.load(text["model_type"])
-    heads = (h for n in names for h in _heads(n) if layout.match(n.removeprefix(h)))
+    heads = (h for n in names if (h := _head(layout, n)) is not None)
     return TextModel(layout, text, next(heads, ""), ("text_config",))
 
 
-def _heads(name: str) -> Iterator[str]:
-    """`""`, `a.`, `a.b.` of `a.b.c`."""
+def _head(layout: Layout, name: str) -> str | None:
+    """What stands before a name that the layout knows: `a.b.` of `a.b.model.norm.weight`."""
     parts = name.split(".")
-    return (".".join([*parts[:n], ""]) for n in range(len(parts)))
+    cuts = (n for n in range(len(parts)) if layout.match(".".join(parts[n:])))
+    cut = next(cuts, None)
+    return None if cut is None else "".join(f"{p}." for p in parts[:cut])
 
 
 @lru_cache(maxsize=1)
@@ -352,7 +354,10 @@ def families() -> dict[str, list[str]]:
 @lru_cache(maxsize=1)
 def _kinds() -> dict[str, str]:
     """model type -> moe | dense."""
-    return {name: kind for kind, names in families().items() for name in names}
+    known: dict[str, str] = {}
+    for kind, names in families().items():
+        known |= dict.fromkeys(names, kind)
+    return known
 
 
 @lru_cache(maxsize=64)

@@ -59,7 +59,7 @@ class Piecewise:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Condition:
     """What a config field of the source must hold: one of the values `values` (`is` in the file),
     or a list whose every item is `each`; `because` says why.
     """
@@ -70,7 +70,7 @@ class Rule:
     each: str | None = None
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Rule:
+    def read(cls, data: dict[str, Any]) -> Condition:
         """From an entry of `require`; TypeError for a key that is not known."""
         rest = dict(data)
         return cls(values=tuple(rest.pop("is")) if "is" in rest else None, **rest)
@@ -91,7 +91,7 @@ class Pair:
 
     source: str
     target: str
-    require: tuple[Rule, ...] = ()
+    require: tuple[Condition, ...] = ()
     drop: dict[str, str] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
     carry: tuple[str, ...] = ()
@@ -358,7 +358,7 @@ def _read(path: Path) -> Pair:
     try:
         return Pair(
             tensors={k: tuple(map(_piecewise, vs)) for k, vs in data.pop("tensors", {}).items()},
-            require=tuple(map(Rule.read, data.pop("require", ()))),
+            require=tuple(map(Condition.read, data.pop("require", ()))),
             carry=tuple(data.pop("carry", ())),
             **data,
         )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from moetool.progress import Progress, silent
@@ -48,8 +49,7 @@ def suspects(
     stop: threading.Event | None = None,
 ) -> set[Suspect]:
     """The byte ranges read by the tasks that hold NaN or inf."""
-    used = sorted({(p.source, p.name) for t in tasks for p in t.inputs})
-    runs = _runs(sources, used)
+    runs = _runs(sources, _used(tasks))
     total, done, lock = sum(stop_ - start for _, start, stop_, _ in runs), [0], threading.Lock()
     found: set[Suspect] = set()
 
@@ -66,6 +66,12 @@ def suspects(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         list(pool.map(one, runs))
     return found
+
+
+def _used(tasks: Sequence[Task]) -> list[tuple[int, str]]:
+    """(source, name) of everything that the tasks read."""
+    pieces = chain.from_iterable(task.inputs for task in tasks)
+    return sorted({(p.source, p.name) for p in pieces})
 
 
 def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> list[Suspect]:
@@ -134,7 +140,7 @@ def named(
     """The tensors that make byte ranges suspect, each looked at once more, in name order."""
     ranges = sorted(set(suspects))
     found = []
-    for source, name in sorted({(p.source, p.name) for t in tasks for p in t.inputs}):
+    for source, name in _used(tasks):
         tensor = sources[source].part(name)
         path = f"{sources[source].folder}/{tensor.file}"
         touched = any(r[0] == path and r[1] < tensor.stop and tensor.start < r[2] for r in ranges)

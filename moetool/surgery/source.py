@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Snapshot:
     """What is taken from a Hub repository, and the words for it when that fails."""
 
     kind: str  # as the Hub calls it: model | dataset
@@ -23,7 +23,7 @@ class Wanted:
     gated: str
 
 
-MODEL = Wanted(
+MODEL = Snapshot(
     "model",
     (
         "*.safetensors",
@@ -39,7 +39,7 @@ MODEL = Wanted(
     "a folder, a .safetensors file or org/name[@revision]",
     "models",
 )
-DATASET = Wanted(
+DATASET = Snapshot(
     "dataset",
     ("*.jsonl", "*.parquet", "*.txt", "**/*.jsonl", "**/*.parquet"),
     "file",
@@ -63,7 +63,7 @@ class HubId:
             return None
         return cls(found["repo"], found["revision"])
 
-    def download(self, wanted: Wanted) -> Path:
+    def download(self, wanted: Snapshot) -> Path:
         """The folder of the snapshot in the Hub's cache; MoetoolError when it cannot be had."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (

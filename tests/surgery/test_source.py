@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from moetool.demo import MODEL as DEMO
 from moetool.errors import MoetoolError
-from moetool.surgery.source import DATASET, MODEL, HubId, Wanted, locate
+from moetool.surgery.source import DATASET, MODEL, HubId, Snapshot, locate
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("wanted", [MODEL, DATASET], ids=["model", "dataset"])
 def test_what_is_asked_of_the_hub(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
 
@@ -85,7 +85,7 @@ def test_what_is_asked_of_the_hub(
 )
 @pytest.mark.parametrize("wanted", [MODEL, DATASET], ids=["model", "dataset"])
 def test_the_hubs_reason_is_said(
-    wanted: Wanted, problem: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+    wanted: Snapshot, problem: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise problem

@@ -12,7 +12,7 @@ from typing import Any
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import DATA, Found, Layout, families
+from moetool.surgery.layout import DATA, Layout, Matched, families
 from moetool.surgery.pair import Pair, pairs
 from moetool.surgery.sites import CannotHold
 
@@ -30,7 +30,7 @@ class Conversion:
     outer: Pair | None = None
     prefix: str = ""
 
-    def match(self, name: str) -> Found | None:
+    def match(self, name: str) -> Matched | None:
         """Which slot of the source's text model a name in the file fills."""
         if not name.startswith(self.prefix):
             return None
