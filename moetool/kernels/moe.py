@@ -206,22 +206,6 @@ def _within_groups(choice: Tensor, law: Law) -> Tensor:
     return choice.masked_fill(~kept.repeat_interleave(experts // law.groups, -1), law.group_fill)
 
 
-def route(
-    x: Tensor,
-    router: Tensor,
-    *,
-    score: str,
-    renorm: bool,
-    top_k: int,
-    scale: float = 1.0,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Combine weights [tokens, experts], zero where an expert is not selected (`select` in dense
-    form).
-    """
-    return select(x, router, Law(top_k, score, renorm, scale), bias).dense()
-
-
 @dataclass(frozen=True)
 class AtWork:
     """One expert at work on its own tokens: rows [n] of the batch, weight [n], h [n, width] (what

@@ -154,14 +154,9 @@ def test_route_is_transformers_own(family: str) -> None:
         expected = (expected[0] if isinstance(expected, tuple) else expected)[0]
         state = dict(block.named_parameters())
         law = layout.overlay.law
-        weights = moe.route(
-            x[0],
-            state["gate.weight"],
-            score=law["score"],
-            renorm=True,
-            top_k=3,
-            scale=small.get("routed_scaling_factor", 1.0),
-        )
+        scale = small.get("routed_scaling_factor", 1.0)
+        ours = moe.Law(3, law.score, renorm=True, scale=scale)
+        weights = moe.select(x[0], state["gate.weight"], ours).dense()
         both, down = state["experts.gate_up_proj"], state["experts.down_proj"]
         act = moe.activation("silu")
         made = sum(
@@ -182,4 +177,4 @@ def test_route_is_transformers_own(family: str) -> None:
 
 def test_unknown_law() -> None:
     with pytest.raises(ValueError, match="unknown routing law"):
-        moe.route(torch.zeros(1, 2), torch.zeros(3, 2), score="magic", renorm=True, top_k=1)
+        moe.select(torch.zeros(1, 2), torch.zeros(3, 2), moe.Law(1, "magic"))
