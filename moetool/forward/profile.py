@@ -17,8 +17,9 @@ from moetool import atomic
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import text
-from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted
+from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted, layer_file
 from moetool.progress import Progress, silent
+from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import text_model
@@ -56,6 +57,7 @@ def digest(source: Checkpoint, batches: batching.Batches, wanted: Wanted, extra:
         [
             SCHEMA,
             source.fingerprint(),
+            identity.content(source),
             source.config,
             batches.digest,
             batches.seq_len,
@@ -159,6 +161,9 @@ def make(
         "peak_memory": walk.peak,
         "seconds": round(time.perf_counter() - begun, 3),
     }
+    facts["layer_files"] = {
+        str(n): identity.of_file(folder / layer_file(n)) for n in mixture.layers
+    }
     facts["warnings"] = [
         *batches.notes,
         *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n)),
@@ -187,7 +192,12 @@ def describe(
     files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
     return {
         "schema": SCHEMA,
-        "model": {"name": name, "family": mixture.layout.model_type, "files": source.fingerprint()},
+        "model": {
+            "name": name,
+            "family": mixture.layout.model_type,
+            "files": source.fingerprint(),
+            "content": identity.content(source),
+        },
         "layers": list(mixture.layers),
         "experts": mixture.experts,
         "top_k": mixture.top_k,

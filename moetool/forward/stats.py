@@ -22,6 +22,8 @@ from moetool import atomic
 from moetool.errors import MoetoolError
 from moetool.forward.block import Block
 from moetool.kernels import moe
+from moetool.surgery import identity
+from moetool.surgery.checkpoint import Checkpoint
 
 Tensor = torch.Tensor
 SCHEMA = 1
@@ -254,7 +256,7 @@ def save(folder: Path, stats: LayerStats) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = folder / f"layer-{stats.layer:05d}.safetensors"
+    name = folder / layer_file(stats.layer)
     arrays = {
         f"{stats.layer}.{k}": np.ascontiguousarray(_shipped(k, v)) for k, v in stats.arrays.items()
     }
@@ -314,37 +316,82 @@ class Profile:
             )
         return cls(folder, facts)
 
-    def check_model(self, fingerprint: list[list[Any]], name: str) -> None:
-        """Refuse statistics of another model."""
-        if self.facts["model"]["files"] != fingerprint:
-            raise MoetoolError(
-                "these statistics are of another model",
-                file=self.folder,
-                expected=f"the headers of {name}",
-                found=self.facts["model"]["name"],
-                hint="give the profile of this model, or --calibrate",
-            )
+    def check_model(self, source: Checkpoint) -> None:
+        """Refuse statistics of another model, a fine-tune with the same headers included."""
+        known = self.facts["model"]
+        if known["files"] == source.fingerprint():
+            sealed = known.get("content")  # 0.2.0 knew headers only
+            if sealed is None or sealed == identity.content(source):
+                return
+        raise MoetoolError(
+            "these statistics are of another model",
+            file=self.folder,
+            expected=f"the weights of {source.folder}",
+            found=f"those of {known['name']} when the profile was made",
+            hint="give the profile of this model, or --calibrate",
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was said when it was made, and what cannot be said of it."""
+        said = tuple(dict.fromkeys(self.facts["warnings"]))
+        if "content" in self.facts["model"]:
+            return said
+        return (
+            *said,
+            f"{self.folder} was made by moetool 0.2.0, which kept no sign of the weights: that it "
+            "is of this very model cannot be told",
+        )
 
     def layer(self, number: int) -> LayerStats:
-        """One layer's statistics."""
+        """One layer's statistics; MoetoolError when its file is not the one that was made."""
+        known, name = self.facts.get("layer_files", {}).get(str(number)), layer_file(number)
+        if known is not None and (self.folder / name).is_file():
+            found = identity.of_file(self.folder / name)
+            if found != known:
+                raise MoetoolError(
+                    "the statistics of a layer were changed",
+                    file=self.folder / name,
+                    expected=known,
+                    found=found,
+                    hint="make the profile again",
+                )
         return load_layer(self.folder, number)
 
 
+def layer_file(number: int) -> str:
+    """Name of a layer's file in a folder of statistics."""
+    return f"layer-{number:05d}.safetensors"
+
+
 def load_layer(folder: Path, number: int) -> LayerStats:
-    """Read a layer's file; MoetoolError when it is missing or broken."""
+    """Read a layer's file; MoetoolError when it is missing, broken, another layer's or holds NaN."""
     from safetensors import SafetensorError, safe_open
 
-    name = folder / f"layer-{number:05d}.safetensors"
+    name, arrays = folder / layer_file(number), {}
     try:
         with safe_open(name, "np") as handle:
-            return LayerStats(
-                number,
-                int(handle.metadata()["tokens"]),
-                {k.partition(".")[2]: handle.get_tensor(k) for k in handle.keys()},  # noqa: SIM118
-            )
-    except (OSError, SafetensorError, KeyError, TypeError) as problem:
+            tokens = int(handle.metadata()["tokens"])
+            for key in handle.keys():  # noqa: SIM118
+                layer, _, kind = key.partition(".")
+                if layer != str(number):
+                    raise KeyError(f"it is of layer {layer}")
+                arrays[kind] = handle.get_tensor(key)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise MoetoolError(
             f"the statistics of a layer are not readable: {problem}",
             file=name,
             hint="make the profile again",
         ) from None
+    wrong = next((k for k in sorted(arrays) if not np.isfinite(arrays[k]).all()), None)
+    if wrong is not None:
+        raise MoetoolError(
+            "the statistics of a layer hold NaN or inf",
+            file=name,
+            tensor=wrong,
+            expected="finite numbers",
+            found="NaN or inf",
+            hint="a weight is NaN or inf, or the model overflows on this text: --strict names bad "
+            "weights; then make the profile again",
+        )
+    return LayerStats(number, tokens, arrays)

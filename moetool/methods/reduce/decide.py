@@ -160,8 +160,7 @@ def statistics(asked: Asked, replay: Decided | None) -> Seen:
         from moetool.forward.stats import Profile
 
         profile = Profile.open(asked.options.stats)
-        source = asked.mixture.source
-        profile.check_model(source.fingerprint(), source.folder)
+        profile.check_model(asked.mixture.source)
         return _seen(profile, 0)
     if not _profiles(asked, replay):
         return Seen()
@@ -171,8 +170,7 @@ def statistics(asked: Asked, replay: Decided | None) -> Seen:
 
 def _seen(profile: Profile, memory: int) -> Seen:
     data = {k: profile.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}
-    warnings = tuple(dict.fromkeys(profile.facts["warnings"]))
-    return Seen(profile, memory, TextSeen(**data), warnings)
+    return Seen(profile, memory, TextSeen(**data), profile.warnings)
 
 
 def _profiles(asked: Asked, replay: Decided | None) -> bool:
