@@ -3,30 +3,85 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetool.errors import UsageError
+from moetool.methods.options import FINE, WHAT, Common, Gate, Text, option, same
 from moetool.progress import Progress, silent
-from moetool.units import parse_share
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moetool.forward.stats import Profile
+    from moetool.surgery.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """What `profile` can be told."""
+
+    calibrate: tuple[str, ...] = same(Text, "calibrate")
+    tokens: int = same(Text, "tokens")
+    seq_len: int = same(Text, "seq_len")
+    pack: bool = same(Text, "pack")
+    text_field: str = same(Text, "text_field")
+    batch_tokens: int = same(Text, "batch_tokens")
+    sample: int = option(
+        2048,
+        "tokens of a layer on which all experts run, and whose inputs are kept",
+        FINE,
+        minimum=0,
+    )
+    covariance: bool = option(
+        False,
+        "keep second moments of inputs too, for whitening (large: hidden^2 + experts x width^2 "
+        "numbers a layer)",
+        WHAT,
+    )
+    seed: int = same(Common, "seed")
+    memory: int | None = same(Common, "memory")
+    device: str = same(Common, "device")
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What `eval` can be told."""
+
+    text: tuple[str, ...] = same(
+        Gate,
+        "text",
+        help="text: .txt, .jsonl, .parquet, a Hub dataset, or - for standard input; repeat it",
+        panel=WHAT,
+    )
+    reference: str = option(
+        "",
+        "what it was made from: adds KL, top-1 agreement and flips",
+        WHAT,
+        metavar="ORIGINAL",
+    )
+    tokens: int = same(Text, "tokens", default=131_072, help="tokens, over all files")
+    seq_len: int = same(Text, "seq_len")
+    pack: bool = same(Text, "pack")
+    text_field: str = same(Text, "text_field")
+    batch_tokens: int = same(Text, "batch_tokens")
+    max_kl: float = same(Gate, "max_kl")
+    max_perplexity_increase: float | None = same(Gate, "max_perplexity_increase")
+    memory: int | None = same(Common, "memory")
+    device: str = same(Common, "device")
+
+    @property
+    def gate(self) -> Gate:
+        """How far the model may be from the original."""
+        return Gate(self.max_kl, self.max_perplexity_increase)
 
 
 def profile(
     moe: str,
     stats: str,
+    how: Profiling,
     *,
-    calibrate: Sequence[str],
-    tokens: int = 262_144,
-    seq_len: int = 2048,
-    pack: bool = True,
-    text_field: str = "",
-    batch_tokens: int = 4096,
-    sample: int = 2048,
-    covariance: bool = False,
-    seed: int = 0,
-    memory: int | None = None,
-    device: str = "cpu",
     tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
@@ -39,63 +94,59 @@ def profile(
     from moetool.surgery import source
     from moetool.surgery.checkpoint import Checkpoint
 
-    _positive(tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len - 1, sample=sample + 1)
     checkpoint = Checkpoint.open(source.locate(moe))
-    calibration = profiling.Calibration(
-        tuple(calibrate), Cut(tokens, seq_len, pack, True, seed, batch_tokens), text_field
-    )
+    cut = Cut(how.tokens, how.seq_len, how.pack, True, how.seed, how.batch_tokens)
     made = profiling.make(
         checkpoint,
         moe,
         Path(stats),
-        calibration,
-        Wanted(1, sample, sample > 0, covariance),
-        memory=memory,
-        device=device,
+        profiling.Calibration(how.calibrate, cut, how.text_field),
+        Wanted(1, how.sample, how.sample > 0, how.covariance),
+        memory=how.memory,
+        device=how.device,
         tell=tell,
         stop=stop,
     )
     return made.facts | _summary(made, checkpoint)
 
 
-def _summary(made: Any, checkpoint: Any) -> dict[str, Any]:
+def _summary(made: Profile, checkpoint: Checkpoint) -> dict[str, Any]:
     """A line a layer, super experts, and how the files differ."""
     from moetool.forward import profile as profiling
     from moetool.methods.reduce import protect
     from moetool.surgery.experts import Mixture
 
     mixture = Mixture.of(checkpoint)
-    rows, largest = [], {}
-    for number in made.facts["layers"]:
-        stats = made.layer(number)
-        used = stats.total("count")[: mixture.experts] / max(1, stats.tokens)
-        reap, largest[number] = stats.mean("reap"), stats.max_out
-        cosine = (
-            stats.cosine[~_diagonal(mixture.experts)].mean()
-            if stats.has("cosine") and mixture.experts > 1
-            else None
-        )
-        rows.append(
-            {
-                "layer": number,
-                "least_used": float(used.min()),
-                "most_used": float(used.max()),
-                "idle": int((used == 0).sum()),
-                "max_out": float(stats.max_out.max()),
-                "cosine": None if cosine is None else float(cosine),
-                "reap_least": float(reap.min()),
-                "reap_most": float(reap.max()),
-            }
-        )
+    largest = {n: made.layer(n).max_out for n in made.facts["layers"]}
     layers = int(mixture.layout.field("layers", mixture.text_model.config))
     return {
-        "summary": rows,
+        "summary": [_row(made, n, mixture.experts) for n in made.facts["layers"]],
         "super_experts": {str(n): e for n, e in protect.super_experts(largest, layers).items()},
         "domains": profiling.domains(made, [f["name"] for f in made.facts["files"]]),
     }
 
 
-def _diagonal(count: int) -> Any:
+def _row(made: Profile, number: int, experts: int) -> dict[str, Any]:
+    """What happened in one layer."""
+    stats = made.layer(number)
+    used = stats.total("count")[:experts] / max(1, stats.tokens)
+    reap = stats.mean("reap")
+    apart = None
+    if stats.has("cosine") and experts > 1:
+        apart = float(stats.cosine[~_diagonal(experts)].mean())
+    return {
+        "layer": number,
+        "least_used": float(used.min()),
+        "most_used": float(used.max()),
+        "idle": int((used == 0).sum()),
+        "max_out": float(stats.max_out.max()),
+        "cosine": apart,
+        "reap_least": float(reap.min()),
+        "reap_most": float(reap.max()),
+    }
+
+
+def _diagonal(count: int) -> np.ndarray:
     import numpy as np
 
     return np.eye(count, dtype=bool)
@@ -103,18 +154,8 @@ def _diagonal(count: int) -> Any:
 
 def evaluate(
     model: str,
+    how: Evaluating,
     *,
-    text: Sequence[str],
-    reference: str = "",
-    tokens: int = 131_072,
-    seq_len: int = 2048,
-    pack: bool = True,
-    text_field: str = "",
-    batch_tokens: int = 4096,
-    max_kl: float = 0.0,
-    max_perplexity_increase: str = "",
-    memory: int | None = None,
-    device: str = "cpu",
     tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
@@ -126,45 +167,36 @@ def evaluate(
     from moetool.evaluate import gate, perplexity
     from moetool.forward.batches import Cut
     from moetool.forward.profile import Calibration
-    from moetool.surgery import source
-    from moetool.surgery.checkpoint import Checkpoint
 
-    _positive(tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len - 1)
-    increase = parse_share(max_perplexity_increase) if max_perplexity_increase else None
-    if (max_kl or increase is not None) and not reference:
+    if how.gate.gated and not how.reference:
         raise UsageError(
             "a gate compares with the original",
             expected="--reference ORIGINAL",
             hint="give what the model was made from",
         )
-    opened = [
-        Checkpoint.open(source.locate(name))
-        for name in ([model, reference] if reference else [model])
-    ]
-    calibration = Calibration(
-        tuple(text), Cut(tokens, seq_len, pack, False, 0, batch_tokens), text_field
-    )
+    cut = Cut(how.tokens, how.seq_len, how.pack, False, 0, how.batch_tokens)
+    opened = _open(model)
+    reference = _open(how.reference) if how.reference else None
     with tempfile.TemporaryDirectory(
-        prefix="moetool-", dir=None if memory is None else "."
+        prefix="moetool-", dir=None if how.memory is None else "."
     ) as folder:
         found = perplexity.evaluate(
-            opened[0],
-            calibration,
-            reference=opened[1] if reference else None,
-            memory=memory,
-            folder=Path(folder) if memory else None,
-            device=device,
+            opened,
+            Calibration(how.text, cut, how.text_field),
+            reference=reference,
+            memory=how.memory,
+            folder=Path(folder) if how.memory else None,
+            device=how.device,
             tell=tell,
             stop=stop,
         )
-    found = {"model": model, "reference": reference or None, **found}
-    gate.check(found, max_kl=max_kl, max_increase=increase, where=model)
+    found = {"model": model, "reference": how.reference or None, **found}
+    gate.check(found, how.gate, model)
     return found
 
 
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} is too small", found=value, hint="leave it out"
-            )
+def _open(name: str) -> Checkpoint:
+    from moetool.surgery import source
+    from moetool.surgery.checkpoint import Checkpoint
+
+    return Checkpoint.open(source.locate(name))

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-# (stage, what is done, all of it): bytes, tokens or layers, whatever the stage counts.
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class Stage:
+    """What is being done, and what is counted meanwhile."""
+
+    name: str
+    unit: Literal["bytes", "layers", "tokens"] = "bytes"
 
 
-def silent(stage: str, done: int, total: int) -> None:
+# (stage, what is done, all of it), in the stage's unit.
+Progress = Callable[[Stage, int, int], None]
+
+
+def silent(stage: Stage, done: int, total: int) -> None:
     """A Progress that nobody hears: the default everywhere."""

@@ -4,20 +4,71 @@ command that runs it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetool.errors import UsageError, did_you_mean
+from moetool.methods.contract import Options
+from moetool.methods.options import Common, build
 
-_KEYS = {"paper", "about", "method", "source", "from", "out", "seed", "options"}
+KEYS = {
+    "paper": "where it is described",
+    "about": "what it does, in a sentence or two",
+    "method": "the verb",
+    "source": "the checkpoint to start from; empty: --set source=",
+    "from": "fine-tunes that give experts; empty: --set from=A,B",
+    "out": "the folder to write; empty: --set out=",
+    "seed": "everything random derives from it",
+    "options": "what the verb is told",
+}
 
 
-def read(path: str | Path, changes: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, checked: nothing in it is unknown, nothing that is needed is empty."""
+
+    method: str
+    source: str
+    further: tuple[str, ...]  # `from`
+    out: str
+    seed: int
+    values: Mapping[str, object]
+
+    def options(self, common: Mapping[str, object] | None = None, command: str = "") -> Options:
+        """One command, as the pipeline takes it; `common`: what every command understands."""
+        made = build(Common, {"seed": self.seed, **(common or {})}, "a recipe")
+        sources = (self.source, *self.further)
+        return Options(self.out, sources, self.method, self.values, made, command)
+
+
+def read(path: str | Path, changes: list[str]) -> Recipe:
     """A recipe with `key=value` changes applied, fully checked: all mistakes in one UsageError.
-
-    Returns {method, source, from, out, seed, options}. `source`, `out` and `from` left empty in
-    the file must be set.
+    `source`, `out` and `from` left empty in the file must be set.
     """
+    data = _load(path)
+    for change in changes:
+        _apply(data, change)
+    problems = _problems(data)
+    if problems:
+        raise UsageError(
+            f"the recipe has {len(problems)} mistake{'s' * (len(problems) != 1)}",
+            file=path,
+            **{f"mistake {i}": p for i, p in enumerate(problems, 1)},
+            hint="correct the file, or use --set key=value",
+        )
+    return Recipe(
+        data["method"],
+        data["source"],
+        tuple(data.get("from") or ()),
+        data["out"],
+        data.get("seed", 0),
+        data.get("options") or {},
+    )
+
+
+def _load(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -37,29 +88,10 @@ def read(path: str | Path, changes: list[str]) -> dict[str, Any]:
             expected="method, options, ...",
             hint="see recipes/upcycle/sparse-upcycling.yaml",
         )
-    for change in changes:
-        _apply(data, change)
-    problems = _problems(data)
-    if problems:
-        raise UsageError(
-            f"the recipe has {len(problems)} mistake{'s' * (len(problems) != 1)}",
-            file=path,
-            **{f"mistake {i}": p for i, p in enumerate(problems, 1)},
-            hint="correct the file, or use --set key=value",
-        )
-    return {
-        "source": data["source"],
-        "from": data.get("from") or [],
-        "out": data["out"],
-        "seed": data.get("seed", 0),
-        "method": data["method"],
-        "options": data.get("options") or {},
-    }
+    return data
 
 
 def _apply(data: dict[str, Any], change: str) -> None:
-    import yaml
-
     key, equals, text = change.partition("=")
     if not equals:
         raise UsageError(
@@ -67,24 +99,26 @@ def _apply(data: dict[str, Any], change: str) -> None:
             expected="key=value",
             hint="for example --set source=DIR",
         )
-    value: Any = (
-        text
-        if key in ("source", "out")
-        else text.split(",")
-        if key == "from"
-        else yaml.safe_load(text)
-    )
-    if key in _KEYS:
+    value = _value(key, text)
+    if key in KEYS:
         data[key] = value
     else:
-        data.setdefault("options", {})[key.removeprefix("options.")] = value
+        data["options"] = (data.get("options") or {}) | {key.removeprefix("options."): value}
+
+
+def _value(key: str, text: str) -> Any:
+    import yaml
+
+    if key in ("source", "out"):
+        return text
+    return text.split(",") if key == "from" else yaml.safe_load(text)
 
 
 def _problems(data: dict[str, Any]) -> list[str]:
     """Every mistake, as a sentence."""
     from moetool import methods
 
-    found = [f"unknown key {key!r}: {did_you_mean(key, _KEYS)}" for key in data if key not in _KEYS]
+    found = [f"unknown key {key!r}: {did_you_mean(key, KEYS)}" for key in data if key not in KEYS]
     for key in ("source", "out"):
         if not isinstance(data.get(key), str) or not data[key]:
             found.append(f"{key} is not set: --set {key}=...")
@@ -95,13 +129,13 @@ def _problems(data: dict[str, Any]) -> list[str]:
         found.append("from needs the fine-tunes: --set from=A,B,C")
     if not isinstance(data.get("seed", 0), int):
         found.append(f"seed={data['seed']!r} is not a whole number")
-    if data.get("method") not in methods.METHODS:
-        return [
-            *found,
-            f"method {data.get('method')!r}: {did_you_mean(str(data.get('method')), methods.METHODS)}",
-        ]
+    verb, options = str(data.get("method")), data.get("options") or {}
+    if verb not in methods.METHODS:
+        return [*found, f"method {data.get('method')!r}: {did_you_mean(verb, methods.METHODS)}"]
+    if not isinstance(options, dict):
+        return [*found, f"options={options!r} is not a mapping of names to values"]
     try:
-        methods.make(data["method"], data.get("options") or {})
+        methods.make(verb, options)
     except UsageError as problem:
         found.append(f"{problem.message} ({problem.hint})")
     return found

@@ -12,7 +12,7 @@ import pytest
 import moetool
 from moetool import atomic
 from moetool.errors import MoetoolError
-from moetool.progress import silent
+from moetool.progress import Stage, silent
 
 PACKAGE = Path(moetool.__file__).parent
 
@@ -157,7 +157,7 @@ def test_only_atomic_renames() -> None:
 def test_one_progress() -> None:
     """The signature is written once, and so is the one that nobody hears."""
     texts = {p: p.read_text() for p in PACKAGE.rglob("*.py")}
-    spelled = [p.name for p, text in texts.items() if "Callable[[str, int, int], None]" in text]
+    spelled = [p.name for p, text in texts.items() if "Callable[[Stage, int, int], None]" in text]
     assert spelled == ["progress.py"]
     assert not [p.name for p, text in texts.items() if "lambda *a: None" in text]
-    silent("check", 1, 2)
+    silent(Stage("check"), 1, 2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from moetool.cli.main import app, session
+from moetool.cli.app import session
+from moetool.cli.options import Command, Given
+from moetool.methods.options import RUN, Field
 from moetool.units import show_bytes, show_count, show_seconds
 
 # What to show: a name, and the options of upcycle.
@@ -20,56 +20,63 @@ SHOWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("every 2nd layer, 4 copies, top-2", {"experts": 4, "top_k": 2, "layers": "every:2"}),
     ("copies, half of the neurons re-drawn", {"experts": 8, "top_k": 2, "diversify": "drop:0.5"}),
 )
+KEEP = Field("keep", str, "", "keep the outputs in this folder", RUN, metavar="DIR")
+HEAD = [
+    "upcycling",
+    "family",
+    "parameters",
+    "active",
+    "size",
+    "written in",
+    "certificate",
+    "block error",
+    "logit error",
+]
 
 
-@app.command()
-def demo(keep: Annotated[str, typer.Option(help="keep the outputs in this folder")] = "") -> int:
-    """Upcycle the embedded tiny model in five ways, verify each, and print a table."""
+def run(given: Given) -> int:
+    """Upcycle, verify, print a table."""
     from moetool.demo import MODEL
 
-    begun = time.perf_counter()
+    begun, sink = time.perf_counter(), session.sink
     with tempfile.TemporaryDirectory(prefix="moetool-demo-") as scratch:
-        folder = Path(keep or scratch)
+        folder = Path(str(given.values.get("keep") or scratch))
         rows = [
             _one(name, options, MODEL, folder / f"demo-{number}")
             for number, (name, options) in enumerate(SHOWN, 1)
         ]
     seconds = time.perf_counter() - begun
-    session.sink.result({"rows": rows, "seconds": round(seconds, 2)})
-    session.sink.table(
-        [
-            "upcycling",
-            "family",
-            "parameters",
-            "active",
-            "size",
-            "written in",
-            "certificate",
-            "block error",
-            "logit error",
-        ],
-        [
-            [
-                r["name"],
-                r["family"],
-                show_count(r["parameters"]),
-                show_count(r["active"]),
-                show_bytes(r["bytes"]),
-                show_seconds(r["seconds"]),
-                r["certificate"],
-                _figure(r["block_error"]),
-                _figure(r["logit_error"]),
-            ]
-            for r in rows
-        ],
-        title=f"a trained Llama of {show_count(rows[0]['dense'])} parameters ({MODEL})",
-    )
-    if session.sink.mode == "human":
-        print(
-            f"\nerrors are relative to the dense model, in float32; all {len(rows)} outputs verified byte for byte in {show_seconds(seconds)}"
-        )
-        print("next: moetool upcycle demo my-moe && moetool verify my-moe --against demo")
+    sink.result({"rows": rows, "seconds": round(seconds, 2)})
+    title = f"a trained Llama of {show_count(rows[0]['dense'])} parameters ({MODEL})"
+    sink.table(HEAD, [_cells(row) for row in rows], title=title)
+    checked = f"all {len(rows)} outputs verified byte for byte in {show_seconds(seconds)}"
+    sink.line(f"\nerrors are relative to the dense model, in float32; {checked}")
+    sink.line("next: moetool upcycle demo my-moe && moetool verify my-moe --against demo")
     return 0
+
+
+COMMAND = Command(
+    "demo",
+    "Upcycle the embedded tiny model in five ways, verify each, and print a table.",
+    run,
+    fields=(KEEP,),
+    examples=("moetool demo", "moetool demo --keep outputs", "moetool demo --json"),
+    panel="Look",
+)
+
+
+def _cells(row: dict[str, Any]) -> list[object]:
+    return [
+        row["name"],
+        row["family"],
+        show_count(row["parameters"]),
+        show_count(row["active"]),
+        show_bytes(row["bytes"]),
+        show_seconds(row["seconds"]),
+        row["certificate"],
+        _figure(row["block_error"]),
+        _figure(row["logit_error"]),
+    ]
 
 
 def _figure(value: float | None) -> str:
@@ -79,27 +86,23 @@ def _figure(value: float | None) -> str:
 def _one(name: str, options: dict[str, Any], source: Path, out: Path) -> dict[str, Any]:
     from moetool import pipeline
     from moetool.evaluate.verify import verify
+    from moetool.methods.contract import ModelFacts, Options
 
     session.sink.say(f"{name} ...")
     session.working = True
-    report = pipeline.make(
-        pipeline.prepare(
-            pipeline.Options(
-                out=str(out), sources=(str(source),), method="upcycle", method_options=options
-            )
-        ),
-        stop=session.stop,
-    )
+    prepared = pipeline.prepare(Options(str(out), (str(source),), "upcycle", options))
+    report = pipeline.write(prepared, pipeline.Watch(stop=session.stop))
     session.working = False
     checked = verify(str(out), against=[str(source)])
+    facts = ModelFacts.of(report.facts)
     return {
         "name": name,
-        "family": report["target_type"],
-        "parameters": report["parameters"],
-        "active": report["active_parameters"],
-        "bytes": report["output_bytes"],
-        "seconds": report["seconds"],
-        "certificate": report["certificate"]["level"],
+        "family": facts.target_type,
+        "parameters": facts.parameters,
+        "active": facts.active_parameters,
+        "bytes": report.output_bytes,
+        "seconds": report.seconds,
+        "certificate": report.certificate.level,
         "block_error": max(b["relative"] for b in checked["blocks"]),
         "logit_error": (checked["logits"] or {}).get("relative"),
         "dense": _count(source),

@@ -1,69 +1,64 @@
-"""`moetool verify`."""
+"""`moetool verify`: is an output what its plan said?"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from moetool.cli.app import session
+from moetool.cli.options import Argument, Command, Given
+from moetool.methods.options import WHAT, Checking, Field, build, fields
+from moetool.units import show_bytes
 
-from moetool.cli.main import app, session
-from moetool.units import parse_bytes, show_bytes
+AGAINST = Field(
+    "against",
+    tuple,
+    (),
+    "what it was made from; repeat it for each --from",
+    WHAT,
+    unit="whole",
+    metavar="SRC",
+)
 
 
-@app.command()
-def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder that moetool wrote")],
-    against: Annotated[
-        list[str],
-        typer.Option(
-            "--against", metavar="SRC", help="what it was made from; repeat it for each --from"
-        ),
-    ] = [],  # noqa: B006
-    load: Annotated[
-        bool | None,
-        typer.Option(
-            "--load/--no-load",
-            help="load both in stock transformers and compare logits; default: if they fit --memory",
-        ),
-    ] = None,
-    memory: Annotated[
-        str, typer.Option(help="models larger than this in float32 are not loaded")
-    ] = "8GB",
-    device: Annotated[str, typer.Option(help="where models run")] = "cpu",
-) -> int:
-    """Check an output: is it what its plan said, and with --against, does it still compute what
-    its source did?
-    """
-    from moetool.evaluate.verify import verify as check
+def run(given: Given) -> int:
+    """Check, and say what was compared."""
+    from moetool.evaluate.verify import verify
 
-    result = check(
-        out,
-        against=against,
-        load=load,
-        memory=parse_bytes(memory),
-        device=device,
-        tell=session.sink.progress,
-    )
-    session.sink.result(result, describe(result))
+    against = given.values.pop("against", ())
+    assert isinstance(against, tuple)
+    how = build(Checking, given.values, "verify")
+    out = given.arguments["out"]
+    result = verify(out, against=against, how=how, tell=session.sink.progress)
+    session.sink.result(result, "\n".join(_lines(result)))
     return 0
 
 
-def describe(result: dict[str, Any]) -> str:
+COMMAND = Command(
+    "verify",
+    "Check an output: is it what its plan said?\n\nWith --against also: does it still compute what "
+    "its source did?",
+    run,
+    (Argument("out", "a folder that moetool wrote", "OUT"),),
+    (AGAINST, *fields(Checking)),
+    (
+        "moetool verify my-moe",
+        "moetool verify my-moe --against demo",
+        "moetool verify my-moe --against BASE --against CODE --no-load",
+    ),
+    "Measure",
+)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     certificate, structure = result["certificate"], result["structure"]
-    lines = [f"{result['path']}: verified ({result['verified']})"]
-    lines.append(f"  certificate  {certificate['level']}: {certificate['why']}")
-    lines.append(
-        f"  structure    {structure['shards']} files carry the plan's digest, {structure['tensors']} tensors, {structure['names_checked']} names and shapes as the family wants"
-    )
-    if "bytes" in result:
-        found = result["bytes"]
-        lines.append(
-            f"  bytes        {found['copied_ranges']} copied ranges equal their sources, {found['computed_tensors']} tensors made again and equal ({show_bytes(found['bytes_compared'])})"
-        )
-        lines.append(
-            f"  accounted    {result['accounted']['tensors_used']} source tensors used, {result['accounted']['tensors_dropped']} dropped by name; {result['accounted']['fields_dropped']} config fields dropped by name"
-        )
+    lines = [
+        f"{result['path']}: verified ({result['verified']})",
+        f"  certificate  {certificate['level']}: {certificate['why']}",
+        f"  structure    {structure['shards']} files carry the plan's digest, {structure['tensors']} tensors, {structure['names_checked']} names and shapes as the family wants",
+    ]
+    if result.get("bytes"):
+        lines += _bytes(result["bytes"], result["accounted"])
     if result.get("blocks"):
         worst = max(result["blocks"], key=lambda b: b["relative"])
         lines.append(
@@ -71,9 +66,17 @@ def describe(result: dict[str, Any]) -> str:
         )
     if result.get("logits"):
         found = result["logits"]
+        same = "the same" if found["same_greedy"] else "differ"
         lines.append(
-            f"  logits       stock transformers, nothing missing: relative difference {found['relative']:.2g}; {found['greedy_tokens']} greedy tokens {'the same' if found['same_greedy'] else 'differ'}"
+            f"  logits       stock transformers, nothing missing: relative difference {found['relative']:.2g}; {found['greedy_tokens']} greedy tokens {same}"
         )
-    elif "logits_skipped" in result:
+    elif result.get("logits_skipped"):
         lines.append(f"  logits       not compared: {result['logits_skipped']}")
-    return "\n".join(lines)
+    return lines
+
+
+def _bytes(found: dict[str, Any], accounted: dict[str, int]) -> list[str]:
+    return [
+        f"  bytes        {found['copied_ranges']} copied ranges equal their sources, {found['computed_tensors']} tensors made again and equal ({show_bytes(found['bytes_compared'])})",
+        f"  accounted    {accounted['tensors_used']} source tensors used, {accounted['tensors_dropped']} dropped by name; {accounted['fields_dropped']} config fields dropped by name",
+    ]

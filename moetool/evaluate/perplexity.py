@@ -13,7 +13,7 @@ from typing import Any
 from moetool.errors import MoetoolError, VerificationFailed
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
-from moetool.progress import Progress, silent
+from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 
 LOGIT_BYTES = 256 << 20  # of logits held at once
@@ -103,7 +103,7 @@ def evaluate(
             walks[-1]._maybe_stop()
         sums[batch.file].add(_batch(walks, number))
         done += batch.ids.size
-        tell("eval head", done, total)
+        tell(Stage("eval head", "tokens"), done, total)
     everything = Sums()
     for s in sums:
         everything.add(s)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moetool.errors import VerificationFailed
-from moetool.progress import Progress, silent
+from moetool.progress import Progress, Stage, silent
 from moetool.surgery import engine
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
@@ -50,7 +50,7 @@ def compare_bytes(
         for source, made in zip(task.inputs, task.outputs, strict=True):
             done += _compare_copy(sources[source.source], source, out, made, seal)
             copied += 1
-            tell("compare", done, total)
+            tell(Stage("compare"), done, total)
     for task in plan.tasks:
         if task.op == "zeros":
             for made in task.outputs:
@@ -69,7 +69,7 @@ def compare_bytes(
                     )
                 computed += 1
                 done += len(data)
-                tell("compare", done, total)
+                tell(Stage("compare"), done, total)
     return {
         "copied_ranges": copied,
         "copied_sha256": seal.hexdigest(),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from moetool.errors import VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
+from moetool.methods.contract import Decisions, Made, Method, Settings
+from moetool.methods.options import Checking
 from moetool.progress import Progress, silent
 from moetool.surgery import source
 from moetool.surgery.checkpoint import Checkpoint
@@ -22,9 +25,7 @@ def verify(
     out: str,
     *,
     against: Sequence[str] = (),
-    load: bool | None = None,
-    memory: int = 8_000_000_000,
-    device: str = "cpu",
+    how: Checking | None = None,
     tell: Progress = silent,
 ) -> dict[str, Any]:
     """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed
@@ -34,6 +35,7 @@ def verify(
     every byte, every FFN on random activations, and logits where both models fit into `memory` in
     float32.
     """
+    how = how or Checking()
     checkpoint = Checkpoint.open(source.locate(out))
     record = structure.recorded(checkpoint.folder)
     result: dict[str, Any] = {
@@ -42,13 +44,14 @@ def verify(
         "structure": structure.check_structure(checkpoint, record),
     }
     if not against:
-        if load:
-            logits.load(checkpoint, device)
+        if how.load:
+            logits.load(checkpoint, how.device)
             result["loads"] = True
         return result | {"verified": "structure"}
     sources = [Checkpoint.open(source.locate(name)) for name in _all_sources(record, against)]
     _same_sources(sources, record)
-    plan, made = _plan_again(sources, record, out)
+    again = _plan_again(sources, record)
+    plan = again.made.plan
     if plan.digest != record["report"]["plan_digest"]:
         raise VerificationFailed(
             "the same command now makes another plan",
@@ -63,13 +66,13 @@ def verify(
         checkpoint,
         named=len(sources),
         sealed=record.get("sealed", {}),
-        device=device,
+        device=how.device,
         tell=tell,
     )
-    result["accounted"] = _account(sources, plan, made)
+    result["accounted"] = _account(sources, again.made)
     level = record["report"]["certificate"]["level"]
-    if record["method"] == "upcycle" and record["report"]["expert_sources"]:
-        result |= _function(sources, checkpoint, record, level, load, memory, device)
+    if again.method.stands_for_ffns(again.made):
+        result |= _function(sources[0], checkpoint, record, how)
     return result | {
         "verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"
     }
@@ -93,19 +96,23 @@ def _same_sources(sources: Sequence[Checkpoint], record: dict[str, Any]) -> None
             )
 
 
-def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], out: str) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Again:
+    """The recorded method, and the plan that it makes now."""
+
+    method: Method
+    made: Made
+
+
+def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any]) -> Again:
     from moetool import methods
-    from moetool.methods.contract import Decisions, Settings
 
     method = methods.make(record["method"], record["options"])
-    made = method.plan(
-        sources,
-        Decisions(
-            tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)
-        ),
-        Settings(seed=record["seed"], max_shard=record["max_shard"]),
+    decisions = Decisions(
+        tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)
     )
-    return made.plan, made
+    settings = Settings(seed=record["seed"], max_shard=record["max_shard"])
+    return Again(method, method.plan(sources, decisions, settings))
 
 
 def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
@@ -121,9 +128,11 @@ def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
     )
 
 
-def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, int]:
+def _account(sources: Sequence[Checkpoint], made: Made) -> dict[str, int]:
     """Every tensor of the first source is used or dropped by name."""
-    used = {p.name for t in plan.tasks for p in t.inputs if p.source == 0}
+    plan = made.plan
+    pieces = chain.from_iterable(task.inputs for task in plan.tasks)
+    used = {p.name for p in pieces if p.source == 0}
     lost = sorted(set(sources[0].stored) - used - set(plan.dropped))
     if lost and len(sources) == 1:
         raise VerificationFailed(
@@ -141,20 +150,26 @@ def _account(sources: Sequence[Checkpoint], plan: Any, made: Any) -> dict[str, i
 
 
 def _function(
-    sources: Sequence[Checkpoint],
-    out: Checkpoint,
-    record: dict[str, Any],
-    level: str,
-    load: bool | None,
-    memory: int,
-    device: str,
+    base: Checkpoint, out: Checkpoint, record: dict[str, Any], how: Checking
 ) -> dict[str, Any]:
-    measured = [asdict(e) for e in blocks.compare(sources[0], out)]
+    """Each block against the FFN it was made of, then the logits of both models."""
+    certificate = record["report"]["certificate"]
+    limit = ROUNDED if "rounded" in certificate["why"] else EXACT
+    measured = [asdict(e) for e in blocks.compare(base, out)]
+    if certificate["level"] in ("exact", "exact_if"):
+        _check_blocks(measured, out, limit)
     result: dict[str, Any] = {"blocks": measured}
-    exact = level in ("exact", "exact_if")
-    limit = ROUNDED if "rounded" in record["report"]["certificate"]["why"] else EXACT
+    skipped = _not_loaded(record, how)
+    if skipped:
+        return result | {"logits": None, "logits_skipped": skipped}
+    result["logits"] = logits.compare_logits(base, out, device=how.device)
+    _check_logits(result["logits"], out, limit, certificate["level"])
+    return result
+
+
+def _check_blocks(measured: list[dict[str, Any]], out: Checkpoint, limit: float) -> None:
     wrong = [e for e in measured if not e["relative"] <= limit]  # NaN is wrong as well
-    if exact and wrong:
+    if wrong:
         worst = max(wrong, key=lambda e: (math.isnan(e["relative"]), e["relative"]))
         raise VerificationFailed(
             "a MoE block does not compute what its FFN did",
@@ -164,19 +179,6 @@ def _function(
             found=_shown(worst["relative"]),
             hint=_next(worst["relative"]),
         )
-    fits = 4 * 2 * record["report"]["parameters"] < memory
-    if load is False or not logits.available() or not (fits or load):
-        return result | {
-            "logits": None,
-            "logits_skipped": "transformers is not installed"
-            if not logits.available()
-            else f"the model does not fit into {memory:,} bytes in float32"
-            if load is None
-            else "not asked for",
-        }
-    result["logits"] = logits.compare_logits(sources[0], out, device=device)
-    _check_logits(result["logits"], out, limit, level)
-    return result
 
 
 def _check_logits(found: dict[str, Any], out: Checkpoint, limit: float, level: str) -> None:
@@ -208,3 +210,15 @@ def _next(relative: float) -> str:
     if math.isnan(relative):
         return "a weight is NaN or inf: --strict names it in the source"
     return "report this as a bug of moetool"
+
+
+def _not_loaded(record: dict[str, Any], how: Checking) -> str:
+    """Why logits are not compared; empty where they are."""
+    if not logits.available():
+        return "transformers is not installed"
+    if how.load is False:
+        return "not asked for"
+    fits = 4 * 2 * record["report"]["parameters"] < how.memory
+    if not (fits or how.load):
+        return f"the model does not fit into {how.memory:,} bytes in float32"
+    return ""

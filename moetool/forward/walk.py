@@ -26,7 +26,7 @@ from moetool.forward.calls import Calls
 from moetool.forward.hidden import Hidden
 from moetool.forward.needs import compared_experts, needs
 from moetool.kernels import moe
-from moetool.progress import Progress, silent
+from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import text_model
@@ -143,12 +143,13 @@ class Walk:
         if not self.hidden.resume():
             self._embed()
         count, begun = len(self.shell.layers), time.monotonic()
+        stage = Stage(self.name, "layers")
         for layer in range(self.hidden.layer, count):
-            self.tell(self.name, layer, count)
+            self.tell(stage, layer, count)
             took = time.monotonic()
             self._layer(layer, look, change)
             self.hidden.end(keep=time.monotonic() - took > 0.5 or time.monotonic() - begun < 5)
-        self.tell(self.name, count, count)
+        self.tell(stage, count, count)
 
     def _embed(self) -> None:
         """The first layer's input of every batch."""

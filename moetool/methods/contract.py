@@ -1,20 +1,23 @@
-"""What every method gives the pipeline: decisions small enough for JSON, then a plan with
-its certificate.
+"""What every method gives the pipeline: decisions small enough for JSON, then a plan with its
+certificate, and what is said of both. Dataclasses; JSON is made once, where a file or a screen
+wants it.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
-from moetool.methods.options import Field, Gate, Value
+from moetool.methods.options import Common, Field, Gate, Text, Value, build
 from moetool.methods.options import fields as fields_of
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Target, Task
+from moetool.units import show_count
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Made:
     certificate: Certificate
     config: dict[str, Any]
     dropped_fields: dict[str, str]
-    facts: dict[str, Any] | Facts
+    facts: Facts
     warnings: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
 
@@ -86,11 +89,68 @@ class Line:
 
 
 class Facts(Protocol):
-    """What one verb's report says beside what every report says; a frozen dataclass."""
+    """What one verb's report says beside what every report says; a frozen dataclass. The fields
+    here stand in the model card.
+    """
+
+    @property
+    def target_type(self) -> str: ...
+
+    @property
+    def experts(self) -> int | Sequence[int] | None: ...
+
+    @property
+    def top_k(self) -> int | None: ...
+
+    @property
+    def expert_width(self) -> int | None: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def active_parameters(self) -> int: ...
 
     def as_json(self) -> dict[str, Any]:
         """The keys that stand in the report."""
         ...
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a mixture of experts whose layers are all alike."""
+
+    source_type: str
+    target_type: str
+    layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    expert_width: int
+    layout: str  # how experts lie: per-expert, fused; dense where there are none
+    parameters: int
+    active_parameters: int
+    expert_sources: tuple[int, ...] = ()  # which source each expert came from
+    trunks: tuple[dict[str, Any], ...] = ()  # how far each further source is from the first
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys that stand in the report; trunks only where there are several sources."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trunks"}
+        data |= {"layers": list(self.layers), "expert_sources": list(self.expert_sources)}
+        return data | ({"trunks": list(self.trunks)} if self.trunks else {})
+
+    @staticmethod
+    def of(facts: Facts) -> ModelFacts:
+        """The facts of a verb that states them so."""
+        assert isinstance(facts, ModelFacts)
+        return facts
+
+    def lines(self) -> list[Line]:
+        """As the screen says them."""
+        family = f"{self.source_type} -> {self.target_type} ({self.layout} tensors)"
+        each = f"{self.experts} of width {self.expert_width}, top-{self.top_k}"
+        runs = f"{show_count(self.parameters)}, {show_count(self.active_parameters)} active"
+        experts = [Line("experts", f"{each}, in {len(self.layers)} layers")] if self.experts else []
+        return [Line("family", family), *experts, Line("parameters", runs)]
 
 
 @dataclass(frozen=True)
@@ -116,9 +176,12 @@ class Summary:
     facts: Facts
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object, facts among the other keys."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
+        """One flat object, facts after what every verb says."""
+        data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name != "facts"}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
+        data["options"] = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()
+        }
         return data | self.facts.as_json()
 
 
@@ -134,12 +197,25 @@ class Report(Summary):
     stages: dict[str, float] | None = None  # seconds of decide, write, measure
     peak_rss: int | None = None
 
+    @classmethod
+    def of(cls, summary: Summary, **became: Any) -> Report:
+        """The summary, completed."""
+        return cls(**{f.name: getattr(summary, f.name) for f in fields(Summary)}, **became)
+
     def as_json(self) -> dict[str, Any]:
         """What did not happen is left out."""
-        found = super().as_json() | {"warnings": list(self.warnings)}
-        found["ray_nodes"] = list(self.ray_nodes)
-        optional = ("ray_nodes", "quality", "stages", "peak_rss")
-        return {k: v for k, v in found.items() if k not in optional or v}
+        found = super().as_json() | {
+            "warnings": list(self.warnings),
+            "resumed_shards": self.resumed_shards,
+            "seconds": self.seconds,
+        }
+        optional = {
+            "ray_nodes": list(self.ray_nodes),
+            "quality": self.quality,
+            "stages": self.stages,
+            "peak_rss": self.peak_rss,
+        }
+        return found | {k: v for k, v in optional.items() if v}
 
 
 class Method:
@@ -168,7 +244,7 @@ class Method:
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Method:
         """The verb with these options, from any origin; UsageError for what does not fit."""
-        raise NotImplementedError
+        return cls(build(cls.Options, values, _spelled(cls)))
 
     def recorded(self) -> dict[str, Value]:
         """All options, flat: `make` of them gives the same method again."""
@@ -179,6 +255,11 @@ class Method:
         """What is measured on the staged output before it gets its name; None: nothing."""
         return None
 
+    @property
+    def text(self) -> Text:
+        """How text is read and cut, for the gate as for deciding."""
+        return self.options if isinstance(self.options, Text) else Text()
+
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Look at the sources; numbers small enough for JSON."""
         raise NotImplementedError
@@ -187,13 +268,73 @@ class Method:
         """The plan and its certificate; every refusal that needs only headers happens here."""
         raise NotImplementedError
 
+    def stands_for_ffns(self, made: Made) -> bool:
+        """Whether each MoE block was made of an FFN of the source: then `verify` compares them."""
+        return False
+
     def lines(self, summary: Summary) -> list[Line]:
         """What the verb says on the screen, between `SRC -> OUT` and the lines common to all."""
         return []
 
+    def notes(self, summary: Summary) -> list[Line]:
+        """What it says after them."""
+        return []
+
+    def card(self, report: Report) -> list[str]:
+        """What the model card says of this verb, a sentence each; by default what was left out."""
+        return [f"left out: `{name}` ({why})" for name, why in left_out(report).items()]
+
     def files(self, report: Report) -> dict[str, bytes]:
         """Small files beside the weights, once everything is known (report.json, ...)."""
         return {}
+
+
+def _spelled(cls: type[Method]) -> str:
+    """ConvertLayout -> convert-layout."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def left_out(summary: Summary) -> dict[str, str]:
+    """Tensors and config fields that the output does not hold, and why."""
+    config = {f"config.{name}": why for name, why in summary.dropped_fields.items()}
+    return {**summary.dropped_tensors, **config}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One command that writes: a verb, what it was told, from where to where."""
+
+    out: str
+    sources: tuple[str, ...]
+    method: str
+    values: Mapping[str, object] = field(default_factory=dict)  # the verb's own options
+    common: Common = field(default_factory=Common)
+    command: str = ""  # as it was typed, for the model card
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with everything known of it before the first byte is written."""
+
+    options: Options
+    method: Method
+    sources: tuple[Checkpoint, ...]  # the named ones, then what deciding left
+    made: Made
+    chosen: dict[str, Any]  # what was decided: replays it
+    jobs: int
+    peak: int  # promised bytes of memory
+    done: bool = False  # the output is already there, whole, from this very plan
+    work: str = ""  # folder of what long deciding left
+    decided_in: float = 0.0  # seconds
+
+    @property
+    def plan(self) -> Plan:
+        return self.made.plan
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources as the user named them."""
+        return self.options.sources
 
 
 class Builder:

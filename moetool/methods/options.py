@@ -32,7 +32,8 @@ Chosen = TypeVar("Chosen")
 @dataclass(frozen=True)
 class Field:
     """One option as everybody sees it. `type` is bool, int, float, str, or tuple for an option that
-    is repeated; `unit` says how text is read: "share" (0.25 or 25%), "bytes" (2GB) or "".
+    is repeated; `unit` says how text is read: "share" (0.25 or 25%), "bytes" (2GB), "whole" (one
+    text, commas and all, of an option that is repeated) or "".
     `of` names the ways it belongs to (empty: the whole verb).
     """
 
@@ -68,7 +69,7 @@ class Field:
 
     def _several(self, value: object) -> tuple[str, ...]:
         if isinstance(value, str):
-            return tuple(filter(None, value.split(",")))
+            return (value,) if self.unit == "whole" else tuple(filter(None, value.split(",")))
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
             return tuple(value)
         raise self._refused(value, "text, or a list of texts")
@@ -103,7 +104,11 @@ class Field:
         try:
             made = self._parsed(value)
         except (ValueError, OverflowError):
-            raise self._refused(value, "a finite number") from None
+            kind = "a whole number" if self.type is int else "a finite number"
+            raise self._refused(value, kind) from None
+        except UsageError as problem:
+            said = f"--{self.spelled}: {problem.message}"
+            raise UsageError(said, hint=problem.hint, **problem.where) from None
         if self.minimum is not None and not made >= self.minimum:
             raise self._refused(value, f"at least {self.minimum:g}")
         return made
@@ -115,7 +120,7 @@ class Field:
             return parse_share(value)
         if self.type is int and isinstance(value, float):
             if not value.is_integer():
-                raise self._refused(value, "a whole number")
+                raise ValueError(value)
             return int(value)
         return parse_number(value) if self.type is float else int(value)
 
@@ -139,6 +144,13 @@ def option(
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}
     )
+
+
+def same(group: type, name: str, **change: Any) -> Any:
+    """A field of another group, under the same words; `change`: its default, help, panel, ..."""
+    found = next(f for f in dataclasses.fields(group) if f.name == name)
+    default = change.pop("default", found.default)
+    return field(default=default, metadata={**found.metadata, **change})
 
 
 def fields(cls: type, of: tuple[str, ...] = ()) -> tuple[Field, ...]:
@@ -182,17 +194,21 @@ def build(cls: type[Chosen], values: Mapping[str, object], what: str) -> Chosen:
     """An options dataclass from names and values of any origin; unknown names and values that do
     not fit are UsageErrors. `what` is who takes them, for the message.
     """
-    known = {f.name: f for f in fields(cls)}
+    return cls(**read(fields(cls), values, what))
+
+
+def read(known: Sequence[Field], values: Mapping[str, object], what: str) -> dict[str, Value]:
+    """The values by field name, each as its field holds it; UsageError as `build` says."""
+    named = {f.name: f for f in known} | {f.was: f for f in known if f.was}
     clean = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
+        found = named.get(key.replace("-", "_"))
+        if found is None:
             raise UsageError(
-                f"{what} has no option {key!r}",
-                hint=did_you_mean(key, [f.spelled for f in known.values()]),
+                f"{what} has no option {key!r}", hint=did_you_mean(key, [f.spelled for f in known])
             )
-        clean[name] = known[name].read(value)
-    return cls(**clean)
+        clean[found.name] = found.read(value)
+    return clean
 
 
 # --- groups
@@ -212,7 +228,7 @@ class Common:
         metavar="SIZE",
     )
     max_shard_size: int = option(
-        5_000_000_000, "largest output file (5GB)", RUN, unit="bytes", metavar="SIZE"
+        5_000_000_000, "largest output file", RUN, unit="bytes", metavar="SIZE", was="max_shard"
     )
     overwrite: bool = option(False, "replace OUT, and an unfinished other output in its place", RUN)
     strict: bool = option(False, "refuse sources with NaN or inf instead of warning", RUN)
@@ -295,3 +311,22 @@ class Gate:
     @property
     def gated(self) -> bool:
         return self.max_kl > 0 or self.max_perplexity_increase is not None
+
+
+@dataclass(frozen=True)
+class Checking:
+    """How an output is run, to hold it against its source."""
+
+    load: bool | None = option(
+        None,
+        "load both in stock transformers and compare logits; default: if they fit --memory",
+        WHAT,
+    )
+    memory: int = option(
+        8_000_000_000,
+        "models larger than this in float32 are not loaded",
+        RUN,
+        unit="bytes",
+        metavar="SIZE",
+    )
+    device: str = same(Common, "device", help="where models run")

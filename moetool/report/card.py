@@ -9,85 +9,66 @@ from typing import TYPE_CHECKING, Any
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from moetool.pipeline import Prepared
+    from moetool.methods.contract import Prepared, Report
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def render(prepared: Prepared, report: dict[str, Any]) -> bytes:
+def render(prepared: Prepared, report: Report) -> bytes:
     """README.md as bytes."""
-    certificate = prepared.made.certificate
-    bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.sources)) if b]
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags:",
-        "- moe",
-        "- moetool",
-        f"- {prepared.options.method}",
+        *_front(prepared),
+        f"# {os.path.basename(report.out)}",
+        "",
+        f"A mixture of experts made by [moetool](https://pypi.org/project/moetool) {report.method}, from:",
+        "",
+        *(f"- `{_shown(name)}`" for name in prepared.names),
+        "",
+        "```",
+        prepared.options.command or f"moetool {report.method}",
+        "```",
+        "",
+        *_table(report),
+        "",
+        "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.",
+        "",
+        *(f"- {sentence}" for sentence in prepared.method.card(report)),
+        *(f"- warning: {warning}" for warning in report.warnings),
     ]
+    return ("\n".join(lines).rstrip() + "\n").encode()
+
+
+def _front(prepared: Prepared) -> list[str]:
+    """The Hub's metadata."""
+    tags = ["moe", "moetool", prepared.options.method]
+    lines = ["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags)]
+    bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.sources)) if b]
     if bases:
         lines += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases))]
     if len(prepared.sources) > 1:
         lines += ["base_model_relation: merge"]
-    lines += ["---", "", f"# {os.path.basename(os.path.abspath(prepared.options.out))}", ""]
-    lines += [
-        f"A mixture of experts made by [moetool](https://pypi.org/project/moetool) {prepared.options.method}, from:",
-        "",
-    ]
-    lines += [
-        f"- `{os.path.basename(os.path.normpath(n)) if os.path.exists(n) else n}`"
-        for n in prepared.names
-    ]
-    lines += [
-        "",
-        "```",
-        prepared.options.command or f"moetool {prepared.options.method}",
-        "```",
-        "",
-    ]
-    lines += [
-        "| | |",
-        "|---|---|",
-        f"| certificate | {certificate} |",
-        f"| why | {certificate.why} |",
-    ]
-    for key, name in (
-        ("target_type", "family"),
-        ("experts", "experts"),
-        ("top_k", "experts a token"),
-        ("expert_width", "expert width"),
-    ):
-        if key in report:
-            lines.append(f"| {name} | {report[key]} |")
-    lines.append(
-        f"| parameters | {show_count(report.get('parameters', 0))} total, {show_count(report.get('active_parameters', 0))} active |"
-    )
-    lines.append(f"| size | {show_bytes(report['output_bytes'])} |")
-    lines += [
-        "",
-        "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.",
-        "",
-    ]
-    if "reduction" in report:
-        lines += [
-            f"- {report['experts_before']} -> {report['experts_after']} experts a layer ({100 * report['removed_share']:.0f} % removed) by {report['method_used']}; report.json says which, decisions.json replays it"
-        ]
-        return _joined(lines, report)
-    lines += [
-        f"- left out: `{n}` ({why})"
-        for n, why in {
-            **report["dropped_tensors"],
-            **{f"config.{k}": v for k, v in report["dropped_fields"].items()},
-        }.items()
-    ]
-    return _joined(lines, report)
+    return [*lines, "---", ""]
 
 
-def _joined(lines: list[str], report: dict[str, Any]) -> bytes:
-    return (
-        "\n".join([*lines, *(f"- warning: {w}" for w in report["warnings"])]).rstrip() + "\n"
-    ).encode()
+def _shown(name: str) -> str:
+    """A source without the folders above it."""
+    return os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
+
+
+def _table(report: Report) -> list[str]:
+    facts, certificate = report.facts, report.certificate
+    counts = f"{show_count(facts.parameters)} total, {show_count(facts.active_parameters)} active"
+    rows = {
+        "certificate": certificate,
+        "why": certificate.why,
+        "family": facts.target_type,
+        "experts": facts.experts,
+        "experts a token": facts.top_k,
+        "expert width": facts.expert_width,
+        "parameters": counts,
+        "size": show_bytes(report.output_bytes),
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
 def _base(name: str, config: dict[str, Any]) -> str | None:

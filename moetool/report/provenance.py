@@ -13,7 +13,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from moetool.pipeline import Prepared
+    from moetool.methods.contract import Prepared, Report
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.
@@ -30,53 +30,50 @@ _OF_THE_RUN = (
     "peak_rss",
     "quality",
 )
+_ELSEWHERE = ("options", "seed", "method", "decisions")  # at the top of the file
 
 
-def record(prepared: Prepared, report: dict[str, Any], written: Checkpoint | None = None) -> bytes:
+def record(prepared: Prepared, report: Report, written: Checkpoint | None = None) -> bytes:
     """The file's bytes; the same command on the same sources gives the same bytes. `written`: the
     finished shards, where the plan read more than the named sources (statistics, solved tensors):
     what came of those is sealed, since they do not travel with the output.
     """
     config = json.dumps(prepared.made.config, indent=2, ensure_ascii=False) + "\n"
+    said = report.as_json()
     data = {
         "schema": SCHEMA,
         "moetool": version_of("moetool"),
         "python": platform.python_version(),
         "command": prepared.options.command,
         "method": prepared.options.method,
-        "options": report["options"],
-        "seed": prepared.options.seed,
-        "max_shard": prepared.options.max_shard,
+        "options": said["options"],
+        "seed": prepared.options.common.seed,
+        "max_shard": prepared.options.common.max_shard_size,
         "sources": [
             {"name": n, "files": s.fingerprint()}
             for n, s in zip(prepared.names, prepared.sources, strict=False)
         ],
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        "report": {
-            k: v for k, v in report.items() if k not in (*_OF_THE_RUN, "options", "seed", "method")
-        },
+        "report": {k: v for k, v in said.items() if k not in (*_OF_THE_RUN, *_ELSEWHERE)},
     }
     if written is not None:
-        extra = prepared.sources[len(prepared.names) :]
-        data["extra"] = [
-            {
-                "files": s.fingerprint(),
-                "tensors": [
-                    [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop]
-                    for t in s.tensors.values()
-                ],
-            }
-            for s in extra
-        ]
+        data["extra"] = [_headers(s) for s in prepared.sources[len(prepared.names) :]]
         data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
-    chosen = data["report"].pop("decisions", None)  # long: a layer on a line
     head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
-    if chosen is not None:
-        head += f',\n "decisions": {render(chosen).rstrip()}'
+    if prepared.chosen:  # long: a layer on a line
+        head += f',\n "decisions": {render(prepared.chosen).rstrip()}'
     tables = json.dumps(
         prepared.plan.tables, separators=(",", ":")
     )  # long lists of neuron numbers: one line
     return f'{head},\n "tables": {tables}\n}}\n'.encode()
+
+
+def _headers(source: Checkpoint) -> dict[str, Any]:
+    """A source that does not travel with the output, by its headers alone."""
+    tensors = [
+        [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in source.tensors.values()
+    ]
+    return {"files": source.fingerprint(), "tensors": tensors}
 
 
 def sealed(plan: Plan, named: int, written: Checkpoint) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from moetool.progress import Progress, silent
+from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Task
 
@@ -61,7 +61,7 @@ def suspects(
                 found.add(run)
         with lock:
             done[0] += run[2] - run[1]
-            tell("check", done[0], total)
+            tell(Stage("check"), done[0], total)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         list(pool.map(one, runs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -34,7 +33,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_option_of_upcycle_is_on_the_command_line(moetool: Callable[..., Any]) -> None:
     text = moetool("upcycle", "--help").stdout
-    fields = [f.name.replace("_", "-") for f in dataclasses.fields(methods.load("upcycle"))]
+    fields = [f.spelled for f in methods.load("upcycle").fields()]
     assert len(fields) == 13 and all(f"--{name}" in text for name in fields)
     for name in (
         "seed",
@@ -317,12 +316,13 @@ def test_progress_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moetool.cli.sink import Sink
+    from moetool.progress import Stage
 
     clock = iter([0.0, 6.0, 12.0, 18.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     sink = Sink()
     for done in (0, 10**9, 2 * 10**9, 4 * 10**9):
-        sink.progress("write", done, 4 * 10**9)
+        sink.progress(Stage("write"), done, 4 * 10**9)
     said = capsys.readouterr().err
     assert "write 1 GB of 4 GB (25 %), 167 MB/s, 18.0s left" in said and "\r" not in said
 

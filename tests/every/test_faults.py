@@ -233,10 +233,11 @@ def test_rerun_of_a_finished_output_says_so(llama: Path, tmp_path: Path) -> None
 
 def test_two_at_once(llama: Path, tmp_path: Path) -> None:
     from moetool import pipeline
+    from moetool.methods.contract import Options
     from moetool.surgery.writer import Writer
 
     prepared = pipeline.prepare(
-        pipeline.Options(out=str(tmp_path / "out"), sources=(str(llama),), method="upcycle")
+        Options(out=str(tmp_path / "out"), sources=(str(llama),), method="upcycle")
     )
     with Writer(tmp_path / "out", prepared.plan, sources=prepared.sources):
         done = inside("upcycle", llama, tmp_path / "out")

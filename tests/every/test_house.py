@@ -86,13 +86,14 @@ def test_readme_names_every_command_and_option_group() -> None:
     ):
         assert f"moetool {name}" in text
     from moetool import methods
+    from moetool.methods import described
 
     for name in methods.METHODS:
         assert f"moetool {name}" in text
     for verb in ("upcycle", "prune", "merge"):
-        for option in methods.describe(verb)["options"]:
+        for option in described.describe(verb)["options"]:
             assert f"--{option['name']}" in text, option["name"]
-        for way in methods.describe(verb).get("methods", ()):
+        for way in described.describe(verb).get("methods", ()):
             assert f"`{way['name']}`" in text, way["name"]
     from moetool.surgery.pair import pairs
 

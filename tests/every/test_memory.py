@@ -18,8 +18,10 @@ limit = int(sys.argv[1])
 if limit: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 import moetool
 from moetool import pipeline
-prepared = pipeline.prepare(pipeline.Options(out=sys.argv[3], sources=(sys.argv[2],), method="upcycle", method_options=json.loads(sys.argv[4]), jobs=1))
-pipeline.make(prepared)
+from moetool.methods.contract import Options
+from moetool.methods.options import Common
+prepared = pipeline.prepare(Options(out=sys.argv[3], sources=(sys.argv[2],), method="upcycle", values=json.loads(sys.argv[4]), common=Common(jobs=1)))
+pipeline.write(prepared)
 print(json.dumps({"promised": prepared.peak, "used": 1024 * int(next(x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1]), "bytes": prepared.plan.disk}))
 """
 

@@ -92,16 +92,7 @@ def changes(recipe: Path, out: Path) -> list[str]:
 
 def plan(recipe: Path, out: Path) -> Any:
     found = read(recipe, changes(recipe, out))
-    return pipeline.prepare(
-        pipeline.Options(
-            out=found["out"],
-            sources=(found["source"], *found["from"]),
-            method=found["method"],
-            method_options=found["options"],
-            seed=found["seed"],
-            dry_run=True,
-        )
-    ).plan
+    return pipeline.prepare(found.options({"dry_run": True})).plan
 
 
 def rendered(recipe: Path, out: Path) -> str:

@@ -14,6 +14,7 @@ from test_profiles import ids
 
 import moetool as api
 from moetool import methods
+from moetool.methods import described
 from moetool.methods.merge.parts import group
 from moetool.methods.merge.way import MergeWay
 from moetool.methods.prune.way import PruneWay
@@ -54,7 +55,7 @@ def test_every_method_is_named_where_people_look() -> None:
         "sub-moe-whitened",
     ]
     for verb, names in (("prune", PruneWay.known()), ("merge", MergeWay.known())):
-        text = next(o["help"] for o in methods.describe(verb)["options"] if o["name"] == "method")
+        text = next(o["help"] for o in described.describe(verb)["options"] if o["name"] == "method")
         assert all(n in text for n in names)
         assert all(len(c.__doc__ or "") > 60 for c in names.values())
 

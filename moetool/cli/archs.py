@@ -1,0 +1,128 @@
+"""`moetool archs`: the families, and what converts to what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moetool.cli.app import session
+from moetool.cli.options import Argument, Command, Given
+
+if TYPE_CHECKING:
+    from moetool.surgery.layout import Layout
+    from moetool.surgery.pair import Pair
+
+HELP = "Model families: which there are, what converts to what exactly, and why not."
+
+
+def list_(given: Given) -> int:
+    """Families and conversions."""
+    from moetool.surgery.layout import families
+    from moetool.surgery.pair import pairs
+
+    into: dict[str, list[str]] = {}
+    for pair in pairs():
+        with_text = f" with {pair.inner.partition('--')[2]} text" if pair.inner else ""
+        into.setdefault(pair.source, []).append(pair.target + with_text)
+    sink, kinds = session.sink, families()
+    sink.result({"moe": kinds["moe"], "dense": kinds["dense"], "conversions": into})
+    head = ["dense family", "exact mixture of experts"]
+    sink.table(head, [[name, ", ".join(into[name])] for name in sorted(into)])
+    rest, moe = [d for d in kinds["dense"] if d not in into], kinds["moe"]
+    sink.line(f"\n{len(rest)} dense families without an exact target: {', '.join(rest)}")
+    sink.line(f"\n{len(moe)} families with experts (inspect, convert-layout): {', '.join(moe)}")
+    return 0
+
+
+def show(given: Given) -> int:
+    """One family."""
+    from moetool.methods.upcycle.targets import why_not
+    from moetool.surgery.layout import Layout
+    from moetool.surgery.pair import pairs
+
+    family = given.arguments["family"]
+    layout = Layout.load(family)
+    conversions = [_conversion(p) for p in pairs() if p.source == family]
+    found = {
+        "family": family,
+        "class": layout.cls,
+        "kind": layout.kind,
+        "law": layout.overlay.law.as_json() or None,
+        "reads_per_expert": layout.experts.reads_per_expert if layout.kind == "moe" else None,
+        "conversions": conversions,
+        "comes_from": sorted({p.source for p in pairs() if p.target == family and not p.inner}),
+        "why_not": why_not(layout) if not conversions else None,
+        "note": layout.overlay.note,
+        "tensors": _tensors(layout),
+    }
+    session.sink.result(found, "\n".join(_lines(found)))
+    head = ["tensor", "shape", "role", "layers", "when"]
+    session.sink.table(head, [_row(t) for t in found["tensors"]], plain=True)
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "list",
+        "Every family there is a layout for, and what dense ones convert to.",
+        list_,
+        examples=(
+            "moetool archs list",
+            "moetool archs list --json",
+            "moetool archs list --json | python -m json.tool",
+        ),
+    ),
+    Command(
+        "show",
+        "One family: its tensors, and what it converts to, under which conditions.",
+        show,
+        (Argument("family", "a model type, as in config.json", "FAMILY"),),
+        examples=(
+            "moetool archs show llama",
+            "moetool archs show qwen3_moe",
+            "moetool archs show gpt_oss --json",
+        ),
+    ),
+)
+
+
+def _tensors(layout: Layout) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "shape": s.shape, "role": s.role, "layers": s.layers, "when": s.when}
+        for s in layout.tensors
+    ]
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['family']}: {found['class']}, {found['kind']}"]
+    for entry in found["conversions"]:
+        shown = ", ".join(filter(None, (entry["measured"], entry["evidence"])))
+        lines.append(f"-> {entry['target']}: exact ({shown})")
+        lines += [f"     only if {line}" for line in entry["only_if"]]
+    if found["why_not"]:
+        lines.append(f"-> nothing: {found['why_not']}")
+    if found["comes_from"]:
+        lines.append(f"<- {', '.join(found['comes_from'])}")
+    if found["law"]:
+        lines.append(f"routing: {found['law']}")
+    return lines
+
+
+def _row(tensor: dict[str, Any]) -> list[str]:
+    shape = " x ".join(map(str, tensor["shape"] or ["?"]))
+    return [tensor["name"], shape, *(tensor[k] or "" for k in ("role", "layers", "when"))]
+
+
+def _conversion(pair: Pair) -> dict[str, Any]:
+    rules = []
+    for rule in pair.require:
+        wanted = f"= {rule.values[0]!r}" if rule.values else f"is all {rule.each}"
+        rules.append(f"{rule.field} {wanted} ({rule.because})")
+    if not pair.rope_partial and not pair.inner:
+        rules.append("partial_rotary_factor = 1, where the family has it")
+    return {
+        "target": f"{pair.target} ({pair.inner} inside)" if pair.inner else pair.target,
+        "only_if": rules,
+        "dropped_fields": pair.drop,
+        "measured": pair.measured,
+        "evidence": pair.evidence,
+    }

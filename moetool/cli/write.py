@@ -1,0 +1,132 @@
+"""The commands that write: one for every method, each with the options that the method has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from moetool import methods
+from moetool.cli.app import session
+from moetool.cli.options import Argument, Command, Given
+from moetool.methods.options import WHAT, Common, Field, Value, build, fields
+from moetool.units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from moetool.methods.contract import Line, Method, Options, Prepared, Report, Summary
+
+PANEL = "Make a model"
+ARGUMENTS = (
+    Argument("src", "a folder, a .safetensors file, or a Hub id org/name[@revision]", "SRC"),
+    Argument("out", "folder to write; must not exist, or be empty", "OUT"),
+)
+COMMON = fields(Common)
+
+
+def command(name: str) -> Command:
+    """The command of a method."""
+    cls = methods.load(name)
+    further = [_from(cls.several)] if cls.several else []
+    return Command(
+        name,
+        f"{methods.METHODS[name].about}\n\n{_more(cls)}",
+        lambda given: _run(name, given),
+        ARGUMENTS,
+        (*cls.fields(), *further, *COMMON),
+        cls.examples,
+        PANEL,
+    )
+
+
+def _from(text: str) -> Field:
+    return Field("from_", tuple, (), text, WHAT, unit="whole", metavar="MODEL")
+
+
+def _more(cls: type[Method]) -> str:
+    """What the class says beyond its first sentence."""
+    return "\n".join(line.strip() for line in (cls.__doc__ or "").partition("\n\n")[2].splitlines())
+
+
+def _run(name: str, given: Given) -> int:
+    further = given.values.pop("from_", ())
+    assert isinstance(further, tuple)
+    sources = (given.arguments["src"], *further)
+    common = {f.name for f in COMMON}
+    own = {k: v for k, v in given.values.items() if k not in common}
+    shared = {k: v for k, v in given.values.items() if k in common}
+    return write(options_of(name, sources, given.arguments["out"], own, shared))
+
+
+def options_of(
+    name: str,
+    sources: tuple[str, ...],
+    out: str,
+    own: Mapping[str, Value],
+    common: Mapping[str, Value],
+) -> Options:
+    """One command, as the pipeline takes it."""
+    from moetool.methods.contract import Options
+
+    made = build(Common, common, name)
+    return Options(out, sources, name, dict(own), made, session.command)
+
+
+def write(options: Options) -> int:
+    """Prepare; show, or make; report."""
+    from moetool import pipeline
+
+    sink, watch = session.sink, pipeline.Watch(session.sink.progress, session.stop)
+    session.working = methods.load(options.method).interruptible
+    prepared = pipeline.prepare(options, watch)
+    if options.common.dry_run:
+        return _dry_run(prepared, pipeline.summary(prepared))
+    session.working = True
+    report = pipeline.write(prepared, watch)
+    session.working, session.finished = False, True
+    for warning in report.warnings:
+        sink.say(f"warning: {warning}")
+    sink.result(report.as_json(), shown(prepared.method, report, report))
+    return 0
+
+
+def _dry_run(prepared: Prepared, summary: Summary) -> int:
+    for warning in prepared.made.warnings:
+        session.sink.say(f"warning: {warning}")
+    text = shown(prepared.method, summary, None) + "\nnothing was written (--dry-run)"
+    session.sink.result(summary.as_json() | {"dry_run": True}, text)
+    return 0
+
+
+def shown(method: Method, summary: Summary, report: Report | None) -> str:
+    """A plan, or a finished run, for people."""
+    from moetool.methods.contract import Line
+
+    certificate = summary.certificate
+    files = f"{summary.shards} file{'s' * (summary.shards != 1)}, {summary.tensors} tensors"
+    size = f"{show_bytes(summary.output_bytes)} in {files} ({show_bytes(summary.free_disk)} free)"
+    workers = f"{summary.jobs} worker{'s' * (summary.jobs != 1)}"
+    coverage = f", coverage {certificate.coverage:g}" if certificate.coverage is not None else ""
+    lines = [
+        *method.lines(summary),
+        Line("output", size),
+        Line("memory", f"at most {show_bytes(summary.peak_memory)}, {workers}"),
+        Line("certificate", f"{certificate.level}{coverage}: {certificate.why}"),
+        *method.notes(summary),
+        *(_done(report) if report else ()),
+    ]
+    return "\n".join([f"{' + '.join(summary.sources)} -> {summary.out}", *map(str, lines)])
+
+
+def _done(report: Report) -> list[Line]:
+    from moetool.methods.contract import Line
+
+    found = []
+    if report.quality:
+        q = report.quality
+        change = f"{q['reference_perplexity']:.4g} -> {q['perplexity']:.4g}"
+        held = "" if q["held_out"] else " of the calibration text"
+        on = f"on {q['tokens']:,} predictions{held}"
+        found.append(Line("quality", f"KL {q['kl']:.4g}, perplexity {change} {on}"))
+    rate = report.output_bytes / max(report.seconds, 1e-9)
+    pace = "" if report.stages else f", {show_bytes(rate)}/s"
+    there = f", {report.resumed_shards} files were there already" if report.resumed_shards else ""
+    return [*found, Line("done", f"{show_seconds(report.seconds)}{pace}{there}")]

@@ -1,0 +1,184 @@
+"""Verbs and their ways as plain data: what `moetool methods` shows, and the JSON Schema of recipes.
+All of it is made from the classes; nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moetool import methods
+from moetool.errors import UsageError, did_you_mean
+from moetool.methods.options import Field
+from moetool.methods.options import fields as fields_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCHEMA = "https://json-schema.org/draft/2020-12/schema"
+_SIZE = r"^\s*\d+(\.\d+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"
+_SHARE = r"^\s*(\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+)\s*%?\s*$"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of a verb, as people ask for it."""
+
+    verb: str
+    name: str
+    cls: type[Any]
+
+    @property
+    def about(self) -> str:
+        """Its docstring, on one line."""
+        return " ".join((self.cls.__doc__ or "").split())
+
+    @property
+    def line(self) -> str:
+        """The first sentence."""
+        return re.split(r"(?<=[^.]\.)\s", self.about, maxsplit=1)[0].rstrip(".")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it cannot do without."""
+        needs = getattr(self.cls, "needs", None)
+        return bool(needs.text if needs is not None else self.cls.text)
+
+    def as_json(self) -> dict[str, Any]:
+        """As a verb lists it."""
+        return {"name": self.name, "text": self.needs_text, "about": self.about}
+
+
+def ways(verb: str) -> tuple[Way, ...]:
+    """The ways of a verb, in name order."""
+    return tuple(Way(verb, name, cls) for name, cls in methods.load(verb).ways().items())
+
+
+def every_way() -> Iterator[Way]:
+    """The ways of all verbs."""
+    for verb in methods.METHODS:
+        yield from ways(verb)
+
+
+def listed() -> list[dict[str, Any]]:
+    """Every verb with a line, and a line for each of its ways."""
+    return [
+        {
+            "name": name,
+            "about": entry.about,
+            "ways": [{"name": w.name, "text": w.needs_text, "about": w.line} for w in ways(name)],
+        }
+        for name, entry in methods.METHODS.items()
+    ]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A verb {name, about, options, examples, methods}, or a way of one {name, verb, about,
+    papers, text, options, example}. UsageError with the nearest names.
+    """
+    if name in methods.METHODS:
+        return _verb(name)
+    found = [way for way in every_way() if way.name == name]
+    if not found:
+        known = [*methods.METHODS, *(way.name for way in every_way())]
+        raise UsageError(f"no method {name!r}", hint=did_you_mean(name, known))
+    return _way(found[0])
+
+
+def _verb(name: str) -> dict[str, Any]:
+    cls = methods.load(name)
+    found = {
+        "name": name,
+        "about": "\n".join(line.strip() for line in (cls.__doc__ or "").strip().splitlines()),
+        "options": [_option(f) for f in cls.fields()],
+        "examples": list(cls.examples),
+    }
+    listed = [way.as_json() for way in ways(name)]
+    return found | ({"methods": listed} if listed else {})
+
+
+def _way(way: Way) -> dict[str, Any]:
+    own = fields_of(way.cls.Options) if hasattr(way.cls, "Options") else ()
+    text = " --calibrate TEXT" if way.needs_text else ""
+    return {
+        "name": way.name,
+        "verb": way.verb,
+        "about": way.about,
+        "papers": [f"arXiv {number}" for number in re.findall(r"\d{4}\.\d{5}", way.about)],
+        "text": way.needs_text,
+        "options": [_option(f) for f in own],
+        "example": f"moetool {way.verb} SRC OUT --method {way.name}{text}",
+    }
+
+
+def _option(field: Field) -> dict[str, Any]:
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    found: dict[str, Any] = {
+        "name": field.spelled,
+        "type": "list" if field.type is tuple else field.type.__name__,
+        "default": default,
+        "help": field.help,
+        "panel": field.panel,
+    }
+    return found | ({"choices": list(field.choices)} if field.choices else {})
+
+
+# --- the JSON Schema of a verb's recipe
+
+
+def schema(verb: str) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe of this verb."""
+    cls = methods.load(verb)
+    options: dict[str, Any] = {}
+    for field in cls.fields():
+        options[field.spelled] = _property(field)
+        if field.was:
+            old = {"deprecated": True, "description": f"now {field.spelled}"}
+            options[field.was.replace("_", "-")] = _property(field) | old
+    empty = {"type": ["string", "null"]}
+    several = {"type": ["array", "null"], "items": {"type": "string"}}
+    return {
+        "$schema": SCHEMA,
+        "title": f"a recipe of moetool {verb}",
+        "description": methods.METHODS[verb].about,
+        "type": "object",
+        "properties": {
+            "paper": {"type": "string", "description": "where it is described"},
+            "about": {"type": "string", "description": "what it does, in a sentence or two"},
+            "method": {"const": verb},
+            "source": empty | {"description": "the checkpoint to start from"},
+            **({"from": several | {"description": cls.several}} if cls.several else {}),
+            "out": empty | {"description": "the folder to write"},
+            "seed": {"type": "integer", "default": 0, "description": "everything random"},
+            "options": {
+                "type": ["object", "null"],
+                "properties": options,
+                "additionalProperties": False,
+            },
+        },
+        "required": ["method"],
+        "additionalProperties": False,
+    }
+
+
+def _property(field: Field) -> dict[str, Any]:
+    found: dict[str, Any] = {"description": field.help, **_type(field)}
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found | ({"default": default} if default is not None else {})
+
+
+def _type(field: Field) -> dict[str, Any]:
+    """What YAML may hold for a field."""
+    least = {} if field.minimum is None else {"minimum": field.minimum}
+    if field.choices:
+        return {"enum": list(field.choices)}
+    if field.unit == "bytes":
+        return {"anyOf": [{"type": "integer", **least}, {"type": "string", "pattern": _SIZE}]}
+    if field.unit == "share":
+        return {"anyOf": [{"type": "number", **least}, {"type": "string", "pattern": _SHARE}]}
+    if field.type is tuple:
+        return {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
+    if field.type is str:
+        return {"type": ["string", "number", "array"]}
+    return {"type": {bool: "boolean", int: "integer", float: "number"}[field.type], **least}

@@ -1,0 +1,97 @@
+"""What upcycle can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetool.errors import UsageError
+from moetool.methods.options import WHAT, option
+from moetool.methods.upcycle import carve, site
+from moetool.methods.upcycle.diversify import Diversify
+from moetool.methods.upcycle.route import Router
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """The options of upcycle, seven primitives in short."""
+
+    experts: int = option(8, "routed experts in each MoE layer", WHAT)
+    top_k: int = option(2, "experts that run for a token", WHAT)
+    split: int = option(
+        1, "cut each FFN into this many parts; experts = parts x replicas", WHAT, metavar="PARTS"
+    )
+    layers: str = option(
+        "all", f"which layers get experts: {site.FORMS}", WHAT, metavar="all|every:N|0,2,..."
+    )
+    shared: bool = option(
+        False,
+        "keep the whole FFN as an always-on shared expert; routed experts start at zero output",
+        WHAT,
+    )
+    target: str = option(
+        "auto",
+        "model type to write, or auto (the first that loses nothing); with --layers none: same",
+        WHAT,
+        metavar="FAMILY",
+    )
+    trunk: str = option(
+        "base",
+        "everything but the FFNs, with --from: base, mean, weights:a,b,... or interp:x",
+        WHAT,
+        metavar="base|mean|...",
+    )
+    expert_map: str = option(
+        "",
+        "source of each expert (0 is SRC, 1 the first --from), for example 0,1,1,2",
+        WHAT,
+        metavar="0,1,...",
+    )
+    router: str = option(
+        "auto",
+        "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA",
+        metavar="START",
+    )
+    carve: str = option(
+        "contiguous", f"how --split chooses neurons: {carve.FORMS}", metavar="random|kmeans|..."
+    )
+    diversify: str = option(
+        "none",
+        "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], joined by +",
+        metavar="noise:SIGMA|...",
+    )
+    scale: str = option(
+        "auto", "factor on expert outputs; auto solves the coverage identity", metavar="FACTOR"
+    )
+    layout: str = option(
+        "auto",
+        "how expert tensors lie; auto is per-expert wherever the family reads it",
+        choices=("auto", "per-expert", "fused"),
+    )
+
+    def __post_init__(self) -> None:
+        self._check_counts()
+        carve.parse(self.carve, self.split)
+        Diversify.parse(self.diversify)
+        Router.parse(self.router, self.split, self.top_k)
+
+    def _check_counts(self) -> None:
+        if self.experts < 1 or self.top_k < 1 or self.split < 1:
+            raise UsageError(
+                "--experts, --top-k and --split are at least 1",
+                found=f"{self.experts}, {self.top_k}, {self.split}",
+                hint="for example --experts 8 --top-k 2",
+            )
+        if self.top_k > self.experts:
+            raise UsageError(
+                "more experts run than there are",
+                expected=f"--top-k at most {self.experts}",
+                found=self.top_k,
+                hint="raise --experts or lower --top-k",
+            )
+        if self.experts % self.split:
+            raise UsageError(
+                "--experts must be a multiple of --split",
+                expected=f"a multiple of {self.split}",
+                found=self.experts,
+                hint=f"for example --experts {self.split * max(1, round(self.experts / self.split))}",
+            )
