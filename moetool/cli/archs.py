@@ -42,7 +42,7 @@ def show(given: Given) -> int:
     family = given.arguments["family"]
     layout = Layout.load(family)
     conversions = [_conversion(p) for p in pairs() if p.source == family]
-    found = {
+    found: dict[str, Any] = {
         "family": family,
         "class": layout.cls,
         "kind": layout.kind,

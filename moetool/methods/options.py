@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from moetool.errors import UsageError, did_you_mean
 from moetool.units import parse_bytes, parse_number, parse_share
@@ -155,11 +155,12 @@ def same(group: type, name: str, **change: Any) -> Any:
 
 def fields(cls: type, of: tuple[str, ...] = ()) -> tuple[Field, ...]:
     """The options of a dataclass, in the order of its fields."""
-    return _fields(cls, of)
+    return _fields(cast("Hashable", cls), of)
 
 
 @lru_cache(maxsize=64)
-def _fields(cls: type, of: tuple[str, ...]) -> tuple[Field, ...]:
+def _fields(group: Hashable, of: tuple[str, ...]) -> tuple[Field, ...]:
+    cls = cast("type", group)
     hints = typing.get_type_hints(cls)
     return tuple(_field(f, hints[f.name], of) for f in dataclasses.fields(cls) if f.metadata)
 
@@ -170,7 +171,7 @@ def _field(made: dataclasses.Field[Any], hint: object, of: tuple[str, ...]) -> F
     return Field(
         name=made.name,
         type=_plain(hint),
-        default=typing.cast("Value", made.default),
+        default=cast("Value", made.default),
         help=text() if callable(text) else text,
         choices=tuple(choices() if callable(choices) else choices),
         of=of,
@@ -187,7 +188,7 @@ def _plain(hint: object) -> type:
     found = typing.get_origin(hint) or hint
     if found not in (bool, int, float, str, tuple):
         raise TypeError(f"an option cannot be {hint!r}")
-    return typing.cast(type, found)
+    return cast("type", found)
 
 
 def build(cls: type[Chosen], values: Mapping[str, object], what: str) -> Chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
@@ -100,7 +101,7 @@ class Upcycle(Method):
                 self.options.split,
                 seed,
                 name,
-                lambda ffn=ffn: _matrix(base, ffn, matrix),
+                partial(_matrix, base, ffn, matrix),
             )
             tables[name] = order or []
         return tables
