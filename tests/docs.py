@@ -34,9 +34,9 @@ def sentence(about: str) -> str:
 
 def ways(verb: str) -> str:
     """The ways of a verb, those that need no text first, each with its docstring's first sentence."""
-    from moetool import methods
+    from moetool.methods import described
 
-    found = sorted(methods.describe(verb)["methods"], key=lambda way: (way["text"], way["name"]))
+    found = sorted(described.describe(verb)["methods"], key=lambda way: (way["text"], way["name"]))
     return markdown(
         [f"`{verb} --method`", "is", "text"],
         ([f"`{w['name']}`{default(w)}", sentence(w["about"]), said(w)] for w in found),

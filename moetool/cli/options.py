@@ -152,10 +152,12 @@ def _annotation(field: Field) -> Any:
 
 
 def _reader(field: Field) -> dict[str, Any]:
-    """Sizes, shares and choices are read by the field itself: the same words and the same errors
-    as in recipes and in Python.
+    """Sizes, shares, choices and numbers that must be finite are read by the field itself: the same
+    words and the same errors as in recipes and in Python.
     """
-    if field.type is tuple or not (field.unit or field.choices):
+    if field.type is not float and not (field.unit or field.choices):
+        return {}
+    if field.type is tuple:
         return {}
     reader: dict[str, Any] = {"parser": field.read}
     if field.choices:

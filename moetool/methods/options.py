@@ -110,7 +110,12 @@ class Field:
             said = f"--{self.spelled}: {problem.message}"
             raise UsageError(said, hint=problem.hint, **problem.where) from None
         if self.minimum is not None and not made >= self.minimum:
-            raise self._refused(value, f"at least {self.minimum:g}")
+            raise UsageError(
+                f"--{self.spelled} is too small",
+                expected=f"at least {self.minimum:g}",
+                found=value,
+                hint="leave it out",
+            )
         return made
 
     def _parsed(self, value: str | int | float) -> int | float:
