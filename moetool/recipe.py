@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool import strict_yaml
 from moetool.errors import UsageError, did_you_mean
 from moetool.methods.contract import Options
 from moetool.methods.options import Common, build
@@ -69,15 +70,13 @@ def read(path: str | Path, changes: list[str]) -> Recipe:
 
 
 def _load(path: str | Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = strict_yaml.load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
             "no such recipe", file=path, hint="the recipes/ folder of moetool holds some"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError) as problem:
         raise UsageError(
             f"the recipe is not YAML: {problem}", file=path, hint="correct the file"
         ) from None
@@ -107,11 +106,14 @@ def _apply(data: dict[str, Any], change: str) -> None:
 
 
 def _value(key: str, text: str) -> Any:
-    import yaml
-
     if key in ("source", "out"):
         return text
-    return text.split(",") if key == "from" else yaml.safe_load(text)
+    if key == "from":
+        return text.split(",")
+    try:
+        return strict_yaml.load(text)
+    except ValueError as problem:
+        raise UsageError(f"--set {key}: {problem}", hint="quote the value") from None
 
 
 def _problems(data: dict[str, Any]) -> list[str]:
