@@ -7,7 +7,7 @@ says where neurons lie.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,91 +17,105 @@ from moetool.kernels import draw
 Tensor = torch.Tensor
 
 
-def experts(
-    matrix: Tensor,
-    shapes: Sequence[tuple[int, ...]],
-    *,
-    axis: int,
-    parts: int = 1,
-    order: list[int] | None = None,
-    first: int = 0,
-    scale: float = 1.0,
-    permute: str | None = None,
-    noise: dict[str, Any] | None = None,
-    redraw: dict[str, Any] | None = None,
-    seed: int = 0,
-    name: str = "",
-) -> Iterator[Tensor]:
-    """Yield len(shapes) expert matrices; expert e holds part (first+e) % parts of the neurons,
-    taken in `order`.
+@dataclass(frozen=True)
+class Share:
+    """Which neurons an expert holds: part (first + e) % parts of them, taken in `order`. `axis`
+    says where neurons lie: 0 in [neurons, hidden], 1 in [hidden, neurons].
+    """
 
-    matrix [neurons, hidden] for axis 0, [hidden, neurons] for axis 1. `permute`, `noise` and
-    `redraw` name per-expert streams of random numbers; `scale` multiplies last. Arithmetic in
+    axis: int
+    parts: int = 1
+    order: Sequence[int] | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What makes copies differ, and by which streams of random numbers. permute: the stream of
+    orders; noise: its deviation, in units of the matrix's own; redraw: the share of neurons drawn
+    anew; same: an index stream that gate, up and down share (whole neurons are re-drawn), None for
+    an index set a matrix, as the reference code has it. `name`: the matrix.
+    """
+
+    permute: str | None = None
+    noise: float | None = None
+    redraw: float | None = None
+    same: str | None = None
+    seed: int = 0
+    name: str = ""
+
+    @property
+    def any(self) -> bool:
+        return self.permute is not None or self.noise is not None or self.redraw is not None
+
+
+PLAIN = Change()
+
+
+def experts(
+    matrix: Tensor, count: int, share: Share, change: Change = PLAIN, scale: float = 1.0
+) -> Iterator[Tensor]:
+    """Yield `count` expert matrices of one FFN matrix. `scale` multiplies last. Arithmetic in
     float32 (float64 for float64 sources), one cast at the end.
     """
-    width = matrix.shape[axis] // parts
-    plain = permute is None and noise is None and redraw is None
     held: dict[int, Tensor] = {}
-    for number in range(len(shapes)):
-        expert = first + number
-        part = expert % parts
-        if plain and part in held:
+    for number in range(count):
+        expert = share.first + number
+        part = expert % share.parts
+        if not change.any and part in held:
             yield held[part]
             continue
-        piece = _part(matrix, axis, part, width, order)
-        if permute is not None:
-            piece = piece.index_select(
-                axis, _index(draw.permutation(width, seed, f"{permute}/{expert}/permute"), piece)
-            )
-        if not plain or scale != 1.0:
-            work = piece.to(
-                torch.float64 if piece.dtype == torch.float64 else torch.float32, copy=True
-            )  # changed in place below
-            if redraw is not None:
-                work = redrawn(work, axis, **redraw, seed=seed, name=name, expert=expert)
-            if noise is not None:
-                work = noisy(work, noise["sigma"], seed=seed, name=f"{name}/{expert}/noise")
-            piece = work.mul_(scale).to(matrix.dtype)
-        if plain and parts > 1:
+        piece = _changed(_part(matrix, share, part), share.axis, change, scale, expert)
+        if not change.any and share.parts > 1:
             held[part] = piece
         yield piece
 
 
-def _part(matrix: Tensor, axis: int, part: int, width: int, order: list[int] | None) -> Tensor:
-    if order is None:
-        return matrix.narrow(axis, part * width, width)
-    return matrix.index_select(
-        axis,
-        torch.tensor(
-            order[part * width : (part + 1) * width], dtype=torch.int64, device=matrix.device
-        ),
-    )
+def _changed(piece: Tensor, axis: int, change: Change, scale: float, expert: int) -> Tensor:
+    """Permuted, then drawn anew, then noise, then scale."""
+    if change.permute is not None:
+        stream = f"{change.permute}/{expert}/permute"
+        order = draw.permutation(piece.shape[axis], change.seed, stream)
+        piece = piece.index_select(axis, _index(order, piece))
+    if not change.any and scale == 1.0:
+        return piece
+    wide = torch.float64 if piece.dtype == torch.float64 else torch.float32
+    work = piece.to(wide, copy=True)  # changed in place below
+    if change.redraw is not None:
+        work = redrawn(work, axis, change, expert)
+    if change.noise is not None:
+        stream = f"{change.name}/{expert}/noise"
+        work = noisy(work, change.noise, seed=change.seed, name=stream)
+    return work.mul_(scale).to(piece.dtype)
 
 
-def _index(values: Any, like: Tensor) -> Tensor:
+def _part(matrix: Tensor, share: Share, part: int) -> Tensor:
+    width = matrix.shape[share.axis] // share.parts
+    if share.order is None:
+        return matrix.narrow(share.axis, part * width, width)
+    mine = share.order[part * width : (part + 1) * width]
+    index = torch.tensor(mine, dtype=torch.int64, device=matrix.device)
+    return matrix.index_select(share.axis, index)
+
+
+def _index(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device)
 
 
-def redrawn(
-    work: Tensor, axis: int, *, ratio: float, same: str | None, seed: int, name: str, expert: int
-) -> Tensor:
-    """Re-draw (in place) floor(ratio * neurons) neurons from N(mean, std) of the entries they
-    replace (Drop-Upcycling, arXiv 2502.19261).
-
-    `same` names an index stream shared by gate, up and down (whole neurons are re-drawn); None
-    draws an index set for each matrix, as the reference code does.
+def redrawn(work: Tensor, axis: int, change: Change, expert: int) -> Tensor:
+    """Re-draw (in place) floor(change.redraw * neurons) neurons from N(mean, std) of the entries
+    they replace (Drop-Upcycling, arXiv 2502.19261).
     """
     neurons = work.shape[axis]
-    count = int(neurons * ratio)
+    count = int(neurons * (change.redraw or 0.0))
     if count == 0:
         return work
-    chosen = _index(
-        draw.permutation(neurons, seed, f"{same or name}/{expert}/redraw")[:count].copy(), work
-    )
+    stream = f"{change.same or change.name}/{expert}/redraw"
+    chosen = _index(draw.permutation(neurons, change.seed, stream)[:count].copy(), work)
     old = work.index_select(axis, chosen)
     std = old.std(correction=0) if old.numel() else old.sum()
     mean = old.mean()
-    fresh = _normal(old, seed, f"{name}/{expert}/values")
+    fresh = _normal(old, change.seed, f"{change.name}/{expert}/values")
     return work.index_copy_(axis, chosen, fresh.mul_(std).add_(mean))
 
 

@@ -58,9 +58,17 @@ def _neurons(
     from moetool.kernels import carve
 
     order = tables[params["order"]] if params.get("order") else None
-    yield from carve.experts(
-        inputs[0], shapes, order=order, **{k: v for k, v in params.items() if k != "order"}
+    share = carve.Share(params["axis"], params.get("parts", 1), order, params.get("first", 0))
+    redraw = params.get("redraw") or {}
+    change = carve.Change(
+        params.get("permute"),
+        (params.get("noise") or {}).get("sigma"),
+        redraw.get("ratio"),
+        redraw.get("same"),
+        params.get("seed", 0),
+        params.get("name", ""),
     )
+    yield from carve.experts(inputs[0], len(shapes), share, change, params.get("scale", 1.0))
 
 
 def _combine(

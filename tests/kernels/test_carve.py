@@ -16,8 +16,11 @@ MATRIX = torch.from_numpy(np.random.default_rng(7).standard_normal((WIDTH, HIDDE
 
 def cut(count: int, matrix: torch.Tensor = MATRIX, **options: object) -> list[torch.Tensor]:
     """`count` experts of a matrix whose rows are neurons."""
-    options = {"axis": 0, **options}
-    return list(carve.experts(matrix, [()] * count, **options))  # type: ignore[arg-type]
+    scale = options.pop("scale", 1.0)
+    shared = {k: v for k, v in options.items() if k in ("axis", "parts", "order", "first")}
+    rest = {k: v for k, v in options.items() if k not in shared}
+    share, change = carve.Share(**{"axis": 0, **shared}), carve.Change(**rest)  # type: ignore[arg-type]
+    return list(carve.experts(matrix, count, share, change, scale))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
@@ -60,7 +63,7 @@ def test_gate_up_and_down_are_permuted_alike() -> None:
 
 
 def test_noise_has_the_wanted_size_and_its_own_stream_an_expert() -> None:
-    pieces = cut(2, noise={"sigma": 0.25}, seed=2, name="w")
+    pieces = cut(2, noise=0.25, seed=2, name="w")
     std = float(MATRIX.std(correction=0))
     for number, piece in enumerate(pieces):
         drawn = draw.normal(MATRIX.numel(), 2, f"w/{number}/noise", np.float32)
@@ -73,8 +76,7 @@ def test_noise_has_the_wanted_size_and_its_own_stream_an_expert() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_redrawn_neurons_follow_the_entries_they_replace(axis: int, ratio: float) -> None:
     matrix = MATRIX if axis == 0 else MATRIX.T.contiguous()
-    redraw = {"ratio": ratio, "same": "layer1"}
-    (piece,) = cut(1, matrix, axis=axis, redraw=redraw, seed=4, name="up")
+    (piece,) = cut(1, matrix, axis=axis, redraw=ratio, same="layer1", seed=4, name="up")
     chosen = draw.permutation(WIDTH, 4, "layer1/0/redraw")[: int(WIDTH * ratio)]
     kept = np.setdiff1d(np.arange(WIDTH), chosen)
     made, old = (t.numpy() if axis == 0 else t.numpy().T for t in (piece, matrix))
@@ -96,7 +98,7 @@ def test_reference_redraws_each_matrix_by_itself() -> None:
     def changed(same: str | None) -> list[set[int]]:
         found = []
         for name in names:
-            (piece,) = cut(1, redraw={"ratio": 0.5, "same": same}, seed=9, name=name)
+            (piece,) = cut(1, redraw=0.5, same=same, seed=9, name=name)
             found.append({int(i) for i in (piece != MATRIX).any(1).nonzero().flatten()})
         return found
 
@@ -107,7 +109,7 @@ def test_reference_redraws_each_matrix_by_itself() -> None:
 
 def test_another_seed_is_another_expert_and_the_same_seed_the_same() -> None:
     def made(seed: int) -> torch.Tensor:
-        return cut(1, redraw={"ratio": 0.5, "same": "a"}, seed=seed, name="w")[0]
+        return cut(1, redraw=0.5, same="a", seed=seed, name="w")[0]
 
     assert torch.equal(made(1), made(1)) and not torch.equal(made(1), made(2))
 
@@ -118,14 +120,15 @@ def test_all_changes_in_their_order() -> None:
         1,
         MATRIX.bfloat16(),
         permute="p",
-        redraw={"ratio": 0.25, "same": "p"},
-        noise={"sigma": 0.1},
+        redraw=0.25,
+        same="p",
+        noise=0.1,
         scale=2.0,
         seed=3,
         name="n",
     )
     work = MATRIX.bfloat16().float()[draw.permutation(WIDTH, 3, "p/0/permute")]
-    work = carve.redrawn(work, 0, ratio=0.25, same="p", seed=3, name="n", expert=0)
+    work = carve.redrawn(work, 0, carve.Change(redraw=0.25, same="p", seed=3, name="n"), 0)
     work = carve.noisy(work, 0.1, seed=3, name="n/0/noise")
     assert torch.equal(piece, (work * 2.0).bfloat16())
 
@@ -137,8 +140,9 @@ def test_planning_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         3,
         ghost,
         parts=2,
-        noise={"sigma": 0.1},
-        redraw={"ratio": 0.5, "same": None},
+        noise=0.1,
+        redraw=0.5,
+        same=None,
         name="w",
     )
     assert [(p.shape, p.dtype, p.is_meta) for p in pieces] == [

@@ -62,7 +62,7 @@ def test_experts_against_a_loop() -> None:
     matrix = torch.randn(24, 10, dtype=torch.float64)
     order = draw.permutation(24, 0, "o").tolist()
     for axis, whole in ((0, matrix), (1, matrix.T.contiguous())):
-        got = list(carve.experts(whole, [(6, 10)] * 8, axis=axis, parts=4, order=order, scale=4.0))
+        got = list(carve.experts(whole, 8, carve.Share(axis, 4, order), scale=4.0))
         for number, piece in enumerate(got):
             rows = [order[(number % 4) * 6 + i] for i in range(6)]
             expected = torch.stack([matrix[r] * 4 for r in rows])

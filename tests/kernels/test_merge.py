@@ -175,12 +175,14 @@ def layer(
     return torch.randn(tokens, hidden), torch.randn(experts, hidden), bank, moe.Law(2)
 
 
-def test_refit_reaches_the_least_squares_solution() -> None:
+def test_refit_reaches_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against numpy's lstsq over all down matrices of the layer at once."""
     x, router, bank, law = layer()
     routing = moe.select(x, router, law)
     target = torch.randn(200, 8)
-    down, before, after = solve.refit(x, routing, bank, law, target, ridge=1e-9, sweeps=500)
+    monkeypatch.setattr(solve, "RIDGE", 1e-9)
+    monkeypatch.setattr(solve, "SWEEPS", 500)
+    down, before, after = solve.refit(x, routing, bank, law, target)
     weights = routing.dense().double()
     design = torch.cat(
         [weights[:, e : e + 1] * bank.hidden(x, e).double() for e in range(4)], 1
