@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import strict_json
 from moetool.errors import MoetoolError
 from moetool.reading import opened
-from moetool.surgery import companions, forms, header
+from moetool.surgery import bounds, companions, forms, header
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Checkpoint:
         companions.check_inside(folder / "config.json", "model config")
         companions.travelling(folder)  # links out of the folder, pipes: said before any work
         config = read_json(folder / "config.json", what="model config")
+        bounds.check(config, folder / "config.json")
         tensors: dict[str, Stored] = {}
         files: dict[str, tuple[int, str]] = {}
         for shard in shards:

@@ -118,15 +118,15 @@ class Mixture:
             for name, stored in source.tensors.items()
             if (found := finder.find(stored)) is not None
         }
-        if not any(c.kind == "expert" for c in counted.values()):
+        numbers = sorted({c.layer for c in counted.values() if c.kind == "expert"})
+        count = int(layout.field("layers", at.config) or 0)
+        if not any(n < count for n in numbers):
             raise MoetoolError(
                 "no experts found where the layout has them",
                 file=source.folder,
                 expected=f"experts of {layout.model_type}",
                 hint="`moetool inspect` says what is there",
             )
-        numbers = sorted({c.layer for c in counted.values() if c.kind == "expert"})
-        count = int(layout.field("layers", at.config) or 0)
         return cls(
             source,
             at,

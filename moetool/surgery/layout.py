@@ -152,9 +152,22 @@ class Layout:
         return values | resolved
 
     def field(self, meaning: str, config: dict[str, Any]) -> Any:
-        """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None."""
+        """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None. A
+        list that says the same for every layer is that value; MoetoolError for another one.
+        """
         name = self.fields.get(meaning)
-        return self.text(config).get(name) if name else None
+        value = self.text(config).get(name) if name else None
+        if not isinstance(value, list) or meaning == "width":
+            return value
+        if not value or any(v != value[0] for v in value):
+            raise MoetoolError(
+                "a field of the config says another number for each layer",
+                field=name,
+                expected="one number",
+                found=str(value)[:80],
+                hint="moetool reads models whose layers are alike here",
+            )
+        return value[0]
 
     def evaluate(self, formula: str | None, text: dict[str, Any]) -> int | None:
         """A shape formula as a number, or None where a field is unknown."""

@@ -159,3 +159,64 @@ def test_a_model_that_answers_nan_is_named(
     said = run(*words)
     assert said.code in (1, 4) and "NaN" in said.err
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE: list[Any] = [-5, -1, 0, 1, 10**7, 10**9, 2**63, 10**30, 1.5, 1e400, "4", "", True, None]
+HOSTILE += [[], [1], [0, "x"], [None], [[1]], {}, {"a": 1}, "\u00e9" * 300]
+FIELDS = {
+    "dense": [
+        *("model_type", "architectures", "num_hidden_layers", "hidden_size", "intermediate_size"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "hidden_act"),
+        *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "rms_norm_eps"),
+        *("text_config", "vision_config", "quantization_config", "per_layer_config", "dtype"),
+        *("attention_bias", "mlp_bias", "auto_map", "_name_or_path", "pad_token_id"),
+    ],
+    "moe": [
+        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        *("decoder_sparse_step", "mlp_only_layers", "num_hidden_layers", "per_layer_config"),
+        *("quantization_config", "text_config", "hidden_size", "num_local_experts"),
+    ],
+}
+
+
+@pytest.mark.parametrize("field", FIELDS["dense"])
+def test_hostile_configs_of_a_dense_model(field: str, dense: Path, tmp_path: Path) -> None:
+    plain = json.loads((dense / "config.json").read_text())
+    for number, value in enumerate(HOSTILE):
+        (dense / "config.json").write_text(json.dumps(plain | {field: value}))
+        run("inspect", dense)
+        run("upcycle", dense, tmp_path / f"out{number}", "--dry-run")
+
+
+@pytest.mark.parametrize("field", FIELDS["moe"])
+def test_hostile_configs_of_a_moe(field: str, moe: Path, tmp_path: Path) -> None:
+    plain = json.loads((moe / "config.json").read_text())
+    for number, value in enumerate(HOSTILE):
+        (moe / "config.json").write_text(json.dumps(plain | {field: value}))
+        run("inspect", moe)
+        run("convert-layout", moe, tmp_path / f"a{number}", "--to", "fused", "--dry-run")
+        run("prune", moe, tmp_path / f"b{number}", "--method", "random", "--dry-run")
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "rope_parameters", "num_experts"])
+def test_hostile_configs_with_text(field: str, moe: Path, text: Path) -> None:
+    plain = json.loads((moe / "config.json").read_text())
+    for value in HOSTILE:
+        (moe / "config.json").write_text(json.dumps(plain | {field: value}))
+        run("eval", moe, "--text", text)
+
+
+TOO_MUCH = {
+    "layers": {"num_hidden_layers": 10_000_000},
+    "experts": {"num_local_experts": 10**9},
+    "both": {"num_hidden_layers": 4000, "num_local_experts": 30_000},
+    "positions": {"max_position_embeddings": -5},
+    "moe layers": {"mlp_only_layers": 7},
+    "deep": {"a": json.loads('{"b":' * 200 + "1" + "}" * 200)},
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_configs_out_of_all_bounds_are_refused(name: str, moe: Path) -> None:
+    change(moe / "config.json", **TOO_MUCH[name])
+    assert "config.json" in refused(1, "inspect", moe)
