@@ -159,7 +159,7 @@ class Layout:
         value = self.text(config).get(name) if name else None
         if not isinstance(value, list) or meaning == "width":
             return value
-        if not value or any(v != value[0] for v in value):
+        if value[:1] in ([], [None]) or any(v != value[0] for v in value):
             raise MoetoolError(
                 "a field of the config says another number for each layer",
                 field=name,

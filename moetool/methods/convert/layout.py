@@ -186,7 +186,7 @@ class Experts:
     @property
     def count(self) -> int:
         """Experts of a layer."""
-        return int(self.layout.field("experts", self.config))
+        return int(self.layout.field("experts", self.config) or 0)
 
     def named(self, template: str, layer: int, expert: int = 0) -> str:
         """A tensor's full name."""
