@@ -147,7 +147,8 @@ class Tensors:
                 layers[template.name].add(template.index.get("layer"))
         out = []
         for name in sorted(shapes):
-            role = role_of(name, self.kind)
+            outside = bool(layers[name]) and layers[name] == {None}  # a tower's own layers
+            role = None if outside else role_of(name, self.kind)
             sure = bool(formulas.second) or role is not None  # one build may match by accident
             known = len(shapes[name]) == 1 and formulas.terms and sure
             formula = formulas.shape(name, next(iter(shapes[name]))) if known else None
