@@ -72,6 +72,7 @@ class MergeWay(Way):
 
     parts: ClassVar[Parts]
     combines: ClassVar[str] = ""
+    writes = frozenset({"groups", "orders"})
 
     def __init_subclass__(cls) -> None:
         if "parts" in vars(cls):

@@ -34,6 +34,7 @@ class Mone(PruneWay):
     """
 
     name = "mone"
+    writes = frozenset({"constant"})
 
     def check(self, mixture: Mixture) -> None:
         super().check(mixture)

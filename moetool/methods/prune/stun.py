@@ -46,6 +46,7 @@ class Stun(RouterDistance):
     name = "stun"
     auto = ""
     needs = Needs(text=True, weights=True)
+    writes = frozenset({"sparsity"})
     Options = Sparsity
 
     def told(self) -> None:

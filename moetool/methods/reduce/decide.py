@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Decisions, Settings
+from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce import budget, counts, decided, protect, router_rows
+from moetool.methods.reduce import replay as replaying
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Found, TextSeen
@@ -119,6 +121,8 @@ class Chosen(Decisions):
 def decide(asked: Asked) -> Chosen:
     """Every layer of a model, or what was decided before."""
     replay = replayed(asked)
+    if replay is not None:
+        asked = replace(asked, notes=(*asked.notes, *_contradiction(asked, replay)))
     if replay is not None and not _reads_more(asked, replay):
         return _chosen(asked, replay, Settled({}), Seen())
     _check_text(asked, replay)
@@ -146,10 +150,12 @@ def replayed(asked: Asked) -> Decided | None:
     file = asked.options.decisions
     if not file or (asked.settings.dry_run and not Path(file).exists()):
         return None
-    found = decided.read(file)
-    found.check(asked.mixture, file)
-    counts.checked_counts(found, asked.mixture)
-    return found
+    return replaying.read(file, asked.verb, asked.way, asked.mixture)
+
+
+def _contradiction(asked: Asked, replay: Decided) -> list[str]:
+    usual = next(f.default for f in fields_of(Reducing) if f.name == "ratio")
+    return replaying.contradiction(replay, asked.mixture, asked.options.ratio, float(usual))
 
 
 def statistics(asked: Asked, replay: Decided | None) -> Seen:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool.errors import UsageError
+from moetool.errors import UsageError, did_you_mean
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.surgery.experts import Mixture
 
 SCHEMA = 1
+_KEYS = {"schema", "verb", "method", "experts", "layers"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,17 @@ class Decided:
                 found=str(data)[:80],
                 hint="make one with --dry-run --decisions FILE",
             )
+        strange = sorted(set(data) - _KEYS)
+        if strange:
+            raise UsageError(
+                "the decisions say something that nobody reads",
+                file=where,
+                expected=", ".join(sorted(_KEYS)),
+                found=strange[0],
+                hint=did_you_mean(strange[0], _KEYS),
+            )
         experts = data.get("experts")
-        if not isinstance(experts, int):
+        if type(experts) is not int:
             raise UsageError(
                 "the decisions do not say how many experts there were",
                 file=where,
@@ -88,6 +98,24 @@ class Decided:
                 found=f"{self.experts} experts in {len(self.layers)} layers",
                 hint="make them again with --dry-run --decisions FILE",
             )
+        for number, layer in self.layers.items():
+            wide = width(mixture, number) if layer.orders else 0
+            wrong = [e for e, order in layer.orders.items() if len(order) != wide]
+            if wrong:
+                raise UsageError(
+                    "a neuron order is not as wide as the experts",
+                    file=where,
+                    tensor=f"layer {number}, expert {wrong[0]}",
+                    expected=f"{wide} neurons",
+                    found=f"{len(layer.orders[wrong[0]])} neurons",
+                    hint="leave `orders` as they were written",
+                )
+
+
+def width(mixture: Mixture, layer: int) -> int:
+    """Neurons of an expert of a layer."""
+    hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
+    return mixture.pieces(layer, 0)["down"].count // hidden
 
 
 def order_key(layer: int, expert: int) -> str:
@@ -107,24 +135,34 @@ def render(decisions: dict[str, Any]) -> str:
 def read(path: str | Path) -> Decided:
     """Decisions from a file; UsageError when it is missing or malformed."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise UsageError(
             "there are no decisions here",
             file=path,
             hint="write them first: --dry-run --decisions FILE",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise UsageError(
-            f"the decisions are not JSON: {problem}",
+            f"the decisions are not JSON: {str(problem)[:200]}",
             file=path,
             hint="correct the file, or make it again with --dry-run --decisions FILE",
         ) from None
     return Decided.from_json(data, str(path))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: Python would take the last of two."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return made
+
+
 def _number(text: str, where: str) -> int:
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and str(int(text)) == text):
         raise UsageError(
             "a layer is not a number",
             file=where,

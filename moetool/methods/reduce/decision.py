@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from moetool.errors import UsageError, did_you_mean
@@ -53,6 +56,12 @@ class Decision:
         """Whether all of a layer's experts stay as they are."""
         return self.count == experts and not self.constant and not self.sparsity
 
+    def more(self) -> set[str]:
+        """What it says beyond which experts stay, by the names of the file."""
+        merged = any(len(group) > 1 for group in self.groups)
+        said = {"constant": self.constant, "sparsity": self.sparsity, "orders": self.orders}
+        return {name for name, value in said.items() if value} | ({"groups"} if merged else set())
+
     def map(self, experts: int) -> list[int | None]:
         """old expert -> new expert, None where it went."""
         to: list[int | None] = [None] * experts
@@ -101,6 +110,7 @@ class Decision:
         made = _parsed(data, at)
         _check_experts(made, experts, at)
         _check_weights(made, at)
+        _check_extras(made, experts, at)
         if any(sorted(order) != list(range(len(order))) for order in made.orders.values()):
             raise at.wrong(
                 "a neuron order is no permutation", hint="leave `orders` as they were written"
@@ -120,8 +130,16 @@ class Where:
 
 
 def _check_keys(data: Any, at: Where) -> None:
-    if isinstance(data, dict) and not set(data) - _KEYS and {"keep", "groups"} & set(data):
+    known = isinstance(data, dict) and not set(data) - _KEYS
+    if known and len({"keep", "groups"} & set(data)) == 1:
         return
+    if known and {"keep", "groups"} <= set(data):
+        raise at.wrong(
+            "a layer's decision is malformed: it says both keep and groups",
+            expected="keep or groups",
+            found="both",
+            hint="groups where experts are merged, keep where they only stay",
+        )
     wrong = sorted(set(data) - _KEYS) if isinstance(data, dict) else [str(data)[:40]]
     raise at.wrong(
         "a layer's decision is malformed",
@@ -133,21 +151,56 @@ def _check_keys(data: Any, at: Where) -> None:
 
 def _parsed(data: dict[str, Any], at: Where) -> Decision:
     try:
-        groups = [[e] for e in data["keep"]] if "keep" in data else data["groups"]
+        groups = [[e] for e in _list(data["keep"])] if "keep" in data else _list(data["groups"])
         return Decision(
-            groups=tuple(tuple(map(int, g)) for g in groups),
-            weights=tuple(tuple(map(float, row)) for row in data.get("weights", ())),
-            scores=tuple(map(float, data.get("scores", ()))),
-            protected=tuple(map(int, data.get("protected", ()))),
-            constant=tuple(map(int, data.get("constant", ()))),
-            sparsity=float(data.get("sparsity", 0.0)),
-            orders={int(e): tuple(map(int, o)) for e, o in data.get("orders", {}).items()},
+            groups=tuple(_experts(g) for g in groups),
+            weights=tuple(_numbers(row) for row in _list(data.get("weights", []))),
+            scores=_numbers(data.get("scores", [])),
+            protected=_experts(data.get("protected", [])),
+            constant=_experts(data.get("constant", [])),
+            sparsity=_numbers([data.get("sparsity", 0.0)])[0],
+            orders={_written(e): _experts(o) for e, o in data.get("orders", {}).items()},
         )
-    except (TypeError, ValueError, AttributeError) as problem:
+    except (TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise at.wrong(
             f"a layer's decision is malformed: {problem}",
-            hint="experts are whole numbers, weights numbers",
+            expected="experts as whole numbers, weights as numbers",
+            found=str(problem),
+            hint='write 3, not 3.0, true or "3"',
         ) from None
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in the file, shortened."""
+    return json.dumps(value)[:40]
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"{shown(value)} is no list")
+    return value
+
+
+def _experts(value: Any) -> tuple[int, ...]:
+    """Whole numbers as JSON has them: no strings, fractions or truth values."""
+    wrong = [v for v in _list(value) if type(v) is not int]
+    if wrong:
+        raise TypeError(f"{shown(wrong[0])} is no whole number")
+    return tuple(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    wrong = [v for v in _list(value) if type(v) not in (int, float) or not math.isfinite(v)]
+    if wrong:
+        raise TypeError(f"{shown(wrong[0])} is no finite number")
+    return tuple(map(float, value))
+
+
+def _written(text: str) -> int:
+    """A number as JSON has it for a key."""
+    if not (text.isascii() and text.isdigit() and str(int(text)) == text):
+        raise ValueError(f"{text[:40]!r} is no expert")
+    return int(text)
 
 
 def _check_experts(made: Decision, experts: int, at: Where) -> None:
@@ -170,6 +223,14 @@ def _check_weights(made: Decision, at: Where) -> None:
             found=[len(w) for w in made.weights][:8],
             hint="one weight for each expert of a group",
         )
+    negative = [w for w in chain.from_iterable(made.weights) if w < 0]
+    if negative:
+        raise at.wrong(
+            "a weight of a group is negative",
+            expected="0 or more",
+            found=negative[0],
+            hint="an expert that should not count is left out of its group",
+        )
     sums = [sum(row) for row in made.weights]
     bad = [s for s in sums if not abs(s - 1.0) < 1e-6]
     if bad:
@@ -178,4 +239,40 @@ def _check_weights(made: Decision, at: Where) -> None:
             found=bad[0],
             expected=1,
             hint="correct them, or leave `weights` out for a plain mean",
+        )
+
+
+def _check_extras(made: Decision, experts: int, at: Where) -> None:
+    """What may stand beside the experts."""
+    used = set(chain.from_iterable(made.groups))
+    if not 0.0 <= made.sparsity < 1.0:
+        raise at.wrong(
+            "the sparsity of a layer is the share of weights that become zero",
+            expected="0 <= sparsity < 1",
+            found=made.sparsity,
+            hint="0.4 zeroes 40 % of each kept matrix",
+        )
+    if made.scores and len(made.scores) != experts:
+        raise at.wrong(
+            "a layer's scores are not one for each expert",
+            expected=experts,
+            found=len(made.scores),
+            hint="leave `scores` as they were written, or out",
+        )
+    for name, named in (("protected", made.protected), ("constant", made.constant)):
+        strange = sorted(set(named) - used)
+        if strange or len(set(named)) < len(named):
+            raise at.wrong(
+                f"`{name}` names experts that do not stay, or one twice",
+                expected="each at most once, of those in keep",
+                found=(strange or list(named))[:8],
+                hint="correct the list",
+            )
+    strange = sorted(set(made.orders) - used)
+    if strange:
+        raise at.wrong(
+            "a neuron order is of an expert that is in no group",
+            expected="experts of the groups",
+            found=strange[0],
+            hint="leave `orders` as they were written",
         )

@@ -89,6 +89,8 @@ class Way:
     Options: ClassVar[type] = Nothing
     needs: Needs = Needs()
     router: str = "centroid"  # which row a new expert gets (reduce/cut.py)
+    # what its plans write of a decision beyond `keep`, as the file names it
+    writes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
         self.verb: Any = verb  # the verb's options: Reducing and what the verb adds
