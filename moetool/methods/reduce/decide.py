@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Decisions, Settings
-from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce import budget, counts, decided, protect, router_rows
 from moetool.methods.reduce import replay as replaying
 from moetool.methods.reduce.decided import Decided
@@ -154,8 +153,7 @@ def replayed(asked: Asked) -> Decided | None:
 
 
 def _contradiction(asked: Asked, replay: Decided) -> list[str]:
-    usual = next(f.default for f in fields_of(Reducing) if f.name == "ratio")
-    return replaying.contradiction(replay, asked.mixture, asked.options.ratio, float(usual))
+    return replaying.contradiction(replay, asked.mixture, asked.options.ratio, Reducing.ratio)
 
 
 def statistics(asked: Asked, replay: Decided | None) -> Seen:
