@@ -82,6 +82,7 @@ class Shell:
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         state = self.model.state_dict()
         places: dict[int | None, list[str]] = {None: []}
+        self.disk: dict[str, str] = {}  # parameter -> its name on disk, where one is the other
         self._missing = set(state) - {t for t in state if _tied(self.model, t)}
         head = self.stack + "."
         for name in self.source.tensors:
@@ -94,6 +95,8 @@ class Shell:
                 there, pattern = name, None
             if there not in state:
                 continue  # MTP layers and dead buffers: no module reads them
+            if pattern is None:
+                self.disk[there] = name
             self._missing -= set(self._targets(there, pattern, converters))
             number = there[len(head) :].partition(".")[0] if there.startswith(head) else ""
             places.setdefault(int(number) if number.isdigit() else None, []).append(name)

@@ -43,9 +43,11 @@ class Promised:
     hidden: int
     outside: int  # embeddings, last norm and head, which stay
 
-    def fit(self, memory: int | None) -> Fit:
-        """The fastest way that fits; MoetoolError when even the least does not."""
-        ways = [Fit(w, s, self._peak(w, s)) for w, s in _WAYS]
+    def fit(self, memory: int | None, *, widened: bool = False) -> Fit:
+        """The fastest way that fits; MoetoolError when even the least does not. `widened`: experts
+        must be held in float32.
+        """
+        ways = [Fit(w, s, self._peak(w, s)) for w, s in _WAYS if w or not widened]
         for way in ways:
             if memory is None or way.peak <= memory:
                 return way

@@ -80,7 +80,7 @@ def claim(folder: Path, seal: str) -> None:
             *folder.glob("hidden-*"),
             *folder.glob("layer-*"),
             *folder.glob("solved-*"),
-            *folder.glob("decision-*"),
+            *folder.glob("note-*"),
             *folder.glob("done.json"),
             *folder.glob("profile.json"),
         ]:

@@ -6,16 +6,17 @@ work; on the first batch of the first MoE layer the family's own block must agre
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from moetool.errors import MoetoolError, Stopped
 from moetool.forward import block as blocks
@@ -23,9 +24,10 @@ from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.block import Block
 from moetool.forward.calls import Calls
+from moetool.forward.catch import Catch, Look
 from moetool.forward.hidden import Hidden
+from moetool.forward.linears import Linears, Watch
 from moetool.forward.needs import compared_experts, needs
-from moetool.kernels import moe
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -37,30 +39,35 @@ COMPARED = 256  # tokens on which the family's own block is asked
 AGREE = 2e-4
 
 
-class Look(Protocol):
-    """Sees every MoE layer at work; `batch` gets real tokens only."""
-
-    def begin(self, layer: int, block: Block, tokens: int) -> None: ...
-
-    def batch(self, file: int, x: Tensor, routing: moe.Routing) -> Callable[[moe.AtWork], None]: ...
-
-    def after(self, before: Tensor, out: Tensor) -> None: ...
-
-    def end(self) -> None: ...
-
-
 Change = Callable[[int, Block], Block | None]
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the walk may hold, and where it may spill and resume. `memory` None: as much as it
-    needs.
+    needs. `widened`: experts must be held in float32 (somebody gives them new weights).
     """
 
     memory: int | None = None
     folder: Path | None = None
     device: str = "cpu"
+    widened: bool = False
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """Who looks at a layer and who changes it. look: MoE blocks at work; change: a block gives
+    another; watch: every linear of every layer, some of which get new weights.
+    """
+
+    look: Look | None = None
+    change: Change | None = None
+    watch: Watch | None = None
+
+    @property
+    def changing(self) -> bool:
+        """Whether a layer is passed again, changed, before the next one is."""
+        return self.change is not None or (self.watch is not None and self.watch.changes)
 
 
 class Walk:
@@ -85,7 +92,7 @@ class Walk:
         at = text_model(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
         needed = needs(source, batches, extra=extra)
-        fit = needed.fit(budget.memory)
+        fit = needed.fit(budget.memory, widened=budget.widened)
         self.widen, self.peak = fit.widen, fit.peak
         # bytes held after `run`
         self.retained = needed.outside + (0 if fit.spill else needed.hidden)
@@ -98,6 +105,7 @@ class Walk:
         self.hidden = Hidden(batches.batches, self.width, folder=budget.folder, spill=fit.spill)
         self.calls = Calls(self.shell, budget.device)
         self._checked = False
+        self._batch = batches.batches[0]  # the one in work
 
     def _own(self) -> dict[int, list[str]]:
         """layer -> names of a MoE block's tensors, which are read here and not by transformers."""
@@ -124,13 +132,15 @@ class Walk:
         )
 
     @torch.no_grad()
-    def run(self, look: Look | None = None, change: Change | None = None) -> None:
+    def run(
+        self, look: Look | None = None, change: Change | None = None, watch: Watch | None = None
+    ) -> None:
         """Send every batch through all layers. `change` may give a layer another block after it
-        was looked at; the layers above then see its output. With a folder the walk goes on where
-        an earlier one stopped.
+        was looked at, `watch` new weights; the layers above then see its output. With a folder the
+        walk goes on where an earlier one stopped.
         """
         try:
-            self._run(look, change)
+            self._run(Eyes(look, change, watch))
         except OSError as problem:
             raise MoetoolError(
                 f"a walk cannot go on: {problem.strerror or problem}",
@@ -138,7 +148,7 @@ class Walk:
                 hint="mend the cause (free space?) and run the same command again; layers that are done are kept",
             ) from None
 
-    def _run(self, look: Look | None, change: Change | None) -> None:
+    def _run(self, eyes: Eyes) -> None:
         self.shell.fill(None)
         if not self.hidden.resume():
             self._embed()
@@ -147,7 +157,7 @@ class Walk:
         for layer in range(self.hidden.layer, count):
             self.tell(stage, layer, count)
             took = time.monotonic()
-            self._layer(layer, look, change)
+            self._layer(layer, eyes)
             self.hidden.end(keep=time.monotonic() - took > 0.5 or time.monotonic() - begun < 5)
         self.tell(stage, count, count)
 
@@ -159,53 +169,85 @@ class Walk:
             self.hidden.write(number, self.calls.enter(batch).reshape(-1, self.width).cpu().numpy())
         self.hidden.end(keep=False)
 
-    def _layer(self, layer: int, look: Look | None, change: Change | None) -> None:
-        module = self.shell.layers[layer]
+    def _layer(self, layer: int, eyes: Eyes) -> None:
+        catch = self._filled(layer, eyes.look)
+        inside = self._block_name(layer) if catch is not None else None
+        linears = Linears(self.shell, layer, inside, self.mixture) if eyes.watch else None
+        with contextlib.ExitStack() as open_:
+            if catch is not None:
+                open_.enter_context(catch)
+            self._looked_at(layer, catch, linears, eyes)
+            self._changed(layer, catch, linears, eyes)
+            if eyes.changing:
+                self._pass(layer, catch, store=True)
+        self.shell.empty(layer)
+
+    def _filled(self, layer: int, look: Look | None) -> Catch | None:
+        """Read a layer's weights; returns its block, where it has one."""
         if layer not in self._experts:
             self.shell.fill(layer)
-            self._pass(layer, module, None, store=True)
-            self.shell.empty(layer)
-            return
+            return None
         assert self.mixture is not None
-        own = module.get_submodule(self._block_name(layer))
+        own = self.shell.layers[layer].get_submodule(self._block_name(layer))
         if not self._checked and self.mixture.count_in(layer) == self.mixture.experts:
             self._compare(layer)
             self._checked = True
         block = blocks.read(self.mixture, layer, device=self.budget.device, widen=self.widen)
         self.shell.fill(layer, skip=self._experts[layer])
-        catch = _Catch(own, block, look, self.mixture.layout.overlay.returns_logits)
-        if look is not None:
-            look.begin(layer, block, self.batches.total)
-        with catch:
-            self._pass(layer, module, catch, store=change is None)
-            if look is not None:
-                look.end()
-            if change is not None:
-                catch.look, catch.block = None, change(layer, block) or block
-                self._pass(layer, module, catch, store=True)
-        self.shell.empty(layer)
+        return Catch(own, block, look, self.mixture.layout.overlay.returns_logits)
 
-    def _pass(self, layer: int, module: nn.Module, catch: _Catch | None, *, store: bool) -> None:
+    def _looked_at(
+        self, layer: int, catch: Catch | None, linears: Linears | None, eyes: Eyes
+    ) -> None:
+        """The first pass, seen by everybody."""
+        look, watch = eyes.look if catch is not None else None, eyes.watch
+        if look is not None and catch is not None:
+            look.begin(layer, catch.block, self.batches.total)
+        with contextlib.ExitStack() as open_:
+            if watch is not None and linears is not None:
+                watch.begin(layer, list(linears))
+                open_.enter_context(linears.watched(watch, lambda: self._batch))
+                if catch is not None:
+                    catch.also = partial(linears.inside, watch, catch.block)
+            self._pass(layer, catch, store=not eyes.changing)
+        if look is not None:
+            look.end()
+
+    def _changed(
+        self, layer: int, catch: Catch | None, linears: Linears | None, eyes: Eyes
+    ) -> None:
+        """Ask for what was solved and put it in its place; nobody looks from here on."""
+        block = catch.block if catch is not None else None
+        if eyes.watch is not None and linears is not None:
+            new = eyes.watch.end(layer, block)
+            block = linears.put(new, block) if new else block
+        if catch is None or block is None:
+            return
+        if eyes.change is not None:
+            block = eyes.change(layer, block) or block
+        catch.look, catch.also, catch.block = None, None, block
+
+    def _pass(self, layer: int, catch: Catch | None, *, store: bool) -> None:
         """All batches through one layer; `store` keeps the output as the next layer's input."""
         self.hidden.begin()
         for number, batch in enumerate(self.batches.batches):
             self._maybe_stop()
+            self._batch = batch
             if catch is not None:
                 catch.batch = batch
-            made = self._one(layer, module, batch, number, catch)
+            made = self._one(layer, number, catch)
             if store:
                 self.hidden.write(number, made.reshape(-1, self.width).cpu().numpy())
 
-    def _one(
-        self, layer: int, module: nn.Module, batch: Batch, number: int, catch: _Catch | None
-    ) -> Tensor:
+    def _one(self, layer: int, number: int, catch: Catch | None) -> Tensor:
+        batch = self.batches.batches[number]
         x = (
             torch.from_numpy(np.array(self.hidden.read(number)))
             .to(self.budget.device)
             .reshape(*batch.ids.shape, self.width)
         )
         args, kwargs = self.calls.of(batch, layer)
-        made = module(x, *args, **kwargs)
+        made = self.shell.layers[layer](x, *args, **kwargs)
         out: Tensor = made[0] if isinstance(made, tuple) else made
         if catch is not None:
             catch.after(out)
@@ -289,55 +331,3 @@ class Walk:
             .reshape(*batch.ids.shape, self.width)
         )
         return self.calls.leave(batch, x, torch.arange(start, stop))
-
-
-class _Catch:
-    """Stands in for a MoE block's forward: routes, runs the experts, and lets an onlooker see
-    them; padding is left out.
-    """
-
-    def __init__(
-        self, own: nn.Module, block: Block, look: Look | None, returns_logits: bool
-    ) -> None:
-        self.own, self.block, self.look = own, block, look
-        self.returns_logits = returns_logits
-        self.batch: Batch | None = None
-        self._made: Tensor | None = None
-
-    def __enter__(self) -> _Catch:
-        self._was = self.own.forward
-        self.own.forward = self._forward  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.own.forward = self._was  # type: ignore[method-assign]
-
-    def _forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        assert self.batch is not None
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        padded = self.batch.tokens < len(flat)
-        valid = torch.from_numpy(self.batch.valid).to(flat.device) if padded else None
-        x = flat[valid] if valid is not None else flat
-        routing = self.block.route(x)
-        made = self.block.routed(
-            x,
-            routing,
-            self.look.batch(self.batch.file, x, routing) if self.look is not None else None,
-        )
-        always = self.block.always(x)
-        made = made if always is None else made + always
-        whole = made
-        if valid is not None:
-            whole = torch.zeros_like(flat)
-            whole[valid] = made
-        self._made = whole
-        out = whole.reshape(hidden_states.shape)
-        return (out, routing.logits) if self.returns_logits else out
-
-    def after(self, out: Tensor) -> None:
-        """The layer's own output, for onlookers that compare the stream before and after the block."""
-        if self.look is None or self._made is None or self.batch is None:
-            return
-        flat = out.reshape(-1, out.shape[-1])
-        valid = torch.from_numpy(self.batch.valid).to(flat.device)
-        self.look.after((flat - self._made)[valid], flat[valid])

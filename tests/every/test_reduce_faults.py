@@ -140,9 +140,9 @@ def test_ctrl_c_in_the_walk_keeps_layers(
 import os, signal, sys
 from moetool.forward.walk import Walk
 real = Walk._layer
-def layer(self, number, look, change):
+def layer(self, number, eyes):
     if number == 2: os.kill(os.getpid(), signal.SIGINT)
-    real(self, number, look, change)
+    real(self, number, eyes)
 Walk._layer = layer
 from moetool.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -265,6 +265,26 @@ def test_propagation_sees_changed_layers(
     assert (
         moetool.verify(str(tmp_path / "moved"), against=[source])["bytes"]["computed_tensors"] == 0
     )
+
+
+@pytest.mark.parametrize("more", [{"propagate": True}, {"refit": True}], ids=str)
+def test_two_files_walk_as_one(
+    more: dict[str, Any], models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Statistics inside the walk are kept for each file, and decided on their sum."""
+    lines = text.read_text().splitlines(keepends=True)
+    halves = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    halves[0].write_text("".join(lines[:6]))
+    halves[1].write_text("".join(lines[6:]))
+    common: dict[str, Any] = {"method": "reap", "ratio": 0.5, "seq_len": 40, **more}
+    source, names = str(models("qwen3_moe")), [str(h) for h in halves]
+    one = moetool.prune(source, str(tmp_path / "one"), calibrate=str(text), **common)
+    two = moetool.prune(source, str(tmp_path / "two"), calibrate=names, **common)
+    assert [f["tokens"] for f in two["data"]["files"]] == [240, 240]
+    for number, layer in one["decisions"]["layers"].items():
+        other = two["decisions"]["layers"][number]
+        assert np.allclose(layer["scores"], other["scores"], rtol=1e-3)
+        assert sum(one["tokens_per_expert"][number]) == sum(two["tokens_per_expert"][number])
 
 
 def test_a_damaged_refit_is_found(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:

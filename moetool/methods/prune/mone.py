@@ -72,6 +72,7 @@ class Mone(PruneWay):
         """The mean output of every expert that becomes a constant, in the model's own dtype."""
         import torch
 
+        from moetool.forward import solve
         from moetool.forward.stats import Profile
         from moetool.kernels import codec
         from moetool.methods.reduce import beside
@@ -85,7 +86,7 @@ class Mone(PruneWay):
                 beside.solved_name(number, e, BIAS): torch.from_numpy(mean[e]).to(dtype)
                 for e in decision.constant
             }
-            beside.save_solved(folder, number, constants)
+            solve.save(folder, number, constants)
         return (beside.solved_source(folder),)
 
     def maker(self, writing: Writing) -> Constant:

@@ -4,16 +4,10 @@ solved for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moetool import atomic
 from moetool.surgery.checkpoint import Checkpoint, read_header
 from moetool.surgery.spec import Stored
-
-if TYPE_CHECKING:
-    import torch
 
 
 def solved_name(layer: int, expert: int, role: str) -> str:
@@ -39,14 +33,3 @@ def _source(folder: Path, pattern: str) -> Checkpoint:
         files[path.name] = (size, seal)
         tensors |= {t.name: t for t in stored}
     return Checkpoint(str(folder), {}, tensors, files)
-
-
-def save_solved(folder: Path, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write what was solved of a layer; the same bytes keep their file (a killed run's plan names
-    its time).
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic.writing(folder / f"solved-{layer:05d}.safetensors", keep_same=True) as temporary:
-        save_file(dict(tensors), temporary)

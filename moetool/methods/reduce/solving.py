@@ -5,18 +5,21 @@ below give it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from moetool import atomic
 from moetool.forward import profile as profiling
 from moetool.forward.batches import Batches
 from moetool.forward.block import Block
+from moetool.forward.catch import Look
+from moetool.forward.linears import Linear
+from moetool.forward.solve import Solved, Work, save
+from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import LayerStats, Profile, Profiler, Wanted
-from moetool.forward.walk import Budget, Walk
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.decide import Asked, Bounds, Seen, Settled, tokens_per_expert
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Done:
-    """What is known of a layer that was decided in the walk, as it lies in the work folder."""
+    """What is known of a layer that was decided in the walk."""
 
     decision: Decision
     tokens: list[int]
@@ -45,43 +48,48 @@ class Done:
         }
 
     @classmethod
-    def read(cls, path: Path, experts: int) -> Done:
-        found = json.loads(path.read_text())
-        refit = Refitted(**found["refit"]) if found["refit"] else None
-        decision = Decision.from_json(found["layer"], experts, Where(str(path), path.stem))
-        return cls(decision, found["tokens"], refit)
+    def from_json(cls, data: Any, layer: int, experts: int) -> Done:
+        refit = Refitted(**data["refit"]) if data["refit"] else None
+        at = Where("the work folder", str(layer))
+        return cls(Decision.from_json(data["layer"], experts, at), data["tokens"], refit)
 
 
 class LayerByLayer:
-    """Decides a layer when the walk has shown it, and gives the walk the changed one."""
+    """Decides a layer when the walk has shown it, and gives the walk the changed one
+    (forward/solve.py).
+    """
+
+    linears = False
 
     def __init__(
-        self, asked: Asked, within: Bounds, replay: Decided | None, wanted: Wanted, folder: Path
+        self, asked: Asked, within: Bounds, replay: Decided | None, wanted: Wanted
     ) -> None:
-        self.asked, self.within, self.folder = asked, within, folder
+        self.asked, self.within = asked, within
         self.replay = dict(replay.layers) if replay else {}
         self.profiler = Profiler(wanted)
-        self.done = {
-            int(p.stem.partition("-")[2]): Done.read(p, asked.mixture.experts)
-            for p in sorted(folder.glob("decision-*.json"))
-        }
+        self.look: Look | None = self.profiler
 
-    def change(self, number: int, block: Block) -> Block:
-        """The layer's new block."""
-        stats = self.profiler.layers.pop(number)
-        view = self.asked.view(number, stats, self.within.of(number))
+    def begin(self, layer: int, linears: Sequence[Linear]) -> None:
+        """Not asked for."""
+
+    def inputs(self, linear: Linear, x: torch.Tensor) -> None:
+        """Not asked for."""
+
+    def solve(self, layer: int, block: Block | None) -> Solved:
+        """The layer's decision and its new block."""
+        assert block is not None
+        stats = self.profiler.layers.pop(layer)
+        view = self.asked.view(layer, stats, self.within.of(layer))
         view.read_block = lambda: block
-        decision = self.replay.get(number)
+        decision = self.replay.get(layer)
         if decision is None:
-            decision = self.asked.way.choose(view, self.within.counts[number])
+            decision = self.asked.way.choose(view, self.within.counts[layer])
         new = self.asked.way.block(view, decision, block)
-        refit = None
-        if self.asked.options.refit:
-            new, refit = refitted(self.asked, view, block, new, self.folder)
-        done = Done(decision, tokens_per_expert(stats), refit)
-        self.done[number] = done
-        atomic.write(self.folder / f"decision-{number:05d}.json", json.dumps(done.as_json()))
-        return new
+        tokens = tokens_per_expert(stats)
+        if not self.asked.options.refit:
+            return Solved(Done(decision, tokens).as_json(), block=new)
+        made = refitted(self.asked, view, block, new)
+        return Solved(Done(decision, tokens, made.error).as_json(), made.tensors, block=made.block)
 
 
 def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | None) -> Settled:
@@ -89,14 +97,20 @@ def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | N
     taken from the work folder.
     """
     batches = asked.calibration().read(asked.mixture.source)
-    wanted, folder = _wanted(asked, batches), asked.work / "walk"
-    profiling.claim(folder, _seal(asked, batches, wanted, (within, replay)))
-    changing = LayerByLayer(asked, within, replay, wanted, folder)
-    finished = folder / "done.json"
-    if not finished.exists():  # else killed while the output was written: nothing is solved anew
-        peak = _walk(asked, batches, changing)
-        atomic.write(finished, json.dumps({"peak": peak}))
-    done = dict(sorted(changing.done.items()))
+    wanted, settings, folder = _wanted(asked, batches), asked.settings, asked.work / "walk"
+    work = Work(
+        folder,
+        _seal(asked, batches, wanted, within, replay),
+        _held(asked, wanted),
+        settings.memory,
+        settings.device,
+        settings.tell,
+        settings.stop,
+    )
+    solver = LayerByLayer(asked, within, replay, wanted)
+    made = solve_layers(asked.mixture.source, batches, work, solver)
+    experts = asked.mixture.experts
+    done = {n: Done.from_json(note, n, experts) for n, note in made.notes.items()}
     found = Found(
         (*within.warnings, *batches.notes),
         _text(batches),
@@ -104,12 +118,8 @@ def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | N
         {n: d.tokens for n, d in done.items()},
         {n: d.refit for n, d in done.items() if d.refit},
     )
-    return Settled(
-        {n: d.decision for n, d in done.items()},
-        found,
-        _solved(asked, folder),
-        int(json.loads(finished.read_text())["peak"]),
-    )
+    layers = {n: d.decision for n, d in done.items()}
+    return Settled(layers, found, _solved(asked, folder), made.peak)
 
 
 def _wanted(asked: Asked, batches: Batches) -> Wanted:
@@ -120,10 +130,9 @@ def _wanted(asked: Asked, batches: Batches) -> Wanted:
 
 
 def _seal(
-    asked: Asked, batches: Batches, wanted: Wanted, given: tuple[Bounds, Decided | None]
+    asked: Asked, batches: Batches, wanted: Wanted, within: Bounds, replay: Decided | None
 ) -> str:
     """Names everything that decides what the walk decides."""
-    within, replay = given
     told = [
         asked.verb,
         asked.way.called,
@@ -134,23 +143,6 @@ def _seal(
     ]
     source = asked.mixture.source
     return profiling.digest(source, batches, wanted, json.dumps(told, sort_keys=True))
-
-
-def _walk(asked: Asked, batches: Batches, changing: LayerByLayer) -> int:
-    """Send the text through; returns the promised peak."""
-    settings = asked.settings
-    walking = Walk(
-        asked.mixture.source,
-        batches,
-        Budget(settings.memory, changing.folder, settings.device),
-        extra=_held(asked, changing.profiler.wanted),
-        tell=settings.tell,
-        stop=settings.stop,
-        name="propagate",
-    )
-    walking.run(changing.profiler, changing.change)
-    walking.hidden.clear()
-    return walking.peak
 
 
 def _held(asked: Asked, wanted: Wanted) -> int:
@@ -179,34 +171,41 @@ def _solved(asked: Asked, folder: Path) -> tuple[Checkpoint, ...]:
 
 def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
     """Refit on the sample that a profile kept (the layers below unchanged)."""
-    folder, made = asked.work / "solved", {}
+    folder, errors = asked.work / "solved", {}
     for number in asked.mixture.layers:
-        decision = settled.layers[number]
         view = asked.view(number, profile.layer(number))
-        new = asked.way.block(view, decision, view.block)
-        _, made[number] = refitted(asked, view, view.block, new, folder)
-    found = replace(settled.found, refit=made)
+        new = asked.way.block(view, settled.layers[number], view.block)
+        made = refitted(asked, view, view.block, new)
+        errors[number] = made.error
+        save(folder, number, made.tensors)
+    found = replace(settled.found, refit=errors)
     return replace(settled, found=found, extra=_solved(asked, folder))
 
 
-def refitted(
-    asked: Asked, view: View, block: Block, new: Block, folder: Path
-) -> tuple[Block, Refitted]:
+class Refit(NamedTuple):
+    """A block whose down matrices were solved, those as the output will hold them, and how near
+    it came.
+    """
+
+    block: Block
+    tensors: dict[str, torch.Tensor]
+    error: Refitted
+
+
+def refitted(asked: Asked, view: View, block: Block, new: Block) -> Refit:
     """The new block with its down matrices solved on the view's sample, so that it puts out what
-    `block` did. They are written to `folder` as the output will hold them, and the block continues
-    with exactly those (rounded) values.
+    `block` did. It continues with exactly the (rounded) values that are written.
     """
     x = _sample(view.seen).to(block.router.device)
     target = block.routed(x, block.route(x))
     made = solve.refit(x, new.route(x), new.experts, new.law, target)
     stored = _as_stored(asked, view.layer, made.down)
     tensors = {beside.solved_name(view.layer, j, "down"): t for j, t in enumerate(stored)}
-    beside.save_solved(folder, view.layer, tensors)
     turned = asked.mixture.orientation(view.layer)["transposed"]
     dtype = new.experts.down.dtype
     rounded = torch.stack([(t.T if turned else t).to(dtype) for t in stored])
     error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"))
-    return replace(new, experts=replace(new.experts, down=rounded)), error
+    return Refit(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
 
 
 def _sample(stats: LayerStats) -> torch.Tensor:
