@@ -187,13 +187,13 @@ def solve(**changes: Any) -> Any:
         "split": 1,
         "router_law": "normal",
         "router_repeat": 1,
-        "target": Layout.load("mixtral"),
         "shared": False,
         "changed": False,
         "assembled": False,
         "asked": "auto",
     }
-    return scale.solve(**{**values, **changes})
+    target = changes.pop("target", Layout.load("mixtral"))
+    return scale.solve(scale.Combination(**{**values, **changes}), target)
 
 
 def test_certificates() -> None:

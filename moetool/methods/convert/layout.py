@@ -63,7 +63,7 @@ class ConvertLayout(Method):
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Expert tensors in the other form, all others as they are."""
         (source,) = sources
-        experts = Experts.of(source)
+        experts = PlainExperts.of(source)
         layer_of = {s.name: n for n in experts.layers for s in experts.tensors(n)}
         if not layer_of:
             raise MoetoolError(
@@ -85,7 +85,7 @@ class ConvertLayout(Method):
         certificate = Certificate("exact", "only names and places change")
         return Made(plan, certificate, plan.config, {}, self._facts(experts, plan))
 
-    def _facts(self, experts: Experts, plan: Plan) -> ModelFacts:
+    def _facts(self, experts: PlainExperts, plan: Plan) -> ModelFacts:
         first = experts.pieces(experts.layers[0], 0)
         size = sum(p.count for p in first.values())
         top_k = experts.layout.field("top_k", experts.config)
@@ -106,7 +106,7 @@ class ConvertLayout(Method):
             active_parameters=plan.parameters - idle,
         )
 
-    def _write(self, build: Builder, experts: Experts, layer: int) -> None:
+    def _write(self, build: Builder, experts: PlainExperts, layer: int) -> None:
         if self.options.to == "per-expert":
             _write_single(build, experts, layer)
         else:
@@ -117,7 +117,7 @@ class ConvertLayout(Method):
         return ModelFacts.of(summary.facts).lines()
 
 
-def _write_single(build: Builder, experts: Experts, layer: int) -> None:
+def _write_single(build: Builder, experts: PlainExperts, layer: int) -> None:
     layout = experts.layout
     names = layout.per_expert()
     if not (names and layout.experts.reads_per_expert):
@@ -134,7 +134,7 @@ def _write_single(build: Builder, experts: Experts, layer: int) -> None:
             build.copy(pieces[matrix], whole(target))
 
 
-def _write_stacked(build: Builder, experts: Experts, layer: int) -> None:
+def _write_stacked(build: Builder, experts: PlainExperts, layer: int) -> None:
     names, dtype, count = experts.layout.fused(), experts.dtype(layer), experts.count
     width, hidden = experts.pieces(layer, 0)["gate"].shape
     both = build.target(experts.named(names["gate_up"], layer), dtype, (count, 2 * width, hidden))
@@ -148,7 +148,7 @@ def _write_stacked(build: Builder, experts: Experts, layer: int) -> None:
 
 
 @dataclass(frozen=True)
-class Experts:
+class PlainExperts:
     """The experts of a checkpoint, wherever they lie."""
 
     source: Checkpoint
@@ -158,7 +158,7 @@ class Experts:
     stacked: bool
 
     @classmethod
-    def of(cls, source: Checkpoint) -> Experts:
+    def of(cls, source: Checkpoint) -> PlainExperts:
         """Refuses what has no experts, or none with a second form that is plain bytes."""
         at = text_model(source.config)
         if at.layout.kind != "moe":
@@ -185,7 +185,7 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """Experts of a layer."""
+        """PlainExperts of a layer."""
         return int(self.layout.field("experts", self.config) or 0)
 
     def named(self, template: str, layer: int, expert: int = 0) -> str:

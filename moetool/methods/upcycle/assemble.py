@@ -50,11 +50,7 @@ def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, 
                 expected=f"{groups} numbers below {sources} (0 is SRC)",
                 hint="for example --expert-map 0,1,1,2",
             )
-        return (
-            tuple(chosen)
-            if len(chosen) == experts
-            else tuple(c for c in chosen for _ in range(split))
-        )
+        return tuple(chosen) if len(chosen) == experts else _each(chosen, split)
     if sources == 1:
         return (0,) * experts
     given = sources - 1
@@ -65,9 +61,12 @@ def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, 
             expected=f"a multiple of {given}, or of {given + 1} with SRC as one of them",
             hint="change --experts, or say --expert-map",
         )
-    return tuple(
-        s for s in (pool[g * len(pool) // groups] for g in range(groups)) for _ in range(split)
-    )
+    return _each([pool[g * len(pool) // groups] for g in range(groups)], split)
+
+
+def _each(values: Sequence[int], times: int) -> tuple[int, ...]:
+    """Every value so many times, one after another."""
+    return tuple(values[i // times] for i in range(len(values) * times))
 
 
 def trunk_weights(spec: str, sources: int) -> list[float] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError
 from moetool.methods.contract import Builder
@@ -180,11 +180,20 @@ def _places(
     }
 
 
-def _runs(layer: Layer, places: list[Piece]) -> Iterator[tuple[int, int, list[Piece]]]:
-    """(source, first expert, places) for each run of experts that come from one source."""
+class Run(NamedTuple):
+    """Neighbouring experts that come from one source: its number, the first of them, and where
+    one matrix of each goes.
+    """
+
+    source: int
+    first: int
+    places: list[Piece]
+
+
+def _runs(layer: Layer, places: list[Piece]) -> Iterator[Run]:
     for source, run in groupby(range(layer.experts), key=lambda e: layer.origin[e]):
         experts = list(run)
-        yield source, experts[0], places[experts[0] : experts[-1] + 1]
+        yield Run(source, experts[0], places[experts[0] : experts[-1] + 1])
 
 
 def _experts(

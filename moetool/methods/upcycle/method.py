@@ -146,18 +146,18 @@ class Upcycle(Method):
 
     def _certificate(self, chosen: Conversion, reading: Reading) -> Certificate:
         said = self.options
-        certificate = scale.solve(
+        recipe = scale.Combination(
             experts=said.experts,
             top_k=said.top_k,
             split=said.split,
             router_law=reading.router.law,
             router_repeat=reading.router.repeat,
-            target=chosen.target,
             shared=said.shared,
             changed=reading.diversify.changes_function,
             assembled=reading.assembled,
             asked=said.scale,
         )
+        certificate = scale.solve(recipe, chosen.target)
         folded = any(p.op != "copy" for pieces in chosen.pair.tensors.values() for p in pieces)
         return scale.rounded(certificate, reading.ffn.dtype, folded)
 

@@ -7,69 +7,79 @@ factor on down_proj is (or in the config, where the family multiplies the routed
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import frexp
+from typing import NamedTuple
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
-from moetool.surgery.family import RouterLaw
 from moetool.surgery.layout import Layout
 from moetool.units import STRENGTH, parse_number
 
 
-def solve(
-    *,
-    experts: int,
-    top_k: int,
-    split: int,
-    router_law: str,
-    router_repeat: int,
-    target: Layout,
-    shared: bool,
-    changed: bool,
-    assembled: bool,
-    asked: str,
-) -> Certificate:
-    """The factor on every routed expert's output, where it is put, and the certificate of the
-    whole.
-
-    `changed`: copies were re-drawn or got noise; `assembled`: experts come from different models
-    or the trunk is mixed.
+@dataclass(frozen=True)
+class Combination:
+    """What the identity is solved for. `changed`: copies were re-drawn or got noise; `assembled`:
+    experts come from different models or the trunk is mixed; `asked`: `auto` or a number.
     """
-    law = target.overlay.law
-    total = law.total  # what the combine weights of one token sum to
-    factor = split / total
-    place = "config" if target.fields.get("routed_scale") and law.renorm != "never" else "down_proj"
-    if asked != "auto":
+
+    experts: int
+    top_k: int
+    split: int
+    router_law: str
+    router_repeat: int
+    shared: bool
+    changed: bool
+    assembled: bool
+    asked: str
+
+    def factor(self, total: float) -> float:
+        """The factor on every routed expert's output, where a token's weights sum to `total`."""
+        if self.asked == "auto":
+            return self.split / total
         try:
-            factor = parse_number(asked, largest=STRENGTH)
+            return parse_number(self.asked, largest=STRENGTH)
         except ValueError:
             raise UsageError(
-                f"--scale {asked!r} is not understood",
+                f"--scale {self.asked!r} is not understood",
                 expected=f"auto or a number of at most {STRENGTH:g}",
                 hint="leave it out to have it solved",
             ) from None
-    if shared or factor == 1.0:
+
+
+class Sure(NamedTuple):
+    """How sure the identity is: its level, a sentence why, and the coverage (None: not asked)."""
+
+    level: str
+    why: str
+    coverage: float | None
+
+
+def solve(recipe: Combination, target: Layout) -> Certificate:
+    """The factor on every routed expert's output, where it is put, and the certificate of the
+    whole.
+    """
+    law = target.overlay.law
+    factor = recipe.factor(law.total)
+    place = "config" if target.fields.get("routed_scale") and law.renorm != "never" else "down_proj"
+    if recipe.shared or factor == 1.0:
         place = "none"
-    level, why, coverage = _level(experts, top_k, split, router_law, router_repeat, shared, law)
-    coverage = (
-        coverage * factor * total / split if not shared and coverage is not None else coverage
-    )
-    if coverage is not None and abs(coverage - 1.0) > 1e-9:
-        level, why = "none", f"--scale {asked} gives a coverage of {coverage:g}"
-    if assembled:
-        level, why, coverage = (
-            "none",
-            "experts or trunk come from different models: there is no single function to keep",
-            None,
-        )
-    elif changed and not shared:
-        level, why, coverage = (
-            "none",
-            "copies were changed on purpose (noise or re-drawn neurons)",
-            None,
-        )
-    return Certificate(level, why, coverage, 1.0 if shared else factor, place)
+    sure = _sure(recipe, factor * law.total / recipe.split)
+    return Certificate(sure.level, sure.why, sure.coverage, 1.0 if recipe.shared else factor, place)
+
+
+def _sure(recipe: Combination, share: float) -> Sure:
+    """The certificate's level; `share` is what the factor leaves of the coverage."""
+    level, why = _level(recipe)
+    coverage = 1.0 if recipe.shared else share
+    if recipe.assembled:
+        why = "experts or trunk come from different models: there is no single function to keep"
+        return Sure("none", why, None)
+    if recipe.changed and not recipe.shared:
+        return Sure("none", "copies were changed on purpose (noise or re-drawn neurons)", None)
+    if abs(coverage - 1.0) > 1e-9:
+        return Sure("none", f"--scale {recipe.asked} gives a coverage of {coverage:g}", coverage)
+    return Sure(level, why, coverage)
 
 
 def rounded(certificate: Certificate, dtype: str, folded: bool) -> Certificate:
@@ -89,37 +99,20 @@ def rounded(certificate: Certificate, dtype: str, folded: bool) -> Certificate:
     )
 
 
-def _level(
-    experts: int,
-    top_k: int,
-    split: int,
-    router_law: str,
-    repeat: int,
-    shared: bool,
-    law: RouterLaw,
-) -> tuple[str, str, float | None]:
-    if shared:
-        return (
-            "exact",
-            "the whole FFN stays always on and the routed experts start at zero output",
-            1.0,
-        )
+def _level(recipe: Combination) -> tuple[str, str]:
+    """(level, why) of a recipe with the solved factor, from one model and nothing changed."""
+    split = recipe.split
+    if recipe.shared:
+        why = "the whole FFN stays always on and the routed experts start at zero output"
+        return "exact", why
     if split == 1:
-        return (
-            "exact",
-            "every expert is the whole FFN and the combine weights sum to a constant, whatever the router says",
-            1.0,
-        )
-    if split == experts == top_k and (repeat == split or router_law == "zero"):
-        return "exact", "all parts of the FFN run, with equal weights", 1.0
-    if repeat == split:
-        return (
-            "exact_if",
-            "no two groups of experts tie in the router (then whole groups are selected); expert order is group-major",
-            1.0,
-        )
-    return (
-        "expectation",
-        f"{top_k} of {experts} parts run: the mean over routers is right, a token is not",
-        1.0,
-    )
+        why = "every expert is the whole FFN and the combine weights sum to a constant"
+        return "exact", f"{why}, whatever the router says"
+    alike = recipe.router_repeat == split or recipe.router_law == "zero"
+    if split == recipe.experts == recipe.top_k and alike:
+        return "exact", "all parts of the FFN run, with equal weights"
+    if recipe.router_repeat == split:
+        why = "no two groups of experts tie in the router (then whole groups are selected)"
+        return "exact_if", f"{why}; expert order is group-major"
+    parts = f"{recipe.top_k} of {recipe.experts} parts run"
+    return "expectation", f"{parts}: the mean over routers is right, a token is not"

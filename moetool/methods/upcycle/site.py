@@ -27,7 +27,7 @@ def parse(spec: str, count: int) -> tuple[int, ...]:
     elif found := re.fullmatch(r"last:([1-9]\d*)", spec):
         chosen = tuple(every[-int(found[1]) :]) if int(found[1]) <= count else (count,)
     elif re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
-        chosen = tuple(sorted({i for part in spec.split(",") for i in _span(part)}))
+        chosen = tuple(sorted(set().union(*map(_span, spec.split(",")))))
     else:
         raise UsageError(
             f"--layers {spec!r} is not understood",

@@ -202,7 +202,7 @@ def choose(source: Checkpoint, wish: Wish) -> Conversion:
 
 
 def _next_step(reasons: Mapping[str, Sequence[str]], model_type: str) -> str:
-    text = " ".join(r for rs in reasons.values() for r in rs)
+    text = " ".join(" ".join(found) for found in reasons.values())
     if "would stay dense" in text or "only before" in text:
         return "use --layers all or last:N, or another --target"
     if "bias" in text:
