@@ -237,9 +237,11 @@ def make(prepared: Prepared, writer: Writer, watch: Watch) -> Written:
         sources,
         todo,
         str(writer.staging),
-        device=prepared.options.common.device,
-        threads=prepared.jobs,
-        watch=not prepared.options.common.strict,
+        engine.How(
+            prepared.options.common.device,
+            prepared.jobs,
+            watch=not prepared.options.common.strict,
+        ),
     )
 
     def done(job: engine.Job, seen: list[scan.Suspect]) -> None:

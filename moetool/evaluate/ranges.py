@@ -56,7 +56,7 @@ def compare_bytes(
             for made in task.outputs:
                 _compare_zeros(out, made)
     computed = 0
-    for job in engine.jobs_of(plan, sources, plan.shards, out.folder, device=device):
+    for job in engine.jobs_of(plan, sources, plan.shards, out.folder, engine.How(device)):
         for number, task in enumerate(job.tasks):
             if id(task) in beyond:
                 continue

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from moetool import atomic
@@ -71,17 +72,25 @@ class Job:
     watch: bool = False  # look for NaN and inf in what is copied
 
 
+@dataclass(frozen=True)
+class How:
+    """How shards are made. `threads` are dealt out by size, at least one a shard; `watch`: look for
+    NaN and inf in what is copied.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    watch: bool = False
+
+
 def jobs_of(
     plan: Plan,
     sources: Sequence[Checkpoint],
     shards: Sequence[Shard],
     folder: str,
-    *,
-    device: str = "cpu",
-    threads: int = 1,
-    watch: bool = False,
+    how: How = How(),
 ) -> Iterator[Job]:
-    """The work of the given shards; `threads` are dealt out by size, at least one each."""
+    """The work of the given shards."""
     everything = sum(s.size for s in shards) or 1
     for shard in shards:
         header = plan.header(shard)
@@ -89,14 +98,7 @@ def jobs_of(
         dtypes = {name: plan.targets[name].dtype for name in shard.offsets}
         tasks = [plan.tasks[i] for i in shard.tasks]
         computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
-        ranges = tuple(
-            tuple(
-                (*sources[p.source].range_of(p), sources[p.source].part(p.name).dtype)
-                for p in t.inputs
-            )
-            for t in computed
-        )
-        used = {key for t in computed for key in ops.tables_of(t)}
+        used = sorted(set(chain.from_iterable(map(ops.tables_of, computed))))
         yield Job(
             os.path.join(folder, shard.name + atomic.SUFFIX),
             header,
@@ -105,12 +107,19 @@ def jobs_of(
             computed,
             dtypes,
             starts,
-            ranges,
+            tuple(_ranges(t, sources) for t in computed),
             {k: plan.tables[k] for k in used},
-            device,
-            max(1, round(threads * shard.size / everything)),
-            watch,
+            how.device,
+            max(1, round(how.threads * shard.size / everything)),
+            how.watch,
         )
+
+
+def _ranges(task: Task, sources: Sequence[Checkpoint]) -> tuple[tuple[str, int, int, str], ...]:
+    """Where a task's inputs lie: file, from, count, dtype."""
+    return tuple(
+        (*sources[p.source].range_of(p), sources[p.source].part(p.name).dtype) for p in task.inputs
+    )
 
 
 def _copies(
@@ -178,12 +187,15 @@ def make_shard(
     return found
 
 
+def _steps(copy: Copy) -> Iterator[Copy]:
+    """A move in steps, between which somebody may say stop."""
+    for i in range(0, copy.count, _STEP):
+        count = min(_STEP, copy.count - i)
+        yield replace(copy, start=copy.start + i, to=copy.to + i, count=count)
+
+
 def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> list[Suspect]:
-    moves = [
-        replace(c, start=c.start + i, to=c.to + i, count=min(_STEP, c.count - i))
-        for c in job.copies
-        for i in range(0, c.count, _STEP)
-    ]
+    moves = list(chain.from_iterable(map(_steps, job.copies)))
     opened = {path: os.open(path, os.O_RDONLY) for path in sorted({m.path for m in moves})}
     mover = Mover(handle, watch=job.watch)
     try:

@@ -12,7 +12,7 @@ import json
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,16 @@ from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written: in terms of matrices (surgery/reform.py), or of what lies in files."""
+
+    config: dict[str, Any]
+    targets: Sequence[Target]
+    tasks: Sequence[Task]
+    dropped: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,19 +67,16 @@ class Plan:
     def build(
         cls,
         sources: list[list[list[Any]]],
-        config: dict[str, Any],
-        targets: Iterable[Target],
-        tasks: Iterable[Task],
+        wanted: Wanted,
         *,
         max_shard: int,
-        dropped: dict[str, str],
         tables: dict[str, list[int]] | None = None,
     ) -> Plan:
         """Pack targets into shards of at most `max_shard` bytes (a task's outputs stay together)
         and seal the digest.
         """
         by_name: dict[str, Target] = {}
-        for target in targets:
+        for target in wanted.targets:
             if target.name in by_name:
                 raise MoetoolError(
                     "an output is planned twice",
@@ -77,21 +84,28 @@ class Plan:
                     hint="report this as a bug of moetool",
                 )
             by_name[target.name] = target
-        tasks = tuple(tasks)
+        tasks = tuple(wanted.tasks)
         shards = _pack(by_name, tasks, max_shard)
         body = {
             "format": FORMAT,
             "sources": sources,
-            "config": config,
+            "config": wanted.config,
             "tables": tables or {},
             "targets": [[t.name, t.dtype, t.shape] for t in by_name.values()],
             "tasks": [t.as_json() for t in tasks],
             "shards": [[s.name, list(s.offsets)] for s in shards],
         }
-        digest = hashlib.sha256(
-            json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()
-        plan = cls(sources, config, by_name, tasks, shards, dropped, tables or {}, digest)
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        plan = cls(
+            sources,
+            wanted.config,
+            by_name,
+            tasks,
+            shards,
+            dict(wanted.dropped),
+            tables or {},
+            hashlib.sha256(text.encode()).hexdigest(),
+        )
         plan.check()
         return plan
 
@@ -161,7 +175,9 @@ class Plan:
 
     def index(self) -> dict[str, Any]:
         """The `model.safetensors.index.json` of this plan."""
-        places = {name: shard.name for shard in self.shards for name in shard.offsets}
+        places: dict[str, str] = {}
+        for shard in self.shards:
+            places |= dict.fromkeys(shard.offsets, shard.name)
         return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(places.items()))}
 
     def render(self) -> str:

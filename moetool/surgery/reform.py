@@ -12,27 +12,16 @@ full  everything is decoded
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan
+from moetool.surgery.plan import Plan, Wanted
 from moetool.surgery.spec import FLOATS, Parts, Piece, Stored, Target, Task
 
 FORMS = ("auto", "same", "full")
 Made = list[tuple[Task, Piece]]  # the tasks that make a target, each with the piece it makes
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be written, in terms of matrices."""
-
-    config: dict[str, Any]
-    targets: Sequence[Target]
-    tasks: Sequence[Task]
-    dropped: Mapping[str, str]
 
 
 def plan(
@@ -46,15 +35,8 @@ def plan(
     """The plan that writes what is wanted; `form` is auto, same or full."""
     if any(s.told for s in sources):
         wanted = _Reform(sources, wanted, form).lowered()
-    return Plan.build(
-        [s.fingerprint() for s in sources],
-        wanted.config,
-        wanted.targets,
-        wanted.tasks,
-        max_shard=max_shard,
-        dropped=dict(wanted.dropped),
-        tables=tables,
-    )
+    fingerprints = [s.fingerprint() for s in sources]
+    return Plan.build(fingerprints, wanted, max_shard=max_shard, tables=tables)
 
 
 class _Reform:

@@ -112,7 +112,7 @@ def test_ray_writes_the_same_bytes(llama: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_engine(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(moetool.UsageError, match="no engine"):
+    with pytest.raises(moetool.UsageError, match="'slurm' is not known"):
         moetool.upcycle(str(llama), str(tmp_path / "out"), engine="slurm")
 
 

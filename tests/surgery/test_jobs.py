@@ -37,7 +37,8 @@ def copies(source: Checkpoint, *names: str) -> tuple[list[Target], list[Task]]:
 
 def jobs(plan: Plan, source: Checkpoint, folder: Path, **options: object) -> list[engine.Job]:
     folder.mkdir(exist_ok=True)
-    return list(engine.jobs_of(plan, [source], plan.shards, str(folder), **options))  # type: ignore[arg-type]
+    how = engine.How(**options)  # type: ignore[arg-type]
+    return list(engine.jobs_of(plan, [source], plan.shards, str(folder), how))
 
 
 def make(job: engine.Job) -> Path:

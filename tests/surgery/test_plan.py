@@ -10,7 +10,7 @@ import pytest
 
 import moetool
 from moetool.errors import MoetoolError
-from moetool.surgery.plan import Plan
+from moetool.surgery.plan import Plan, Wanted
 from moetool.surgery.spec import Piece, Target, Task, rows, size_of, whole
 
 A, B = Target("a", "BF16", (4, 8)), Target("b", "F32", (6,))
@@ -21,9 +21,8 @@ def copy(target: Target) -> Task:
 
 
 def build(*tasks: Task, targets: tuple[Target, ...] = (A, B), max_shard: int = 10**9) -> Plan:
-    return Plan.build(
-        [[["f", 1, "x"]]], {"model_type": "t"}, targets, tasks, max_shard=max_shard, dropped={}
-    )
+    wanted = Wanted({"model_type": "t"}, targets, tasks, {})
+    return Plan.build([[["f", 1, "x"]]], wanted, max_shard=max_shard)
 
 
 def test_header_is_final_and_aligned() -> None:
@@ -77,7 +76,7 @@ def test_packing_keeps_tasks_together() -> None:
     targets = tuple(Target(f"t{i}", "U8", (100,)) for i in range(10))
     both = Task("x", (), (whole(targets[3]), whole(targets[4])))
     tasks = [copy(t) for t in targets[:3]] + [both] + [copy(t) for t in targets[5:]]
-    plan = Plan.build([], {}, targets, tasks, max_shard=250, dropped={})
+    plan = Plan.build([], Wanted({}, targets, tasks, {}), max_shard=250)
     homes = {n: s.name for s in plan.shards for n in s.offsets}
     assert homes["t3"] == homes["t4"] and len(homes) == 10
     assert (

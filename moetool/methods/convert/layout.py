@@ -22,8 +22,7 @@ from moetool.methods.options import WHAT, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, text_model
-from moetool.surgery.plan import Plan
-from moetool.surgery.reform import Wanted
+from moetool.surgery.plan import Plan, Wanted
 from moetool.surgery.spec import Piece, Stored, whole
 
 MATRICES = ("gate", "up", "down")

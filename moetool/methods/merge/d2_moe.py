@@ -16,7 +16,7 @@ from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.way import Writing, Written
 from moetool.surgery import reform
 from moetool.surgery.forms.factored import Factored, wrapped
-from moetool.surgery.reform import Wanted
+from moetool.surgery.plan import Wanted
 from moetool.surgery.spec import Piece, Target, whole
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.way import Writing
 from moetool.surgery import reform
 from moetool.surgery.experts import Counted, strays
-from moetool.surgery.plan import Plan
-from moetool.surgery.reform import Wanted
+from moetool.surgery.plan import Plan, Wanted
 from moetool.surgery.spec import FLOATS, Piece, Target, Task, whole
 
 ROUTERS = ("centroid", "mean", "logsumexp")

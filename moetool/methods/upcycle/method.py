@@ -30,8 +30,7 @@ from moetool.methods.upcycle.targets import Conversion, Wish, candidates, choose
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan
-from moetool.surgery.reform import Wanted
+from moetool.surgery.plan import Plan, Wanted
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
