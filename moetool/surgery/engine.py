@@ -350,7 +350,11 @@ def run_local(
     def one(job: Job) -> None:
         if stopping():
             raise Stopped("stopped")
-        done(job, make_shard(job, tell, stopping))
+        try:
+            done(job, make_shard(job, tell, stopping))
+        except BaseException:
+            failed.set()  # at once: the next job of this thread must not begin
+            raise
 
     with ThreadPoolExecutor(max(1, min(workers, len(jobs) or 1))) as pool:
         futures = [pool.submit(one, job) for job in jobs]
