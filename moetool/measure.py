@@ -162,18 +162,18 @@ def evaluate(
     """Perplexity of a model on text; with a reference KL, top-1 agreement and flips. Raises
     VerificationFailed when a gate is missed.
     """
-    import tempfile
-
-    from moetool.evaluate import gate, perplexity
-    from moetool.forward.batches import Cut
-    from moetool.forward.profile import Calibration
-
     if how.gate.gated and not how.reference:
         raise UsageError(
             "a gate compares with the original",
             expected="--reference ORIGINAL",
             hint="give what the model was made from",
         )
+    import tempfile
+
+    from moetool.evaluate import gate, perplexity
+    from moetool.forward.batches import Cut
+    from moetool.forward.profile import Calibration
+
     cut = Cut(how.tokens, how.seq_len, how.pack, False, 0, how.batch_tokens)
     opened = _open(model)
     reference = _open(how.reference) if how.reference else None

@@ -169,7 +169,8 @@ def _named(
     signature = introspection.Signature(made, return_annotation=returns)
     function.__name__ = function.__qualname__ = name
     function.__module__ = "moetool"
-    function.__doc__ = f"{about}\n\n{_documented(known)}"
+    head, _, more = about.partition("\n\n")
+    function.__doc__ = "\n\n".join([head, textwrap.fill(more, 96), _documented(known)])
     function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 

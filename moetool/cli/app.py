@@ -35,8 +35,18 @@ class Session:
 session = Session()
 
 
+def settled(option: Any) -> Any:
+    """The help option with a default: Typer imports pydantic (0.1 s) to read what has none."""
+    if option is not None:
+        option.default = False
+    return option
+
+
 class Group(TyperGroup):
     """A group whose help lists its commands by what they are for."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return settled(super().get_help_option(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_commands(self, ctx, formatter)

@@ -5,7 +5,7 @@ is a file here and a line below.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
@@ -23,16 +23,20 @@ HELP = (
     "4 verification failed."
 )
 READING = (run, profile, eval, verify, demo, inspect, schema)
+_COMPLETE = "_MOETOOL_COMPLETE"  # set where a shell asks for completions
 GROUPS = {"archs": archs, "methods": methods_shown}
 
 
-def application(words: Collection[str]) -> typer.Typer:
+def application(words: Sequence[str]) -> typer.Typer:
     """The whole command line. The options of a writing verb are read only where `words`, what was
     typed, names it: reading all of them would make `--help` slow.
     """
-    app = group(HELP, add_completion=True)
-    app.callback(invoke_without_command=True)(_root)
-    typed = os.environ["COMP_WORDS"].split() if "COMP_WORDS" in os.environ else words
+    completing = _COMPLETE in os.environ
+    typed = _completed() if completing else words
+    # Typer imports pydantic for every option that it reads: these stand where they can be given.
+    root = not words or words[0].startswith("-")
+    app = group(HELP, add_completion=root)
+    app.callback(invoke_without_command=True)(_root if root else bare)
     for name, entry in methods.METHODS.items():
         if name in typed:
             register(app, write.command(name))
@@ -43,6 +47,11 @@ def application(words: Collection[str]) -> typer.Typer:
     for name, shown in GROUPS.items():
         app.add_typer(_group(shown.HELP, shown.COMMANDS), name=name, rich_help_panel="Look")
     return app
+
+
+def _completed() -> list[str]:
+    """The words so far, as the shells pass them."""
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()
 
 
 def _root(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from moetool.cli.app import SETTINGS, session
+from moetool.cli.app import SETTINGS, session, settled
 from moetool.cli.texts import everywhere, write_lines, write_panels
 from moetool.methods.options import PANELS, Field, Value
 from moetool.units import show_bytes
@@ -54,6 +54,9 @@ class Command:
 
 class Shown(TyperCommand):
     """A command whose help shows options by panel, and examples one a line."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return settled(super().get_help_option(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_panels(formatter, everywhere(self.get_params(ctx)))
