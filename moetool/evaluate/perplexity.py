@@ -83,12 +83,12 @@ def evaluate(
     for name, checkpoint in (("reference", reference), ("model", model)):
         if checkpoint is not None:
             at = None if folder is None else folder / name
+            held = 2 * LOGIT_BYTES + sum(w.retained for w in walks)
             walks.append(
                 Walk(
                     checkpoint,
                     batches,
-                    Budget(memory, at, device),
-                    extra=2 * LOGIT_BYTES + sum(w.retained for w in walks),
+                    Budget(memory, at, device, extra=held),
                     tell=tell,
                     stop=stop,
                     name=f"eval {name}",

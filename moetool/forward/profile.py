@@ -147,11 +147,11 @@ def make(
         int(mixture.layout.field("hidden", mixture.text_model.config)),
         width_of(mixture),
     )
+    held = wanted.memory(mixture.experts, hidden, width) + buffers
     walk = Walk(
         source,
         batches,
-        Budget(memory, folder, device),
-        extra=wanted.memory(mixture.experts, hidden, width) + buffers,
+        Budget(memory, folder, device, extra=held),
         tell=tell,
         stop=stop,
         name="profile",

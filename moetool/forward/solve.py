@@ -102,8 +102,7 @@ def solve(source: Checkpoint, batches: Batches, work: Work, solver: Solver) -> L
         walking = Walk(
             source,
             batches,
-            Budget(work.memory, work.folder, work.device, solver.linears),
-            extra=work.held,
+            Budget(work.memory, work.folder, work.device, solver.linears, work.held),
             tell=work.tell,
             stop=work.stop,
             name=work.name,

@@ -45,13 +45,15 @@ Change = Callable[[int, Block], Block | None]
 @dataclass(frozen=True)
 class Budget:
     """What the walk may hold, and where it may spill and resume. `memory` None: as much as it
-    needs. `widened`: experts must be held in float32 (somebody gives them new weights).
+    needs. `widened`: experts must be held in float32 (somebody gives them new weights). `extra`:
+    bytes that an onlooker holds beside a layer; part of the promise.
     """
 
     memory: int | None = None
     folder: Path | None = None
     device: str = "cpu"
     widened: bool = False
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Walk:
         batches: Batches,
         budget: Budget,
         *,
-        extra: int = 0,
         tell: Progress = silent,
         stop: threading.Event | None = None,
         name: str = "layers",
@@ -91,7 +92,7 @@ class Walk:
         self.stop = stop or threading.Event()
         at = text_model(source.config)
         self.mixture = Mixture.of(source) if at.layout.kind == "moe" else None
-        needed = needs(source, batches, extra=extra)
+        needed = needs(source, batches, extra=budget.extra)
         fit = needed.fit(budget.memory, widened=budget.widened)
         self.widen, self.peak = fit.widen, fit.peak
         # bytes held after `run`
