@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool import strict_yaml
+from moetool import reading, strict_yaml
 from moetool.errors import UsageError, did_you_mean
 from moetool.methods.contract import Options
 from moetool.methods.options import Common, build
@@ -71,7 +71,7 @@ def read(path: str | Path, changes: list[str]) -> Recipe:
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        data = strict_yaml.load(Path(path).read_text(encoding="utf-8"))
+        data = strict_yaml.load(reading.read(path, "recipe").decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(
             "no such recipe", file=path, hint="the recipes/ folder of moetool holds some"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from moetool.errors import MoetoolError
 from moetool.reading import SMALL, read
 
 
-def parse(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
-    """The object that the bytes hold; MoetoolError that names `path` for anything else."""
+def parse(data: bytes, path: str | Path, what: str, *, file_names: bool = False) -> dict[str, Any]:
+    """The object that the bytes hold; MoetoolError that names `path` for anything else.
+    `file_names`: names of files stand in it, which may be no text (see `text`).
+    """
     try:
         found = json.loads(data.decode("utf-8"))
-        if b"\\u" in data:
+        if b"\\u" in data and not file_names:
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (
         ValueError,
@@ -41,7 +44,7 @@ def parse(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
     return found
 
 
-def load(path: Path, what: str, *, limit: int = SMALL) -> dict[str, Any]:
+def load(path: Path, what: str, *, limit: int = SMALL, file_names: bool = False) -> dict[str, Any]:
     """The object in a file; MoetoolError when it is not there, no regular file, or no object."""
     try:
         data = read(path, what, limit=limit)
@@ -57,7 +60,31 @@ def load(path: Path, what: str, *, limit: int = SMALL) -> dict[str, Any]:
             file=path,
             hint="check the path and its permissions",
         ) from None
-    return parse(data, path, what)
+    return parse(data, path, what, file_names=file_names)
+
+
+Shape = Mapping[str, Any]  # name -> type, or tuple of types, or the shape of an object
+
+
+def check_shape(found: Mapping[str, Any], shape: Shape, path: str | Path, what: str) -> None:
+    """MoetoolError naming the first part of a file of ours that is missing, or not what moetool
+    writes there.
+    """
+    if not isinstance(found, Mapping):
+        found = {}
+    for name, kind in shape.items():
+        value = found.get(name)
+        inner = isinstance(kind, Mapping)
+        wanted = Mapping if inner else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is int):
+            raise MoetoolError(
+                f"the {what} is damaged: {name} is not what moetool writes there",
+                file=path,
+                found="nothing" if value is None else str(value)[:80],
+                hint="make it again",
+            )
+        if inner:
+            check_shape(value, kind, path, f"{what}, {name},")
 
 
 def text(data: Any, *, indent: int | None = None, ascii: bool = False) -> str:

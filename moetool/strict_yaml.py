@@ -12,6 +12,9 @@ LARGEST = 1 << 17  # characters; recipes have hundreds
 UNFOLDED = 10_000  # values, every reference counted where it stands
 
 
+_NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
 class _Strict(yaml.SafeLoader):
     """Refuses what a reader would overlook."""
 
@@ -51,6 +54,8 @@ class _Strict(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 wrong = "a list or a mapping is no name"
+            elif key.tag not in _NAMES:
+                wrong = f"{key.value[:60]!r} is no name: put it in quotes"
             elif key.value in seen:
                 wrong = f"{key.value[:60]!r} stands twice"
             else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from moetool.cli import streams
 from moetool.cli.app import session
 from moetool.cli.commands import application
 from moetool.errors import MoetoolError, Stopped, UsageError
@@ -24,12 +25,11 @@ _MODES = {"--json": "json", "--quiet": "quiet", "-q": "quiet"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises."""
-    code = _run(argv)
+    with streams.guarded() as out:
+        code = streams.finished(out, _run(argv))
     if argv is None and code == Stopped.exit_code:
         # CPython kills itself with SIGINT at exit if a KeyboardInterrupt once passed through C code
         # (an import of torch), although it was caught.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
@@ -76,9 +76,6 @@ def _unexpected(problem: Exception) -> int:
         name = (context.command_path if context else "") or "moetool"
         session.sink.error(UsageError(shown(), hint=f"see `{name} --help`"))
         return 2
-    if isinstance(problem, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     session.sink.error(_known(problem) or _bug(problem))
     if os.environ.get("MOETOOL_DEBUG"):
         raise problem
@@ -92,6 +89,10 @@ def _known(problem: Exception) -> MoetoolError | None:
         return MoetoolError(
             "out of memory",
             hint="say --memory, so that the work is fitted or refused beforehand; finished shards are kept",
+        )
+    if isinstance(problem, FileNotFoundError) and problem.filename is None:
+        return MoetoolError(
+            "the working directory is gone", hint="change to a folder that is there"
         )
     if isinstance(problem, OSError):
         return MoetoolError(

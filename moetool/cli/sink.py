@@ -26,13 +26,13 @@ class Sink:
         self.mode = mode
         self._stage = ""
         self._begun = self._last = 0.0
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr is not None and sys.stderr.isatty()
 
     def result(self, data: Mapping[str, Any] | None, human: str | None = None) -> None:
         """The answer of a command: one JSON object, or text (nothing in quiet mode)."""
         self._end_line()
         if self.mode == "json":
-            print(strict_json.text(data))
+            print(self._json(data))
         elif self.mode == "human" and human:
             print(human)
 
@@ -47,11 +47,14 @@ class Sink:
             self._end_line()
             print(text, file=sys.stderr)
 
+    def _json(self, data: Mapping[str, Any] | None) -> str:
+        return strict_json.text(data, ascii=not getattr(sys.stdout, "takes_all", True))
+
     def error(self, problem: MoetoolError) -> None:
         """A failure: always said, in every mode."""
         self._end_line()
         if self.mode == "json":
-            print(strict_json.text(problem.as_dict()))
+            print(self._json(problem.as_dict()))
         print(f"error: {problem}", file=sys.stderr)
 
     def table(

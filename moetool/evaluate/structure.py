@@ -8,9 +8,26 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from moetool import strict_json
 from moetool.errors import VerificationFailed
 from moetool.surgery import complete
-from moetool.surgery.checkpoint import Checkpoint, read_json
+from moetool.surgery.checkpoint import Checkpoint
+
+LEVELS = ("exact", "exact_if", "expectation", "none")
+_RECORD = {
+    "method": str,
+    "options": dict,
+    "seed": int,
+    "max_shard": int,
+    "sources": list,
+    "tables": dict,
+    "config_sha256": str,
+    "report": {
+        "plan_digest": str,
+        "tensors": int,
+        "certificate": {"level": str, "why": str},
+    },
+}
 
 
 def recorded(folder: str) -> dict[str, Any]:
@@ -24,7 +41,20 @@ def recorded(folder: str) -> dict[str, Any]:
             found="nothing",
             hint="`moetool inspect` looks at any checkpoint",
         )
-    return read_json(path, what="record of moetool")
+    found = strict_json.load(path, "record of moetool", file_names=True)
+    strict_json.check_shape(found, _RECORD, path, "record of moetool")
+    for part in found["sources"]:
+        strict_json.check_shape(part, {"name": str, "files": list}, path, "record of moetool")
+    level = found["report"]["certificate"]["level"]
+    if level not in LEVELS:
+        raise VerificationFailed(
+            "the record of moetool holds a certificate that there is not",
+            file=path,
+            expected=", ".join(LEVELS),
+            found=level,
+            hint="restore moetool.json, or make the output again",
+        )
+    return found
 
 
 def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:

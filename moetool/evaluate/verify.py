@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from moetool.errors import VerificationFailed
+from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
 from moetool.methods.contract import Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
@@ -60,6 +60,15 @@ def verify(
             found=plan.digest,
             hint="another version of moetool wrote it: verify with that version, or make it again",
         )
+    level = record["report"]["certificate"]["level"]
+    if level != again.made.certificate.level:
+        raise VerificationFailed(
+            "the certificate in moetool.json is not that of the plan",
+            file=checkpoint.folder,
+            expected=again.made.certificate.level,
+            found=level,
+            hint="restore moetool.json, or make the output again",
+        )
     result["bytes"] = ranges.compare_bytes(
         plan,
         [*sources, *_extra(record)],
@@ -70,7 +79,6 @@ def verify(
         tell=tell,
     )
     result["accounted"] = _account(sources, again.made)
-    level = record["report"]["certificate"]["level"]
     if again.method.stands_for_ffns(again.made):
         result |= _function(sources[0], checkpoint, record, how)
     return result | {
@@ -81,6 +89,13 @@ def verify(
 def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
     """The sources given, completed by the recorded ones where fewer were given."""
     recorded = [s["name"] for s in record["sources"]]
+    if len(against) > len(recorded):
+        raise UsageError(
+            "more --against than there were sources",
+            expected=f"at most {len(recorded)}: {', '.join(recorded)}",
+            found=len(against),
+            hint="give SRC first, then one --against for each --from",
+        )
     return [*against, *recorded[len(against) :]]
 
 

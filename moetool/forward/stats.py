@@ -9,7 +9,6 @@ EASY-EP arXiv 2504.06792, HC-SMoE arXiv 2410.08589, MoNE arXiv 2507.00390, super
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetool import atomic
+from moetool import atomic, strict_json
 from moetool.errors import MoetoolError
 from moetool.forward.block import Block
 from moetool.kernels import moe
+from moetool.reading import check_regular
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 
 Tensor = torch.Tensor
 SCHEMA = 1
+FACTS = {
+    "model": {"name": str, "files": list},
+    "layers": list,
+    "files": list,
+    "tokens": int,
+    "seq_len": int,
+    "data_sha256": str,
+    "warnings": list,
+    "peak_memory": int,
+}
 DENSE_BYTES = 128 << 20  # of expert outputs held at once while all experts run on the sample
 
 
@@ -299,10 +309,10 @@ class Profile:
                 hint=left,
             )
         try:
-            facts = json.loads((folder / "profile.json").read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+            facts = strict_json.load(folder / "profile.json", "profile", file_names=True)
+        except MoetoolError as problem:
             raise MoetoolError(
-                f"profile.json is not readable: {problem}",
+                f"profile.json is not readable: {problem.message}",
                 file=folder / "profile.json",
                 hint="make the profile again",
             ) from None
@@ -313,6 +323,11 @@ class Profile:
                 expected=f"schema {SCHEMA}",
                 found=facts.get("schema") if isinstance(facts, dict) else facts,
                 hint="make the profile again",
+            )
+        strict_json.check_shape(facts, FACTS, folder / "profile.json", "profile")
+        for part in facts["files"] or [{}]:
+            strict_json.check_shape(
+                part, {"name": str, "tokens": int}, folder / "profile.json", "profile"
             )
         return cls(folder, facts)
 
@@ -370,6 +385,7 @@ def load_layer(folder: Path, number: int) -> LayerStats:
 
     name, arrays = folder / layer_file(number), {}
     try:
+        check_regular(name, "statistics of a layer")
         with safe_open(name, "np") as handle:
             tokens = int(handle.metadata()["tokens"])
             for key in handle.keys():  # noqa: SIM118

@@ -17,6 +17,7 @@ from typing import Any
 
 from moetool.demo import TEXT
 from moetool.errors import MoetoolError, UsageError
+from moetool.reading import check_regular, opened
 from moetool.surgery.source import DATASET, HubId
 
 MAX_LINE = 64 << 20
@@ -147,10 +148,11 @@ def stdin() -> bytes:
 
 def _file(path: Path, field: str) -> Iterator[Document]:
     try:
+        check_regular(path, "text")
         if path.suffix == ".parquet":
             yield from _parquet(path, field)
         elif path.suffix in (".jsonl", ".ndjson", ".json"):
-            with path.open("rb") as handle:
+            with opened(path, "text") as handle:
                 yield from _jsonl(str(path), _lines(path, handle), field)
         else:
             yield from _plain(str(path), path.read_bytes())
@@ -204,8 +206,8 @@ def _jsonl(name: str, lines: Any, field: str) -> Iterator[Document]:
         where = f"{name}:{number}"
         try:
             row = json.loads(_decode(line, name, number))
-        except (json.JSONDecodeError, RecursionError) as problem:
-            reason = getattr(problem, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as problem:
+            reason = getattr(problem, "msg", "nested too deeply, or with endless digits")
             raise MoetoolError(
                 f"a line is not JSON ({reason})",
                 file=where,
@@ -236,10 +238,14 @@ def _row(row: dict[str, Any], where: str, field: str) -> Iterator[Document]:
             hint="name the field: --text-field NAME",
         )
     value = row[name]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError):  # half of a surrogate pair; a parquet's own types
+        value = None
     if isinstance(value, str):
         if value.strip():
             yield Document(where, value)
-    elif isinstance(value, list) and value and all(isinstance(v, int) and v >= 0 for v in value):
+    elif isinstance(value, list) and value and all(map(_is_id, value)):
         yield Document(where, ids=tuple(value))
     elif (
         isinstance(value, list)
@@ -262,6 +268,11 @@ def _row(row: dict[str, Any], where: str, field: str) -> Iterator[Document]:
             found=f"{name}: {_short(repr(value).encode())}",
             hint="name another field: --text-field NAME",
         )
+
+
+def _is_id(value: object) -> bool:
+    """A token's number, of any vocabulary."""
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _short(data: bytes) -> str:

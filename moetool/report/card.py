@@ -35,7 +35,7 @@ def render(prepared: Prepared, report: Report) -> bytes:
         *(f"- {sentence}" for sentence in prepared.method.card(report)),
         *(f"- warning: {warning}" for warning in report.warnings),
     ]
-    return ("\n".join(lines).rstrip() + "\n").encode()
+    return ("\n".join(lines).rstrip() + "\n").encode("utf-8", "backslashreplace")
 
 
 def _front(prepared: Prepared) -> list[str]:

@@ -8,6 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from moetool import strict_json
 from moetool.methods.reduce.decided import render
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
@@ -59,13 +60,13 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
     if written is not None:
         data["extra"] = [_headers(s) for s in prepared.sources[len(prepared.names) :]]
         data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
-    head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
+    head = strict_json.text(data, indent=1).removesuffix("\n}")
     if prepared.chosen:  # long: a layer on a line
         head += f',\n "decisions": {render(prepared.chosen).rstrip()}'
     tables = json.dumps(
         prepared.plan.tables, separators=(",", ":")
     )  # long lists of neuron numbers: one line
-    return f'{head},\n "tables": {tables}\n}}\n'.encode()
+    return f'{head},\n "tables": {tables}\n}}\n'.encode("utf-8", "backslashreplace")
 
 
 def _headers(source: Checkpoint) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -220,3 +221,146 @@ TOO_MUCH = {
 def test_configs_out_of_all_bounds_are_refused(name: str, moe: Path) -> None:
     change(moe / "config.json", **TOO_MUCH[name])
     assert "config.json" in refused(1, "inspect", moe)
+
+
+def pipe(path: Path) -> Path:
+    """A named pipe that nobody writes to, in the place of a file."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize("verb", ["inspect", "upcycle"])
+def test_pipes_in_a_source(verb: str, name: str, dense: Path, tmp_path: Path) -> None:
+    pipe(dense / name)
+    out = [tmp_path / "out"] if verb == "upcycle" else []
+    assert "named pipe" in refused(1, verb, dense, *out)
+
+
+def test_a_pipe_as_index(dense: Path) -> None:
+    pipe(dense / "model.safetensors.index.json")
+    assert "named pipe" in refused(1, "inspect", dense)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/random"])
+def test_what_is_no_file_is_not_waited_for(kind: str, moe: Path, tmp_path: Path) -> None:
+    path = pipe(tmp_path / "x.txt") if kind == "pipe" else Path(kind)
+    out = tmp_path / "out"
+    random = ["prune", moe, out, "--method", "random", "--dry-run"]
+    assert "no regular file" in refused(1, "eval", moe, "--text", path)
+    assert "no regular file" in refused(1, "prune", moe, out, "--calibrate", path)
+    assert "no regular file" in refused(1, "run", path)
+    assert refused(2, *random, "--decisions", path) if kind == "pipe" else True
+    refused(1, "inspect", path)
+
+
+def test_pipes_among_our_own_files(dense: Path, moe: Path, text: Path, tmp_path: Path) -> None:
+    assert run("upcycle", dense, tmp_path / "out").code == 0
+    pipe(tmp_path / "out" / "moetool.json")
+    refused(1, "verify", tmp_path / "out")
+    assert run("profile", moe, tmp_path / "stats", "--calibrate", text).code == 0
+    pipe(tmp_path / "stats" / "layer-00001.safetensors")
+    words = ["prune", moe, tmp_path / "pruned", "--stats", tmp_path / "stats"]
+    assert "named pipe" in refused(1, *words)
+    pipe(tmp_path / "stats" / "profile.json")
+    refused(1, *words)
+
+
+RECORD = [
+    *("method", "options", "seed", "max_shard", "sources", "tables", "config_sha256", "report"),
+    *("report.plan_digest", "report.tensors", "report.certificate", "report.certificate.level"),
+]
+
+
+@pytest.mark.parametrize("field", RECORD)
+def test_hostile_records(field: str, dense: Path, tmp_path: Path) -> None:
+    assert run("upcycle", dense, tmp_path / "out").code == 0
+    path = tmp_path / "out" / "moetool.json"
+    plain = path.read_text()
+    for value in ["gone", None, "x", [], {}, [1], {"a": []}, -1, 10**30, True]:
+        data = json.loads(plain)
+        *above, last = field.split(".")
+        part = data
+        for name in above:
+            part = part[name]
+        part[last] = value
+        if value == "gone":
+            del part[last]
+        path.write_text(json.dumps(data))
+        said = run("verify", tmp_path / "out", "--against", dense, "--no-load")
+        assert said.code in (0, 1, 2, 4)
+        if said.code == 0:
+            assert value in ({}, [], -1, 10**30) and field not in ("report", "report.plan_digest")
+
+
+def test_more_sources_than_there_were(dense: Path, tmp_path: Path) -> None:
+    assert run("upcycle", dense, tmp_path / "out").code == 0
+    refused(2, "verify", tmp_path / "out", "--against", dense, "--against", dense)
+
+
+FACTS = ["model", "layers", "files", "tokens", "seq_len", "data_sha256", "warnings", "schema"]
+
+
+@pytest.mark.parametrize("field", FACTS)
+def test_hostile_profiles(field: str, moe: Path, text: Path, tmp_path: Path) -> None:
+    assert run("profile", moe, tmp_path / "stats", "--calibrate", text).code == 0
+    path = tmp_path / "stats" / "profile.json"
+    plain = json.loads(path.read_text())
+    for value in [None, "x", [], {}, 1.5, True]:
+        path.write_text(json.dumps(plain | {field: value}))
+        run("prune", moe, tmp_path / "out", "--stats", tmp_path / "stats", "--dry-run")
+        run("profile", moe, tmp_path / "stats", "--calibrate", text)
+
+
+ROWS = {
+    "half a pair": {"text": "\ud800 x"},
+    "half a pair in a chat": {"messages": [{"role": "user", "content": "\udfff"}]},
+    "huge id": {"input_ids": [2**70]},
+    "large id": {"input_ids": [2**31]},
+    "true as an id": {"input_ids": [True, True]},
+    "no text": {"text": 5},
+    "nested": {"text": [[["x"]]]},
+    "chat without words": {"messages": [{"role": "user"}]},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_hostile_text(name: str, moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps(ROWS[name]) + "\n")
+    assert "t.jsonl:1" in refused(1, "eval", moe, "--text", tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text('{"input_ids": [' + "9" * 5000 + "]}")
+    assert "t.jsonl:1" in refused(1, "eval", moe, "--text", tmp_path / "t.jsonl")
+
+
+RECIPES = {
+    "a name twice": "method: upcycle\nmethod: upcycle\n",
+    "an option twice": "method: upcycle\noptions:\n  experts: 4\n  experts: 8\n",
+    "numbers as names": "1: 2\n",
+    "null as a name": "null: 2\n",
+    "list": "- a\n",
+    "itself": "&a {options: *a}",
+    "options a list": "method: upcycle\nsource: demo\nout: x\noptions: [1]\n",
+    "options a text": "method: upcycle\nsource: demo\nout: x\noptions: word\n",
+    "numbers in options": "method: upcycle\nsource: demo\nout: x\noptions: {1: 2}\n",
+    "method a list": "method: [upcycle]\nsource: demo\nout: x\n",
+    "method a mapping": "method: {a: 1}\nsource: demo\nout: x\n",
+    "seed a text": "method: upcycle\nsource: demo\nout: x\nseed: word\n",
+    "seed true": "method: upcycle\nsource: demo\nout: x\nseed: true\n",
+    "infinite": "method: upcycle\nsource: demo\nout: x\noptions: {scale: .inf}\n",
+    "no number": "method: prune\nsource: demo\nout: x\noptions: {max-kl: .nan}\n",
+    "from a text": "method: upcycle\nsource: demo\nout: x\nfrom: word\n",
+    "from numbers": "method: upcycle\nsource: demo\nout: x\nfrom: [1]\n",
+    "Latin-1": "method: caf\xe9",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_hostile_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_bytes(RECIPES[name].encode("latin-1"))
+    refused(2, "run", "r.yaml")
+    refused(2, "run", "r.yaml", "--set", "options.layers=[")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool.errors import UsageError, did_you_mean
+from moetool import reading
+from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.surgery.experts import Mixture
 
@@ -135,16 +136,18 @@ def render(decisions: dict[str, Any]) -> str:
 def read(path: str | Path) -> Decided:
     """Decisions from a file; UsageError when it is missing or malformed."""
     try:
-        data = json.loads(Path(path).read_text(), object_pairs_hook=_once)
+        text = reading.read(path, "decisions").decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_once)
     except FileNotFoundError:
         raise UsageError(
             "there are no decisions here",
             file=path,
             hint="write them first: --dry-run --decisions FILE",
         ) from None
-    except (OSError, ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError, MoetoolError) as problem:
+        said = problem.message if isinstance(problem, MoetoolError) else str(problem)
         raise UsageError(
-            f"the decisions are not JSON: {str(problem)[:200]}",
+            f"the decisions are not JSON: {said[:200]}",
             file=path,
             hint="correct the file, or make it again with --dry-run --decisions FILE",
         ) from None

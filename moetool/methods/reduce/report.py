@@ -18,10 +18,10 @@ warnings
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from moetool import strict_json
 from moetool.methods.contract import Report
 from moetool.methods.reduce.facts import Reduced
 
@@ -62,7 +62,7 @@ def render(report: Report, reduced: Reduced) -> bytes:
         **{k: said[k] for k in _TAKEN if k in said},
         "layers": {str(n): _layer(reduced, n) for n in sorted(reduced.decided.layers)},
     }
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    return (strict_json.text(data, indent=1) + "\n").encode()
 
 
 def _layer(reduced: Reduced, number: int) -> dict[str, Any]:
