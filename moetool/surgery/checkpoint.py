@@ -359,8 +359,10 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 file=index,
                 hint="restore the index from the original model",
             )
+        companions.check_inside(index, "weight index")
         for shard in sorted(set(promised.values())):
             _stay_inside(folder, shard, index)
+        _check_single(folder, set(promised.values()))
         return sorted(set(promised.values())), promised
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if not found:
@@ -385,6 +387,22 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 hint="download the missing shards",
             )
     return ["model.safetensors"] if "model.safetensors" in found else found, None
+
+
+def _check_single(folder: Path, shards: set[str]) -> None:
+    """transformers reads a model.safetensors and overlooks an index beside it; other readers do the
+    contrary. Which of the two is meant cannot be told.
+    """
+    single = folder / "model.safetensors"
+    if single.exists() and shards != {single.name}:
+        raise MoetoolError(
+            "there are a model.safetensors and an index of other files: two models in one folder",
+            file=folder,
+            expected="one of them",
+            found=f"{INDEX} names {', '.join(sorted(shards)[:3])}",
+            hint="transformers reads model.safetensors, other readers the index: move away the "
+            "one that is not meant",
+        )
 
 
 def _stay_inside(folder: Path, shard: str, said_by: Path) -> None:

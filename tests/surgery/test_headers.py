@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from moetool.errors import MoetoolError
-from moetool.surgery.checkpoint import read_header
+from moetool.surgery.checkpoint import Checkpoint, read_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 BYTES = bytes(range(8))
@@ -182,3 +182,25 @@ def test_same_verdict_as_the_library(name: str, tmp_path: Path) -> None:
 
 def test_the_battery_is_whole() -> None:
     assert len(HEADERS) == 114
+
+
+@pytest.mark.parametrize("other", ["model-00001-of-00001.safetensors", "model.safetensors"])
+def test_a_single_file_beside_an_index(other: str, llama: Path, tmp_path: Path) -> None:
+    """transformers takes the single file, other readers the index: only where both mean the same
+    can it be told what the model is.
+    """
+    import shutil
+
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    if other != "model.safetensors":
+        shutil.copy(folder / "model.safetensors", folder / other)
+    names = dict.fromkeys(Checkpoint.open(llama).tensors, other)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    if other == "model.safetensors":
+        assert len(Checkpoint.open(folder).tensors) == len(names)
+        return
+    with pytest.raises(MoetoolError, match="two models in one folder") as caught:
+        Checkpoint.open(folder)
+    assert "transformers reads model.safetensors" in caught.value.hint
+    (folder / "model.safetensors").unlink()
+    assert len(Checkpoint.open(folder).tensors) == len(names)
