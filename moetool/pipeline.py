@@ -27,6 +27,7 @@ from moetool.surgery import companions, engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import check_target, existing, resolved
 from moetool.surgery.plan import Plan, Shard
+from moetool.surgery.spec import Task, whole
 from moetool.surgery.writer import Writer
 
 
@@ -53,6 +54,8 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
     settings = _settings(options, watch or Watch())
+    if options.common.strict and method.interruptible:
+        _strictly_finite(sources, _copies(sources), 1, watch or Watch())  # before text is sent
     begun = time.perf_counter()
     decisions = method.decide(sources, settings)
     took = round(time.perf_counter() - begun, 3)
@@ -196,7 +199,7 @@ def write(prepared: Prepared, watch: Watch | None = None) -> Report:
         return _already(prepared)
     begun = time.perf_counter()
     if prepared.options.common.strict:
-        _strictly_finite(prepared, watch)
+        _strictly_finite(prepared.sources, prepared.plan.tasks, prepared.jobs, watch)
     out, overwrite = prepared.options.out, prepared.options.common.overwrite
     with Writer(out, prepared.plan, overwrite=overwrite, sources=prepared.sources) as writer:
         written = make(prepared, writer, watch)
@@ -377,10 +380,20 @@ def _run(
     return []
 
 
-def _strictly_finite(prepared: Prepared, watch: Watch) -> None:
+def _copies(sources: Sequence[Checkpoint]) -> list[Task]:
+    """Tasks that read all there is."""
+    numbered = enumerate(sources)
+    return [
+        Task("copy", tuple(whole(t, number) for t in source.stored.values()), ())
+        for number, source in numbered
+    ]
+
+
+def _strictly_finite(
+    sources: Sequence[Checkpoint], tasks: Sequence[Task], workers: int, watch: Watch
+) -> None:
     """With --strict everything that is read is looked at before a byte is written."""
-    sources, tasks = prepared.sources, prepared.plan.tasks
-    found = scan.suspects(sources, tasks, workers=prepared.jobs, tell=watch.tell, stop=watch.stop)
+    found = scan.suspects(sources, tasks, workers=workers, tell=watch.tell, stop=watch.stop)
     bad = scan.named(sources, tasks, found) if found else []
     if bad:
         raise MoetoolError(

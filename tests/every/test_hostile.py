@@ -223,6 +223,14 @@ def test_configs_out_of_all_bounds_are_refused(name: str, moe: Path) -> None:
     assert "config.json" in refused(1, "inspect", moe)
 
 
+def test_strict_is_looked_at_before_text_is_sent(moe: Path, text: Path, tmp_path: Path) -> None:
+    for stored in sorted(moe.glob("*.safetensors")):
+        spoil(stored, "model.layers.2.mlp.experts.1.down_proj.weight", float("inf"))
+    said = refused(1, "prune", moe, tmp_path / "out", "--calibrate", text, "--strict")
+    assert "experts.1.down_proj" in said and "not finite" in said
+    assert not list(tmp_path.glob(".out.moetool*"))
+
+
 def pipe(path: Path) -> Path:
     """A named pipe that nobody writes to, in the place of a file."""
     path.unlink(missing_ok=True)
