@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from moetool.errors import UsageError, VerificationFailed
+from moetool.errors import MoetoolError, UsageError, VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
 from moetool.methods.contract import Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
 from moetool.progress import Progress, silent
-from moetool.surgery import source
+from moetool.surgery import source, tables
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Stored
 
@@ -50,7 +51,7 @@ def verify(
         return result | {"verified": "structure"}
     sources = [Checkpoint.open(source.locate(name)) for name in _all_sources(record, against)]
     _same_sources(sources, record)
-    again = _plan_again(sources, record)
+    again = _plan_again(sources, record, checkpoint.folder)
     plan = again.made.plan
     if plan.digest != record["report"]["plan_digest"]:
         raise VerificationFailed(
@@ -119,15 +120,28 @@ class Again:
     made: Made
 
 
-def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any]) -> Again:
+def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], folder: str) -> Again:
     from moetool import methods
 
     method = methods.make(record["method"], record["options"])
     decisions = Decisions(
-        tables=record["tables"], chosen=record.get("decisions", {}), extra=_extra(record)
+        tables=_tables(record, folder), chosen=record.get("decisions", {}), extra=_extra(record)
     )
     settings = Settings(seed=record["seed"], max_shard=record["max_shard"])
     return Again(method, method.plan(sources, decisions, settings))
+
+
+def _tables(record: dict[str, Any], folder: str) -> dict[str, list[int]]:
+    """The tables of a plan: in the record, and in files beside it."""
+    found: dict[str, list[int]] = dict(record["tables"])
+    for name, seal in record.get("table_files", {}).items():
+        try:
+            found |= tables.unpack(Path(folder) / Path(name).name, seal)
+        except MoetoolError as problem:
+            raise VerificationFailed(
+                problem.message, **problem.where, hint="restore it, or make the output again"
+            ) from None
+    return found
 
 
 def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:

@@ -188,6 +188,14 @@ def save(folder: Path, layer: int, tensors: Mapping[str, Tensor]) -> str:
     return digest(path)
 
 
+def kept(folder: Path, layer: int) -> dict[str, Tensor]:
+    """What was solved of a layer; empty where nothing was."""
+    from safetensors.torch import load_file
+
+    path = place(folder, layer)
+    return load_file(path) if path.exists() else {}
+
+
 def digest(path: Path) -> str:
     """sha256 of a file."""
     seal = hashlib.sha256()

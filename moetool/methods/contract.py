@@ -75,6 +75,7 @@ class Made:
     facts: Facts
     warnings: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
+    beside: dict[str, str] = field(default_factory=dict)  # table -> which of `files` holds it
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,17 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
     head = strict_json.text(data, indent=1).removesuffix("\n}")
     if prepared.chosen:  # long: a layer on a line
         head += f',\n "decisions": {render(prepared.chosen).rstrip()}'
-    tables = json.dumps(
-        prepared.plan.tables, separators=(",", ":")
-    )  # long lists of neuron numbers: one line
-    return f'{head},\n "tables": {tables}\n}}\n'.encode("utf-8", "backslashreplace")
+    beside = prepared.made.beside
+    if beside:
+        seals = {name: _sha256(prepared.made.files[name]) for name in sorted({*beside.values()})}
+        head += f',\n "table_files": {json.dumps(seals)}'
+    tables = {name: table for name, table in prepared.plan.tables.items() if name not in beside}
+    line = json.dumps(tables, separators=(",", ":"))  # long lists of neuron numbers: one line
+    return f'{head},\n "tables": {line}\n}}\n'.encode("utf-8", "backslashreplace")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _headers(source: Checkpoint) -> dict[str, Any]:

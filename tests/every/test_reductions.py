@@ -22,7 +22,7 @@ from moetool.forward import block as blocks
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.walk import Budget, Walk
 from moetool.methods.merge.parts.rebuild import Rule, merged_block
-from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decided import Decided, read
 from moetool.methods.reduce.decision import Decision
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -128,7 +128,8 @@ def test_merge(
 ) -> None:
     source = models(family)
     report = moetool.merge(str(source), str(tmp_path / "out"), ratio=0.5, **options)
-    decided = Decided.from_json(report["decisions"])
+    decided = read(tmp_path / "out" / "decisions.json")
+    assert decided.as_json() == report["decisions"]
     assert {len(layer.groups) for layer in decided.layers.values()} == {4} and all(
         sum(map(len, layer.groups)) == 8 for layer in decided.layers.values()
     )

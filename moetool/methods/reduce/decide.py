@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Decisions, Settings
-from moetool.methods.reduce import budget, counts, decided, protect, router_rows
+from moetool.methods.reduce import budget, counts, protect, router_rows
 from moetool.methods.reduce import replay as replaying
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
@@ -371,7 +371,8 @@ def _leave(asked: Asked, made: Decided) -> bool:
     file = asked.options.decisions
     if not file or not asked.settings.dry_run or Path(file).exists():
         return False
-    atomic.write(Path(file), decided.render(made.as_json()))
+    for name, data in reversed(made.files(Path(file).name).items()):
+        atomic.write(Path(file).with_name(name), data)
     return True
 
 

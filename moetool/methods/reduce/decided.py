@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moetool import reading
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.reduce.decision import Decision, Where
+from moetool.surgery import tables
 from moetool.surgery.experts import Mixture
 
 SCHEMA = 1
-_KEYS = {"schema", "verb", "method", "experts", "layers"}
+_KEYS = {"schema", "verb", "method", "experts", "layers", "orders"}
+ORDERS = "decisions.tensors"  # neuron orders, beside decisions.json
+_ALIGN = "align"
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,52 @@ class Decided:
     experts: int
     layers: Mapping[int, Decision]
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def as_json(self, orders: str = ORDERS) -> dict[str, Any]:
+        """Plain data; `orders`: the file in which neuron orders stand, where there are any."""
+        data = {
             "schema": SCHEMA,
             "verb": self.verb,
             "method": self.method,
             "experts": self.experts,
             "layers": {str(n): self.layers[n].as_json() for n in sorted(self.layers)},
         }
+        return data | ({"orders": {"file": orders, "sha256": self.seal}} if self.packed else {})
+
+    @cached_property
+    def packed(self) -> bytes:
+        """Neuron orders as a file (surgery/tables.py); empty where there are none."""
+        made = self.tables()
+        return tables.pack(made) if made else b""
+
+    @cached_property
+    def seal(self) -> str:
+        return tables.sealed(self.packed)
+
+    def files(self, name: str = "decisions.json") -> dict[str, bytes]:
+        """The file of decisions, and the one of neuron orders where there are any."""
+        orders = Path(name).with_suffix(Path(ORDERS).suffix).name
+        body = {name: render(self.as_json(orders)).encode()}
+        return body | ({orders: self.packed} if self.packed else {})
+
+    def with_orders(self, found: Mapping[str, Sequence[int]], where: str = "decisions") -> Decided:
+        """With neuron orders by the names of `tables`; those of other tables are left."""
+        layers = dict(self.layers)
+        for name, order in found.items():
+            stem, _, place = name.partition(".")
+            layer, _, expert = place.partition(".")
+            if stem == _ALIGN and int(layer) in layers:
+                old = layers[int(layer)]
+                new = replace(old, orders={**old.orders, int(expert): tuple(order)})
+                layers[int(layer)] = new.checked(Where(where, layer))
+        return replace(self, layers=layers)
 
     def tables(self) -> dict[str, list[int]]:
         """Neuron orders under the names by which a plan looks them up."""
-        tables = {}
+        made = {}
         for n, decision in sorted(self.layers.items()):
             for e, order in sorted(decision.orders.items()):
-                tables[order_key(n, e)] = list(order)
-        return tables
+                made[order_key(n, e)] = list(order)
+        return made
 
     @classmethod
     def from_json(cls, data: Any, where: str = "decisions") -> Decided:
@@ -121,7 +155,7 @@ def width(mixture: Mixture, layer: int) -> int:
 
 def order_key(layer: int, expert: int) -> str:
     """Name of an expert's neuron order among a plan's tables."""
-    return f"align.{layer}.{expert}"
+    return f"{_ALIGN}.{layer}.{expert}"
 
 
 def render(decisions: dict[str, Any]) -> str:
@@ -151,7 +185,36 @@ def read(path: str | Path) -> Decided:
             file=path,
             hint="correct the file, or make it again with --dry-run --decisions FILE",
         ) from None
-    return Decided.from_json(data, str(path))
+    made = Decided.from_json(data, str(path))
+    return made.with_orders(_orders(data.get("orders"), Path(path)), str(path))
+
+
+def _orders(said: Any, path: Path) -> dict[str, list[int]]:
+    """Neuron orders of the file that decisions name; it lies beside them."""
+    if said is None:
+        return {}
+    keys = {"file", "sha256"}
+    if not isinstance(said, dict) or set(said) != keys or not all(map(_is_text, said.values())):
+        raise UsageError(
+            "the decisions do not say where their neuron orders are",
+            file=path,
+            expected='{"file": NAME, "sha256": SEAL}',
+            found=str(said)[:80],
+            hint="leave `orders` as they were written",
+        )
+    if Path(said["file"]).name != said["file"]:
+        raise UsageError(
+            "neuron orders lie beside their decisions",
+            file=path,
+            expected="the name of a file",
+            found=said["file"][:80],
+            hint="leave `orders` as they were written",
+        )
+    return tables.unpack(path.with_name(said["file"]), said["sha256"])
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Decision:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; `keep` where nothing is merged."""
+        """Plain data; `keep` where nothing is merged. Neuron orders stand elsewhere (decided.py)."""
         merged = any(len(g) > 1 for g in self.groups)
         data: dict[str, Any] = (
             {
@@ -97,7 +97,6 @@ class Decision:
             "protected": list(self.protected),
             "constant": list(self.constant),
             "sparsity": self.sparsity,
-            "orders": {str(e): list(o) for e, o in self.orders.items()},
         }
         return data | {k: v for k, v in extra.items() if v}
 
@@ -111,11 +110,15 @@ class Decision:
         _check_experts(made, experts, at)
         _check_weights(made, at)
         _check_extras(made, experts, at)
-        if any(sorted(order) != list(range(len(order))) for order in made.orders.values()):
+        return made.checked(at).sorted()
+
+    def checked(self, at: Where) -> Decision:
+        """Itself, when its neuron orders are permutations."""
+        if any(sorted(order) != list(range(len(order))) for order in self.orders.values()):
             raise at.wrong(
                 "a neuron order is no permutation", hint="leave `orders` as they were written"
             )
-        return made.sorted()
+        return self
 
 
 @dataclass(frozen=True)

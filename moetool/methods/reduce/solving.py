@@ -17,13 +17,13 @@ from moetool.forward.batches import Batches
 from moetool.forward.block import Block
 from moetool.forward.catch import Look
 from moetool.forward.linears import Linear
-from moetool.forward.solve import Solved, Work, save
+from moetool.forward.solve import Solved, Work, kept, save
 from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import LayerStats, Profile, Profiler, Wanted
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.decide import Asked, Bounds, Seen, Settled, tokens_per_expert
-from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decided import Decided, order_key
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.methods.reduce.facts import Found, Refitted, TextSeen
 from moetool.methods.reduce.view import View
@@ -86,10 +86,12 @@ class LayerByLayer:
             decision = self.asked.way.choose(view, self.within.counts[layer])
         new = self.asked.way.block(view, decision, block)
         tokens = tokens_per_expert(stats)
+        orders = _as_tensors(layer, decision)
         if not self.asked.options.refit:
-            return Solved(Done(decision, tokens).as_json(), block=new)
+            return Solved(Done(decision, tokens).as_json(), orders, block=new)
         made = refitted(self.asked, view, block, new)
-        return Solved(Done(decision, tokens, made.error).as_json(), made.tensors, block=made.block)
+        note = Done(decision, tokens, made.error).as_json()
+        return Solved(note, orders | made.tensors, block=made.block)
 
 
 def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | None) -> Settled:
@@ -111,6 +113,9 @@ def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | N
     made = solve_layers(asked.mixture.source, batches, work, solver)
     experts = asked.mixture.experts
     done = {n: Done.from_json(note, n, experts) for n, note in made.notes.items()}
+    orders: dict[str, list[int]] = {}
+    for n in done:
+        orders |= {k: t.tolist() for k, t in kept(folder, n).items() if not t.is_floating_point()}
     found = Found(
         (*within.warnings, *batches.notes),
         _text(batches),
@@ -119,7 +124,8 @@ def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | N
         {n: d.refit for n, d in done.items() if d.refit},
     )
     layers = {n: d.decision for n, d in done.items()}
-    return Settled(layers, found, _solved(asked, folder), made.peak)
+    decided = Decided(asked.verb, asked.way.called, experts, layers).with_orders(orders)
+    return Settled(dict(decided.layers), found, _solved(asked, folder), made.peak)
 
 
 def _wanted(asked: Asked, batches: Batches) -> Wanted:
@@ -206,6 +212,14 @@ def refitted(asked: Asked, view: View, block: Block, new: Block) -> Refit:
     rounded = torch.stack([(t.T if turned else t).to(dtype) for t in stored])
     error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"))
     return Refit(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
+
+
+def _as_tensors(layer: int, decision: Decision) -> dict[str, torch.Tensor]:
+    """Neuron orders, to be kept with what was solved."""
+    return {
+        order_key(layer, e): torch.tensor(order, dtype=torch.int32)
+        for e, order in decision.orders.items()
+    }
 
 
 def _sample(stats: LayerStats) -> torch.Tensor:

@@ -86,16 +86,17 @@ class Reduce(Method):
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         from moetool.methods.reduce import facts
         from moetool.methods.reduce.decide import Chosen
-        from moetool.methods.reduce.decided import Decided, experts_lists, render
+        from moetool.methods.reduce.decided import ORDERS, Decided, experts_lists
         from moetool.methods.reduce.way import Writing
         from moetool.surgery.experts import Mixture
 
-        mixture, decided = Mixture.of(sources[0]), Decided.from_json(decisions.chosen)
-        writing = Writing(mixture, decided, decisions.tables, decisions.extra, settings)
+        mixture, tables = Mixture.of(sources[0]), decisions.tables
+        decided = Decided.from_json(decisions.chosen).with_orders(tables)
+        writing = Writing(mixture, decided, tables, decisions.extra, settings)
         written = self.way.writer(decided).write(writing)
         found = decisions.found if isinstance(decisions, Chosen) else facts.Found()
         reduced = facts.of(writing, written, found, self.way.facts(mixture))
-        files = {"decisions.json": render(decided.as_json()).encode(), **experts_lists(decided)}
+        files = {**decided.files(), **experts_lists(decided)}
         return Made(
             written.plan,
             written.certificate,
@@ -104,6 +105,7 @@ class Reduce(Method):
             reduced,
             found.warnings,
             files,
+            dict.fromkeys(decided.tables(), ORDERS),
         )
 
     def lines(self, summary: Summary) -> list[Line]:
