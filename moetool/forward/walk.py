@@ -20,6 +20,7 @@ import torch
 
 from moetool.errors import MoetoolError, Stopped
 from moetool.forward import block as blocks
+from moetool.forward import finite
 from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.block import Block
@@ -285,6 +286,7 @@ class Walk:
         part = blocks.read(self.mixture, layer, device=self.budget.device, only=few)
         mine, always = part.routed(seen, part.route(seen)), part.always(seen)
         mine = mine if always is None else mine + always
+        finite.check(self.source.folder, layer, input=seen, output=theirs)
         apart = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not apart <= AGREE:
             raise MoetoolError(
