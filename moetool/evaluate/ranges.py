@@ -5,7 +5,9 @@ and compared.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moetool.errors import VerificationFailed
@@ -13,69 +15,101 @@ from moetool.progress import Progress, Stage, silent
 from moetool.surgery import engine
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
-from moetool.surgery.spec import Piece
+from moetool.surgery.spec import Piece, Task
 
 _BLOCK = 8 << 20
 
 
+@dataclass(frozen=True)
+class Against:
+    """What an output is compared with: the plan's sources. Those beyond the first `named` do not
+    travel with an output: what came from them is compared with its seal in `sealed` (tensor@offset
+    -> sha256).
+    """
+
+    sources: Sequence[Checkpoint]
+    named: int | None = None
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def is_beyond(self, task: Task) -> bool:
+        """Whether a task reads what is not there any more."""
+        return self.named is not None and any(p.source >= self.named for p in task.inputs)
+
+
 def compare_bytes(
-    plan: Plan,
-    sources: Sequence[Checkpoint],
-    out: Checkpoint,
-    *,
-    named: int | None = None,
-    sealed: Mapping[str, str] | None = None,
-    device: str = "cpu",
-    tell: Progress = silent,
+    plan: Plan, out: Checkpoint, against: Against, tell: Progress = silent
 ) -> dict[str, Any]:
     """Walk the plan and compare; returns counts and a sha256 over all copied bytes. Raises
     VerificationFailed at the first difference.
-
-    What came from sources beyond the first `named` (they do not travel with an output) is compared
-    with its recorded seal.
     """
-    total, done, kept = plan.size, 0, 0
-    beyond = {
-        id(t) for t in plan.tasks if named is not None and any(p.source >= named for p in t.inputs)
-    }
-    for task in plan.tasks:
-        if id(task) in beyond:
+    compared = _Compared(plan, out, against, tell)
+    compared.sealed()
+    compared.copied()
+    compared.zeros()
+    compared.computed()
+    return compared.as_json()
+
+
+class _Compared:
+    """A comparison on its way: what was compared, by how it was made."""
+
+    def __init__(self, plan: Plan, out: Checkpoint, against: Against, tell: Progress) -> None:
+        self.plan, self.out, self.against, self._tell = plan, out, against, tell
+        self.bytes = 0
+        self.counts: Counter[str] = Counter()
+        self.seal = hashlib.sha256()
+
+    def _note(self, kind: str, count: int) -> None:
+        self.counts[kind] += 1
+        self.bytes += count
+        self._tell(Stage("compare"), self.bytes, self.plan.size)
+
+    def sealed(self) -> None:
+        """What was solved, by its seal."""
+        for task in filter(self.against.is_beyond, self.plan.tasks):
             for made in task.outputs:
-                done += _compare_seal(out, made, (sealed or {}).get(f"{made.name}@{made.offset}"))
-                kept += 1
-    copied, seal = 0, hashlib.sha256()
-    for task in plan.tasks:
-        if task.op != "copy" or id(task) in beyond:
-            continue
-        for source, made in zip(task.inputs, task.outputs, strict=True):
-            done += _compare_copy(sources[source.source], source, out, made, seal)
-            copied += 1
-            tell(Stage("compare"), done, total)
-    for task in plan.tasks:
-        if task.op == "zeros":
-            for made in task.outputs:
-                _compare_zeros(out, made)
-    computed = 0
-    for job in engine.jobs_of(plan, sources, plan.shards, out.folder, engine.How(device)):
-        for number, task in enumerate(job.tasks):
-            if id(task) in beyond:
+                seal = self.against.sealed.get(f"{made.name}@{made.offset}")
+                self._note("sealed_tensors", _compare_seal(self.out, made, seal))
+
+    def copied(self) -> None:
+        """Ranges that were only moved, byte by byte."""
+        for task in self.plan.tasks:
+            if task.op != "copy" or self.against.is_beyond(task):
                 continue
-            for piece, data in engine.computed(job, number, task):
-                if bytes(out.read(piece)) != bytes(data):
-                    raise _different(
-                        out,
-                        piece,
-                        f"{task.op} of {', '.join(p.name for p in task.inputs) or 'a seed'}",
-                    )
-                computed += 1
-                done += len(data)
-                tell(Stage("compare"), done, total)
-    return {
-        "copied_ranges": copied,
-        "copied_sha256": seal.hexdigest(),
-        "computed_tensors": computed,
-        "bytes_compared": done,
-    } | ({"sealed_tensors": kept} if kept else {})
+            for piece, made in zip(task.inputs, task.outputs, strict=True):
+                source = self.against.sources[piece.source]
+                self._note("copied_ranges", _compare_copy(source, piece, self.out, made, self.seal))
+
+    def zeros(self) -> None:
+        for task in self.plan.tasks:
+            for made in task.outputs if task.op == "zeros" else ():
+                _compare_zeros(self.out, made)
+
+    def computed(self) -> None:
+        """What was computed, by computing it again."""
+        how = engine.How(self.against.device)
+        sources, shards = self.against.sources, self.plan.shards
+        for job in engine.jobs_of(self.plan, sources, shards, self.out.folder, how):
+            for number, task in enumerate(job.tasks):
+                if not self.against.is_beyond(task):
+                    self._compute(job, number, task)
+
+    def _compute(self, job: engine.Job, number: int, task: Task) -> None:
+        for piece, data in engine.computed(job, number, task):
+            if bytes(self.out.read(piece)) != bytes(data):
+                of = ", ".join(p.name for p in task.inputs) or "a seed"
+                raise _different(self.out, piece, f"{task.op} of {of}")
+            self._note("computed_tensors", len(data))
+
+    def as_json(self) -> dict[str, Any]:
+        sealed = self.counts["sealed_tensors"]
+        return {
+            "copied_ranges": self.counts["copied_ranges"],
+            "copied_sha256": self.seal.hexdigest(),
+            "computed_tensors": self.counts["computed_tensors"],
+            "bytes_compared": self.bytes,
+        } | ({"sealed_tensors": sealed} if sealed else {})
 
 
 def _compare_copy(source: Checkpoint, piece: Piece, out: Checkpoint, made: Piece, seal: Any) -> int:

@@ -70,15 +70,9 @@ def verify(
             found=level,
             hint="restore moetool.json, or make the output again",
         )
-    result["bytes"] = ranges.compare_bytes(
-        plan,
-        [*sources, *_extra(record)],
-        checkpoint,
-        named=len(sources),
-        sealed=record.get("sealed", {}),
-        device=how.device,
-        tell=tell,
-    )
+    everything, seals = [*sources, *_extra(record)], record.get("sealed", {})
+    theirs = ranges.Against(everything, len(sources), seals, how.device)
+    result["bytes"] = ranges.compare_bytes(plan, checkpoint, theirs, tell)
     result["accounted"] = _account(sources, again.made)
     if again.method.stands_for_ffns(again.made):
         result |= _function(sources[0], checkpoint, record, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -394,3 +395,41 @@ def test_house_rules() -> None:
         if not p.name.startswith(".") and not p.name.endswith(".egg-info") and p.name != "build"
     }
     assert top == {"pyproject.toml", "moetool", "tests", "recipes", "README.md", "CHANGELOG.md"}
+
+
+def on_terminal(columns: int, *words: str) -> str:
+    """What a command prints on a terminal this wide."""
+    import fcntl
+    import os
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "moetool", *words], stdout=theirs, env=environment
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal is gone: the command has ended
+        while data := os.read(ours, 1 << 16):
+            said += data
+    os.close(ours)
+    assert process.wait() == 0
+    return said.decode()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_vl_moe", "llava"])
+def test_archs_show_names_tensors_in_full(family: str) -> None:
+    """On the narrowest terminal too: a name that is cut off cannot be copied. And no file of ours
+    is named.
+    """
+    from moetool.surgery.layout import Layout
+
+    said = on_terminal(40, "archs", "show", family)
+    for slot in Layout.load(family).tensors:
+        assert slot.name in said
+    assert "…" not in said and not re.search(r"\w\.(md|py|json)\b", said)
+    assert "exact" in on_terminal(40, "archs", "show", "llama")

@@ -8,6 +8,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.layout import Layout, text_model
 from moetool.surgery.spec import FLOATS, Piece
 from moetool.units import STRENGTH
 
@@ -115,7 +116,7 @@ def check_alike(sources: Sequence[Checkpoint]) -> None:
     base = sources[0]
     for other in sources[1:]:
         _compare_configs(base, other, base.config, other.config, "")
-        tied = {n for n in set(base.tensors) ^ set(other.tensors) if n.endswith("lm_head.weight")}
+        tied = _tied(base)
         for name in sorted((set(base.tensors) ^ set(other.tensors)) - tied):
             missing, holder = (other, base) if name in base.tensors else (base, other)
             raise MoetoolError(
@@ -137,6 +138,12 @@ def check_alike(sources: Sequence[Checkpoint]) -> None:
                     found=f"{b.dtype} {list(b.shape)}",
                     hint="all sources must be fine-tunes of one model, in one dtype",
                 )
+
+
+def _tied(base: Checkpoint) -> set[str]:
+    """Names of tensors that a checkpoint may hold or leave to another that they share memory with."""
+    family, at = Layout.load(str(base.config.get("model_type"))), text_model(base.config)
+    return set(family.tied) | {at.name(name) for name in at.layout.tied}
 
 
 def _compare_configs(
