@@ -48,7 +48,7 @@ class Linear:
         return self._read()
 
 
-class Watch(Protocol):
+class Observer(Protocol):
     """Sees every linear of every layer at work, and may give some of them new weights (`changes`:
     whether it ever does).
     """
@@ -142,7 +142,7 @@ class Linears:
         return Linear(self.layer, key, piece, shape, expert, role, turned, read)
 
     @contextmanager
-    def watched(self, watch: Watch, now: Callable[[], Batch]) -> Iterator[None]:
+    def watched(self, watch: Observer, now: Callable[[], Batch]) -> Iterator[None]:
         """While open, `watch` sees the inputs of the linears outside the MoE block."""
         real = _Real(now)
 
@@ -159,7 +159,7 @@ class Linears:
             for hook in hooks:
                 hook.remove()
 
-    def inside(self, watch: Watch, block: Block, x: Tensor) -> Callable[[moe.AtWork], None]:
+    def inside(self, watch: Observer, block: Block, x: Tensor) -> Callable[[moe.AtWork], None]:
         """Show the shared expert's inputs; returns what to call with each expert at work. x: real
         tokens [tokens, hidden].
         """
@@ -236,7 +236,7 @@ def _weight(module: nn.Linear) -> Tensor:
 
 
 class Grams:
-    """A Watch that sums X^T X of every linear's inputs: the Hessian of its squared error (GPTQ,
+    """A Observer that sums X^T X of every linear's inputs: the Hessian of its squared error (GPTQ,
     arXiv 2210.17323). Linears that see the same inputs share one.
     """
 

@@ -2,8 +2,9 @@
 be changed, keep what was solved, go on. A run that was stopped or killed goes on after the last
 layer that was kept, and ends with the same bytes.
 
-It knows no experts and no methods. What is solved lies in the work folder: `solved-LAYER.safetensors`
-(tensors, for the plan to read) and `note-LAYER.json` (small numbers, and the sha256 of the tensors).
+It knows no experts and no methods. What is solved lies in the work folder:
+`solved-LAYER.safetensors` (tensors, for the plan to read) and `note-LAYER.json` (small numbers, and
+the sha256 of the tensors).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Solver(Protocol):
         ...
 
     def inputs(self, linear: Linear, x: Tensor) -> None:
-        """What a linear sees (linears.Watch)."""
+        """What a linear sees (linears.Observer)."""
         ...
 
     def solve(self, layer: int, block: Block | None) -> Solved:

@@ -27,7 +27,7 @@ from moetool.forward.block import Block
 from moetool.forward.calls import Calls
 from moetool.forward.catch import Catch, Look
 from moetool.forward.hidden import Hidden
-from moetool.forward.linears import Linears, Watch
+from moetool.forward.linears import Linears, Observer
 from moetool.forward.needs import compared_experts, needs
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ class Eyes:
 
     look: Look | None = None
     change: Change | None = None
-    watch: Watch | None = None
+    watch: Observer | None = None
 
     @property
     def changing(self) -> bool:
@@ -135,7 +135,7 @@ class Walk:
 
     @torch.no_grad()
     def run(
-        self, look: Look | None = None, change: Change | None = None, watch: Watch | None = None
+        self, look: Look | None = None, change: Change | None = None, watch: Observer | None = None
     ) -> None:
         """Send every batch through all layers. `change` may give a layer another block after it
         was looked at, `watch` new weights; the layers above then see its output. With a folder the

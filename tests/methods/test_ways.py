@@ -25,7 +25,8 @@ from moetool.methods.options import PANELS
 from moetool.methods.options import fields as fields_of
 from moetool.methods.prune.way import PruneWay
 from moetool.methods.reduce import beside
-from moetool.methods.reduce.decide import Asked, bounds, choose, mixture_of, replayed, solve
+from moetool.methods.reduce.asked import Asked
+from moetool.methods.reduce.decide import bounds, choose, mixture_of, replayed, solve
 from moetool.methods.reduce.decide import statistics as look
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class Alike(MergeWay):
@@ -12,4 +12,4 @@ class Alike(MergeWay):
 
     name = "alike"
     auto = "no text"
-    parts = Parts("weights", "average", "uniform", "mean", align="weights")
+    parts = MergeParts("weights", "average", "uniform", "mean", align="weights")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Line
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 from moetool.methods.options import WHAT, option
 from moetool.methods.reduce.decision import Decision
-from moetool.methods.reduce.way import Writing, Written
+from moetool.methods.reduce.writing import Planned, Writing
 from moetool.surgery import reform
 from moetool.surgery.forms.factored import Factored, wrapped
 from moetool.surgery.plan import Wanted
@@ -49,7 +49,7 @@ class D2Moe(MergeWay):
 
     name = "d2-moe"
     combines = "base-delta"
-    parts = Parts("outputs", "average", "frequency", "base-delta", whiten=True)
+    parts = MergeParts("outputs", "average", "frequency", "base-delta", whiten=True)
     Options = Factors
 
     def told(self) -> None:
@@ -79,7 +79,7 @@ class D2Moe(MergeWay):
     def finish(self, layers: dict[int, Decision], view: Any) -> dict[int, Decision]:
         return layers
 
-    def write(self, writing: Writing) -> Written:
+    def write(self, writing: Writing) -> Planned:
         """One task a layer and matrix; everything else is copied."""
         mixture, source = writing.mixture, writing.mixture.source
         factors = _Factoring(writing, self.own.form == "factored", self.options.ratio)
@@ -101,7 +101,7 @@ class D2Moe(MergeWay):
             max_shard=writing.settings.max_shard,
             form="full" if factors.kept else "auto",
         )
-        return Written(plan, plan.config, self.certificate(writing), self.own.form)
+        return Planned(plan, self.certificate(writing), self.own.form)
 
     def certificate(self, writing: Writing) -> Certificate:
         return Certificate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class HcSmoe(MergeWay):
@@ -15,4 +15,4 @@ class HcSmoe(MergeWay):
     """
 
     name = "hc-smoe"
-    parts = Parts("mean-outputs", "average", "frequency", "mean")
+    parts = MergeParts("mean-outputs", "average", "frequency", "mean")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class MSmoe(MergeWay):
@@ -12,4 +12,4 @@ class MSmoe(MergeWay):
     """
 
     name = "m-smoe"
-    parts = Parts("router-logits", "dominant", "frequency", "mean", align="weights")
+    parts = MergeParts("router-logits", "dominant", "frequency", "mean", align="weights")

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moetool.methods.contract import Builder
-from moetool.methods.reduce.cut import Cluster
 from moetool.methods.reduce.decided import order_key
 from moetool.methods.reduce.decision import Decision
-from moetool.methods.reduce.way import Writing
+from moetool.methods.reduce.writing import Cluster, Writing
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Piece
 
@@ -31,7 +30,9 @@ class Merger:
                 build.copy(cluster.solved[role], out)
         every = list(cluster.pieces[0])
         roles = [r for r in every if r in outs and r not in cluster.solved]
-        inputs = [pieces[r] for pieces in cluster.pieces for r in every]
+        inputs: list[Piece] = []
+        for pieces in cluster.pieces:
+            inputs += [pieces[r] for r in every]
         orders = [None, *(order_key(cluster.layer, e) for e in cluster.members[1:])]
         if self.whitened:
             inputs += covariances(self.extra, cluster.layer, cluster.members)

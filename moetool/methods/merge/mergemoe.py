@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class MergeMoe(MergeWay):
@@ -13,4 +13,4 @@ class MergeMoe(MergeWay):
 
     name = "mergemoe"
     auto = "text"
-    parts = Parts("outputs", "ream", "saliency", "least-squares", align="activations")
+    parts = MergeParts("outputs", "ream", "saliency", "least-squares", align="activations")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class Ream(MergeWay):
@@ -12,4 +12,4 @@ class Ream(MergeWay):
     """
 
     name = "ream"
-    parts = Parts("outputs-and-logits", "ream", "saliency", "mean", align="activations")
+    parts = MergeParts("outputs-and-logits", "ream", "saliency", "mean", align="activations")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moetool.methods.merge.way import MergeWay, Parts
+from moetool.methods.merge.way import MergeParts, MergeWay
 
 
 class SubMoe(MergeWay):
@@ -16,7 +16,7 @@ class SubMoe(MergeWay):
     """
 
     name = "sub-moe"
-    parts = Parts("cosine", "kmeans", "frequency", "svd", joint=2)
+    parts = MergeParts("cosine", "kmeans", "frequency", "svd", joint=2)
 
 
 class SubMoeWhitened(MergeWay):

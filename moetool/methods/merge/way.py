@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
-from moetool.methods.reduce.way import Needs, Way, Writing, refuse_quantized, ways
+from moetool.methods.reduce.way import Needs, Way, refuse_quantized, ways
+from moetool.methods.reduce.writing import Writing
 
 if TYPE_CHECKING:
     from moetool.forward.block import Block
@@ -24,7 +25,7 @@ SAMPLED = (*DENSE, "router-logits")
 
 
 @dataclass(frozen=True)
-class Parts:
+class MergeParts:
     """The parts of a merge; what each can be stands in merge/options.py."""
 
     features: str
@@ -49,7 +50,7 @@ class Parts:
             weights=self.features == "weights" or self.align != "none",
         )
 
-    def changed(self, options: Merging) -> Parts:
+    def changed(self, options: Merging) -> MergeParts:
         """With what was not left on auto."""
         told = {f.name: getattr(options, f.name) for f in fields(self)}
         kept = {name: value for name, value in told.items() if value != "auto"}
@@ -70,7 +71,7 @@ class MergeWay(Way):
     only this class runs, whichever way --combine asks for it.
     """
 
-    parts: ClassVar[Parts]
+    parts: ClassVar[MergeParts]
     combines: ClassVar[str] = ""
     writes = frozenset({"groups", "orders"})
 
@@ -80,7 +81,7 @@ class MergeWay(Way):
 
     def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
         super().__init__(verb, own, named)
-        self.chosen: Parts = self.named.parts.changed(verb)  # type: ignore[attr-defined]
+        self.chosen: MergeParts = self.named.parts.changed(verb)  # type: ignore[attr-defined]
         self.needs, self.router = self.chosen.needs(), self.chosen.router
         if self.chosen.combine in COMBINE and COMBINE[self.chosen.combine].refits:
             self.verb = replace(verb, refit=True)

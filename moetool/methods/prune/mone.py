@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moetool.methods.contract import Builder
-    from moetool.methods.reduce.cut import Cluster
     from moetool.methods.reduce.decided import Decided
     from moetool.methods.reduce.view import View
-    from moetool.methods.reduce.way import Writing
+    from moetool.methods.reduce.writing import Cluster, Writing
     from moetool.surgery.checkpoint import Checkpoint
     from moetool.surgery.experts import Mixture
     from moetool.surgery.spec import Piece

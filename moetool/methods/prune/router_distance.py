@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moetool.methods.prune.way import PruneWay
-from moetool.methods.reduce import router_rows
+from moetool.methods.reduce import by_router
 from moetool.methods.reduce.way import Needs
 
 if TYPE_CHECKING:
@@ -25,4 +25,4 @@ class RouterDistance(PruneWay):
     needs = Needs(text=False)
 
     def keep(self, view: View, count: int) -> list[int]:
-        return router_rows.keep(view, count)
+        return by_router.keep(view, count)

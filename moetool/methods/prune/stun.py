@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from moetool.errors import UsageError
 from moetool.methods.options import WHAT, option
 from moetool.methods.prune.router_distance import RouterDistance
-from moetool.methods.reduce.way import Needs, Writing
+from moetool.methods.reduce.way import Needs
+from moetool.methods.reduce.writing import Writing
 from moetool.surgery.spec import Piece
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Builder
-    from moetool.methods.reduce.cut import Cluster
     from moetool.methods.reduce.decided import Decided
     from moetool.methods.reduce.decision import Decision
     from moetool.methods.reduce.view import View
+    from moetool.methods.reduce.writing import Cluster
     from moetool.surgery.checkpoint import Checkpoint
 
 OUTLIER = 5.0  # times the layer's mean score: what OWL calls an outlier weight

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from moetool.methods.contract import Certificate
 from moetool.methods.reduce.decision import Decision
-from moetool.methods.reduce.way import Way, Writing, refuse_quantized, ways
+from moetool.methods.reduce.way import Way, refuse_quantized, ways
+from moetool.methods.reduce.writing import Writing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,16 +6,16 @@ id tables, MTP layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
 from math import log
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder
 from moetool.methods.reduce import router_rows
 from moetool.methods.reduce.beside import solved_name
 from moetool.methods.reduce.decision import Decision
-from moetool.methods.reduce.way import Writing
+from moetool.methods.reduce.writing import Cluster, Maker, Writing
 from moetool.surgery import reform
 from moetool.surgery.experts import Counted, strays
 from moetool.surgery.plan import Plan, Wanted
@@ -25,40 +25,6 @@ ROUTERS = ("centroid", "mean", "logsumexp")
 NEVER = -1e30  # a selection bias that no score overcomes
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Everything a maker of experts needs: the members' pieces by role, their weights, where they
-    lie, and what deciding solved for the new expert, by role.
-    """
-
-    layer: int
-    number: int
-    members: tuple[int, ...]
-    weights: tuple[float, ...]
-    pieces: tuple[dict[str, Piece], ...]
-    form: dict[str, Any]
-    solved: Mapping[str, Piece] = field(default_factory=dict)
-
-
-class Maker(Protocol):
-    """Plans experts that are no copies."""
-
-    def makes(self, decision: Decision, members: tuple[int, ...]) -> bool:
-        """Whether this expert of the output is one of them."""
-        ...
-
-    def make(self, build: Builder, cluster: Cluster, outs: Mapping[str, Piece]) -> None:
-        """Plan it: `outs` are the output's pieces by role."""
-        ...
-
-
-class Planned(NamedTuple):
-    """A plan and the config that goes with it."""
-
-    plan: Plan
-    config: dict[str, Any]
-
-
 class Out(NamedTuple):
     """A tensor of the lead, and where the new expert's part goes."""
 
@@ -66,7 +32,7 @@ class Out(NamedTuple):
     piece: Piece
 
 
-class Cut:
+class Cutter:
     """Builds the plan. `uneven`: how layers with other numbers of experts are written; `router`:
     one of ROUTERS; `maker` plans experts that are no copies.
     """
@@ -77,11 +43,11 @@ class Cut:
         self.build = Builder()
         self.tables: dict[str, list[int]] = {}
         self.uniform = self._uniform()
-        self._solved = {
-            name: (number, c) for number, c in enumerate(self.extra, 1) for name in c.tensors
-        }
+        self._solved: dict[str, int] = {}  # name of a solved tensor -> its source
+        for number, source in enumerate(self.extra, 1):
+            self._solved |= dict.fromkeys(source.tensors, number)
 
-    def plan(self) -> Planned:
+    def plan(self) -> Plan:
         """Every source tensor is used, cut, or refused."""
         self._refuse_strays()
         source, done = self.mixture.source, set()
@@ -104,7 +70,7 @@ class Cut:
             max_shard=self.writing.settings.max_shard,
             tables={**self.tables, **self.writing.tables},
         )
-        return Planned(plan, plan.config)
+        return plan
 
     def _refuse_strays(self) -> None:
         lost = next(strays(self.mixture), None)
@@ -118,7 +84,8 @@ class Cut:
 
     def _dropped(self) -> dict[str, str]:
         """Tensors of experts that went, and stacks that were solved anew, by name."""
-        used = {p.name for t in self.build.tasks for p in t.inputs if p.source == 0}
+        pieces = chain.from_iterable(task.inputs for task in self.build.tasks)
+        used = {p.name for p in pieces if p.source == 0}
         return {
             n: "every expert's matrix was solved anew"
             if c.expert is None
@@ -240,7 +207,7 @@ class Cut:
         for c, piece in outs:
             name = solved_name(number, group, c.role)
             if name in self._solved:
-                solved[c.role] = Piece(name, piece.shape, 0, self._solved[name][0])
+                solved[c.role] = Piece(name, piece.shape, 0, self._solved[name])
         return solved
 
     def _cluster(self, number: int, new: int, group: int, solved: Mapping[str, Piece]) -> Cluster:

@@ -4,110 +4,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
-from moetool.methods.contract import Decisions, Settings
-from moetool.methods.reduce import budget, counts, protect, router_rows
+from moetool.methods.contract import Decisions
+from moetool.methods.reduce import budget, by_router, counts, protect
 from moetool.methods.reduce import replay as replaying
+from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Found, TextSeen
 from moetool.methods.reduce.options import Reducing
-from moetool.methods.reduce.view import Eye, View
-from moetool.methods.reduce.way import Way
+from moetool.methods.reduce.view import View
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 
 if TYPE_CHECKING:
-    from moetool.forward.profile import Calibration
-    from moetool.forward.stats import LayerStats, Profile
+    from moetool.forward.stats import Profile
 
 SCIPY_RESERVE = 110_000_000  # the process with numpy and scipy imported, measured
 TORCH_RESERVE = 400_000_000  # and with torch
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be decided: which verb, which way, of which model."""
-
-    verb: str
-    way: Way
-    mixture: Mixture
-    settings: Settings
-    notes: tuple[str, ...] = ()  # warnings that stand before anything is looked at
-
-    @property
-    def options(self) -> Reducing:
-        return self.way.options
-
-    @cached_property
-    def kept(self) -> int:
-        """Experts of a layer that stay when all layers keep as many."""
-        return budget.uniform(self.mixture, self.options.ratio)
-
-    @property
-    def work(self) -> Path:
-        """Where deciding leaves what it has done; beside the output, removed with its success."""
-        return Path(self.settings.work)
-
-    @cached_property
-    def eye(self) -> Eye:
-        settings = self.settings
-        return Eye(self.way.called, self.options.sample, settings.seed, settings.device)
-
-    def view(
-        self, layer: int, stats: LayerStats | None = None, protected: tuple[int, ...] = ()
-    ) -> View:
-        """A layer as the way sees it."""
-        return View(self.mixture, layer, self.eye, stats, protected)
-
-    def calibration(self) -> Calibration:
-        """The calibration text as forward/profile.py takes it."""
-        from moetool.forward.batches import Cut
-        from moetool.forward.profile import Calibration
-
-        o = self.options
-        cut = Cut(o.tokens, o.seq_len, o.pack, True, self.settings.seed, o.batch_tokens)
-        return Calibration(o.calibrate, cut, o.text_field)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What text, or a profile, showed. `memory`: promised peak of the walk that made it."""
-
-    profile: Profile | None = None
-    memory: int = 0
-    data: TextSeen | None = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How many experts each layer keeps, and who stays whatever its score (None: nobody looked)."""
-
-    counts: Mapping[int, int]
-    protected: Mapping[int, list[int]] | None = None
-    warnings: tuple[str, ...] = ()
-
-    def of(self, layer: int) -> tuple[int, ...]:
-        """Protected experts of a layer."""
-        return tuple((self.protected or {}).get(layer, ()))
-
-
-@dataclass(frozen=True)
-class Settled:
-    """All layers decided; `extra` are tensors that were solved for."""
-
-    layers: dict[int, Decision]
-    found: Found = field(default_factory=Found)
-    extra: tuple[Checkpoint, ...] = ()
-    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +42,10 @@ def decide(asked: Asked) -> Chosen:
     if replay is not None:
         asked = replace(asked, notes=(*asked.notes, *_contradiction(asked, replay)))
     if replay is not None and not _reads_more(asked, replay):
-        return _chosen(asked, replay, Settled({}), Seen())
+        return _chosen(asked, replay, Settled({}), Evidence())
     _check_text(asked, replay)
     if replay is None and asked.kept == asked.mixture.experts:
-        return _chosen(asked, _everyone(asked), Settled({}), Seen())
+        return _chosen(asked, _everyone(asked), Settled({}), Evidence())
     seen = statistics(asked, replay)
     if asked.options.walks:
         from moetool.methods.reduce.solving import layer_by_layer
@@ -156,7 +75,7 @@ def _contradiction(asked: Asked, replay: Decided) -> list[str]:
     return replaying.contradiction(replay, asked.mixture, asked.options.ratio, Reducing.ratio)
 
 
-def statistics(asked: Asked, replay: Decided | None) -> Seen:
+def statistics(asked: Asked, replay: Decided | None) -> Evidence:
     """What is known of the layers before any is decided: a profile that was given, or one made
     now; nothing without text, or where the walk itself will see everything.
     """
@@ -167,14 +86,14 @@ def statistics(asked: Asked, replay: Decided | None) -> Seen:
         profile.check_model(asked.mixture.source)
         return _seen(profile, 0)
     if not _profiles(asked, replay):
-        return Seen()
+        return Evidence()
     made = _profiled(asked)
     return _seen(made, made.facts["peak_memory"])
 
 
-def _seen(profile: Profile, memory: int) -> Seen:
+def _seen(profile: Profile, memory: int) -> Evidence:
     data = {k: profile.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}
-    return Seen(profile, memory, TextSeen(**data), profile.warnings)
+    return Evidence(profile, memory, TextSeen(**data), profile.warnings)
 
 
 def _profiles(asked: Asked, replay: Decided | None) -> bool:
@@ -210,7 +129,7 @@ def _profiled(asked: Asked) -> Profile:
     )
 
 
-def choose(asked: Asked, seen: Seen, replay: Decided | None) -> Settled:
+def choose(asked: Asked, seen: Evidence, replay: Decided | None) -> Settled:
     """Each layer from statistics, or from weights alone; as it was, where it is replayed."""
     memory = seen.memory or promise(asked)
     if replay is not None:
@@ -228,7 +147,7 @@ def choose(asked: Asked, seen: Seen, replay: Decided | None) -> Settled:
     return Settled(asked.way.finish(layers, view), found, memory=memory)
 
 
-def solve(asked: Asked, seen: Seen, settled: Settled) -> Settled:
+def solve(asked: Asked, seen: Evidence, settled: Settled) -> Settled:
     """Down matrices solved on the sample that a profile kept (the layers below unchanged), where
     --refit asks for it.
     """
@@ -239,7 +158,7 @@ def solve(asked: Asked, seen: Seen, settled: Settled) -> Settled:
     return refit_from(asked, seen.profile, settled)
 
 
-def bounds(asked: Asked, seen: Seen, replay: Decided | None) -> Bounds:
+def bounds(asked: Asked, seen: Evidence, replay: Decided | None) -> Bounds:
     """Super experts, and how many experts each layer keeps."""
     if replay is not None:
         return Bounds({})
@@ -250,7 +169,7 @@ def bounds(asked: Asked, seen: Seen, replay: Decided | None) -> Bounds:
     return replace(guarded, counts=_by_sensitivity(asked, seen, guarded))
 
 
-def _guarded(asked: Asked, seen: Seen, uniform: dict[int, int]) -> Bounds:
+def _guarded(asked: Asked, seen: Evidence, uniform: dict[int, int]) -> Bounds:
     """Super experts by layer; without text nobody can be found, and the user is told."""
     mixture, profile = asked.mixture, seen.profile
     if not asked.options.protect:
@@ -265,18 +184,24 @@ def _guarded(asked: Asked, seen: Seen, uniform: dict[int, int]) -> Bounds:
     return Bounds(uniform, {n: e for n, e in found.items() if len(e) <= least})
 
 
-def _by_sensitivity(asked: Asked, seen: Seen, guarded: Bounds) -> dict[int, int]:
+def _by_sensitivity(asked: Asked, seen: Evidence, guarded: Bounds) -> dict[int, int]:
     score, profile = asked.way.scores, seen.profile
     if score is None:
         raise UsageError(
             f"method {asked.way.called!r} has no scores to compare layers by",
-            hint="--budget uniform, or a method with scores: reap, frequency, gate-mass, ean, easy-ep",
+            hint=f"--budget uniform, or a method with scores: {', '.join(_scored(asked))}",
         )
     scores = {}
     for n in asked.mixture.layers:
         stats = profile.layer(n) if profile is not None else None
         scores[n] = score(asked.view(n, stats, guarded.of(n)))
     return budget.by_sensitivity(asked.mixture, asked.options.ratio, scores)
+
+
+def _scored(asked: Asked) -> list[str]:
+    """Names of the ways whose scores compare layers."""
+    known = asked.way.known().values()
+    return [way.name for way in known if way(asked.way.verb).scores is not None]
 
 
 def promise(asked: Asked) -> int:
@@ -317,7 +242,7 @@ def _check_text(asked: Asked, replay: Decided | None) -> None:
             f"method {asked.way.called!r} needs text",
             expected="--calibrate FILE or --stats DIR",
             found="neither",
-            hint="or a method without text: --method router-distance",
+            hint=f"or a method without text: {', '.join(asked.textless)}",
         )
     if o.walks and not o.calibrate:
         raise UsageError(
@@ -342,12 +267,12 @@ def _with_mtp_layers(asked: Asked, settled: Settled) -> Settled:
     if not numbers:
         return settled
     told = f"{len(numbers)} MTP layers see no text: their experts were chosen by router rows"
-    more = {n: Decision.keep(router_rows.keep(asked.view(n), asked.kept)) for n in numbers}
+    more = {n: Decision.keep(by_router.keep(asked.view(n), asked.kept)) for n in numbers}
     found = replace(settled.found, warnings=(*settled.found.warnings, told))
     return replace(settled, layers=settled.layers | more, found=found)
 
 
-def _chosen(asked: Asked, made: Decided, settled: Settled, seen: Seen) -> Chosen:
+def _chosen(asked: Asked, made: Decided, settled: Settled, seen: Evidence) -> Chosen:
     """Everything that was decided and found out, and with --dry-run the file of decisions."""
     file, extra = asked.options.decisions, settled.extra
     writer = asked.way.writer(made)
@@ -374,11 +299,6 @@ def _leave(asked: Asked, made: Decided) -> bool:
     for name, data in reversed(made.files(Path(file).name).items()):
         atomic.write(Path(file).with_name(name), data)
     return True
-
-
-def tokens_per_expert(stats: Any) -> list[int]:
-    """How many tokens of the text each expert saw."""
-    return [int(c) for c in stats.total("count")]
 
 
 def mixture_of(source: Checkpoint) -> Mixture:

@@ -27,9 +27,8 @@ class Decision:
     protected: tuple[int, ...] = ()
     constant: tuple[int, ...] = ()
     sparsity: float = 0.0  # share of each kept matrix's weights that is zeroed as well (STUN)
-    orders: Mapping[int, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # a merged expert's neurons in its lead's order
+    # a merged expert's neurons in its lead's order
+    orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def keep(cls, experts: Sequence[int], **more: Any) -> Decision:
@@ -207,7 +206,7 @@ def _written(text: str) -> int:
 
 
 def _check_experts(made: Decision, experts: int, at: Where) -> None:
-    used = [e for g in made.groups for e in g]
+    used = list(chain.from_iterable(made.groups))
     fits = bool(used) and min(used) >= 0 and max(used) < experts
     if not fits or len(set(used)) < len(used) or not all(made.groups):
         raise at.wrong(

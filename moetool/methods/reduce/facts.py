@@ -11,7 +11,7 @@ from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from moetool.methods.reduce.way import Writing, Written
+    from moetool.methods.reduce.writing import Planned, Writing
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Reduced:
         }
 
 
-def of(writing: Writing, written: Written, found: Found, own: Mapping[str, Any]) -> Reduced:
+def of(writing: Writing, written: Planned, found: Found, own: Mapping[str, Any]) -> Reduced:
     """The facts of a planned model."""
     mixture, decided = writing.mixture, writing.decided
     layers = [decided.layers[n] for n in mixture.layers]

@@ -34,7 +34,7 @@ def read(file: str, verb: str, way: Way, mixture: Mixture) -> Decided:
 
 
 def _check_writable(found: Decided, file: str, verb: str, way: Way) -> None:
-    written = {name for known in way.known().values() for name in known.writes}
+    written = frozenset[str]().union(*(known.writes for known in way.known().values()))
     for number, layer in sorted(found.layers.items()):
         strange = sorted(layer.more() - written)
         if strange:

@@ -22,7 +22,7 @@ from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import LayerStats, Profile, Profiler, Wanted
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce import beside
-from moetool.methods.reduce.decide import Asked, Bounds, Seen, Settled, tokens_per_expert
+from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert
 from moetool.methods.reduce.decided import Decided, order_key
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.methods.reduce.facts import Found, Refitted, TextSeen
@@ -94,7 +94,7 @@ class LayerByLayer:
         return Solved(note, orders | made.tensors, block=made.block)
 
 
-def layer_by_layer(asked: Asked, seen: Seen, within: Bounds, replay: Decided | None) -> Settled:
+def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided | None) -> Settled:
     """Every layer, after those below it were changed. Layers that an earlier run finished are
     taken from the work folder.
     """
@@ -176,7 +176,7 @@ def _solved(asked: Asked, folder: Path) -> tuple[Checkpoint, ...]:
 
 
 def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
-    """Refit on the sample that a profile kept (the layers below unchanged)."""
+    """Solution on the sample that a profile kept (the layers below unchanged)."""
     folder, errors = asked.work / "solved", {}
     for number in asked.mixture.layers:
         view = asked.view(number, profile.layer(number))
@@ -188,7 +188,7 @@ def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
     return replace(settled, found=found, extra=_solved(asked, folder))
 
 
-class Refit(NamedTuple):
+class Solution(NamedTuple):
     """A block whose down matrices were solved, those as the output will hold them, and how near
     it came.
     """
@@ -198,7 +198,7 @@ class Refit(NamedTuple):
     error: Refitted
 
 
-def refitted(asked: Asked, view: View, block: Block, new: Block) -> Refit:
+def refitted(asked: Asked, view: View, block: Block, new: Block) -> Solution:
     """The new block with its down matrices solved on the view's sample, so that it puts out what
     `block` did. It continues with exactly the (rounded) values that are written.
     """
@@ -211,7 +211,7 @@ def refitted(asked: Asked, view: View, block: Block, new: Block) -> Refit:
     dtype = new.experts.down.dtype
     rounded = torch.stack([(t.T if turned else t).to(dtype) for t in stored])
     error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"))
-    return Refit(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
+    return Solution(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
 
 
 def _as_tensors(layer: int, decision: Decision) -> dict[str, torch.Tensor]:

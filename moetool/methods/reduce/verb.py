@@ -5,6 +5,7 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from moetool.errors import UsageError
@@ -37,8 +38,8 @@ class Reduce(Method):
 
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
-        own = [f for name, way in cls.ways().items() for f in fields_of(way.Options, (name,))]
-        return (*fields_of(cls.Options), *own)
+        own = (fields_of(way.Options, (name,)) for name, way in cls.ways().items())
+        return (*fields_of(cls.Options), *chain.from_iterable(own))
 
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
@@ -76,7 +77,8 @@ class Reduce(Method):
         return options if options.gated or options.text else None
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
-        from moetool.methods.reduce.decide import Asked, decide, mixture_of
+        from moetool.methods.reduce.asked import Asked
+        from moetool.methods.reduce.decide import decide, mixture_of
 
         (source,) = sources
         asked = Asked(self.verb, self.way, mixture_of(source), settings, self.remarks)
@@ -87,7 +89,7 @@ class Reduce(Method):
         from moetool.methods.reduce import facts
         from moetool.methods.reduce.decide import Chosen
         from moetool.methods.reduce.decided import ORDERS, Decided, experts_lists
-        from moetool.methods.reduce.way import Writing
+        from moetool.methods.reduce.writing import Writing
         from moetool.surgery.experts import Mixture
 
         mixture, tables = Mixture.of(sources[0]), decisions.tables
@@ -100,7 +102,7 @@ class Reduce(Method):
         return Made(
             written.plan,
             written.certificate,
-            written.config,
+            written.plan.config,
             {},
             reduced,
             found.warnings,

@@ -23,10 +23,13 @@ if TYPE_CHECKING:  # torch is not needed by ways that need no text
 
 @dataclass(frozen=True)
 class Eye:
-    """How all layers are looked at: by which way, with how large a sample, on which device."""
+    """How all layers are looked at: by which way, with how large a sample, on which device.
+    `textless`: the ways that need no text.
+    """
 
     method: str
     sample: int
+    textless: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
 
@@ -76,7 +79,7 @@ class View:
                 f"method {self.eye.method!r} needs text",
                 expected="--calibrate FILE or --stats DIR",
                 found="neither",
-                hint="or a method without text: router-distance, random",
+                hint=f"or a method without text: {', '.join(self.eye.textless)}",
             )
         return self.stats
 

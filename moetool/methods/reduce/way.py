@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moetool.forward.block import Block
-    from moetool.methods.contract import Settings
-    from moetool.methods.reduce.cut import Maker
     from moetool.methods.reduce.decided import Decided
     from moetool.methods.reduce.decision import Decision
     from moetool.methods.reduce.view import View
+    from moetool.methods.reduce.writing import Maker, Planned, Writing
     from moetool.surgery.checkpoint import Checkpoint
     from moetool.surgery.experts import Mixture
-    from moetool.surgery.plan import Plan
 
 Kind = TypeVar("Kind", bound="Way")
 
@@ -52,31 +50,6 @@ class Needs:
 @dataclass(frozen=True)
 class Nothing:
     """The options of a way that has none."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """What a plan is made from. `tables`: neuron orders by name; `extra`: sources beside the model,
-    those that `Way.sources` gave.
-    """
-
-    mixture: Mixture
-    decided: Decided
-    tables: Mapping[str, list[int]]
-    extra: tuple[Checkpoint, ...]
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class Written:
-    """A plan, the config that goes with it, and in what form the experts are counted (uniform,
-    zeroed, ghost, ragged, or a way's own).
-    """
-
-    plan: Plan
-    config: dict[str, Any]
-    certificate: Certificate
-    counts: str
 
 
 class Way:
@@ -182,13 +155,13 @@ class Way:
         """How experts are made that are no copies."""
         return None
 
-    def write(self, writing: Writing) -> Written:
+    def write(self, writing: Writing) -> Planned:
         """The plan; every refusal that needs only headers happens here."""
-        from moetool.methods.reduce.cut import Cut
+        from moetool.methods.reduce.cut import Cutter
+        from moetool.methods.reduce.writing import Planned
 
-        cut = Cut(writing, self.options.uneven, self.router, self.maker(writing))
-        made = cut.plan()
-        return Written(made.plan, made.config, self.certificate(writing), self.options.uneven)
+        plan = Cutter(writing, self.options.uneven, self.router, self.maker(writing)).plan()
+        return Planned(plan, self.certificate(writing), self.options.uneven)
 
     def certificate(self, writing: Writing) -> Certificate:
         """How the result relates to its source."""

@@ -1,0 +1,119 @@
+"""What is to be decided, and what is known on the way: the values that the steps of deciding hand
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetool.methods.contract import Settings
+from moetool.methods.reduce import budget
+from moetool.methods.reduce.decision import Decision
+from moetool.methods.reduce.facts import Found, TextSeen
+from moetool.methods.reduce.options import Reducing
+from moetool.methods.reduce.view import Eye, View
+from moetool.methods.reduce.way import Way
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
+
+if TYPE_CHECKING:
+    from moetool.forward.profile import Calibration
+    from moetool.forward.stats import LayerStats, Profile
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be decided: which verb, which way, of which model."""
+
+    verb: str
+    way: Way
+    mixture: Mixture
+    settings: Settings
+    notes: tuple[str, ...] = ()  # warnings that stand before anything is looked at
+
+    @property
+    def options(self) -> Reducing:
+        return self.way.options
+
+    @cached_property
+    def kept(self) -> int:
+        """Experts of a layer that stay when all layers keep as many."""
+        return budget.uniform(self.mixture, self.options.ratio)
+
+    @property
+    def work(self) -> Path:
+        """Where deciding leaves what it has done; beside the output, removed with its success."""
+        return Path(self.settings.work)
+
+    @cached_property
+    def eye(self) -> Eye:
+        settings = self.settings
+        return Eye(
+            self.way.called,
+            self.options.sample,
+            self.textless,
+            settings.seed,
+            settings.device,
+        )
+
+    @property
+    def textless(self) -> tuple[str, ...]:
+        """The ways that need no text."""
+        return tuple(n for n, way in self.way.known().items() if not way.needs.text)
+
+    def view(
+        self, layer: int, stats: LayerStats | None = None, protected: tuple[int, ...] = ()
+    ) -> View:
+        """A layer as the way sees it."""
+        return View(self.mixture, layer, self.eye, stats, protected)
+
+    def calibration(self) -> Calibration:
+        """The calibration text as forward/profile.py takes it."""
+        from moetool.forward.batches import Cut
+        from moetool.forward.profile import Calibration
+
+        o = self.options
+        cut = Cut(o.tokens, o.seq_len, o.pack, True, self.settings.seed, o.batch_tokens)
+        return Calibration(o.calibrate, cut, o.text_field)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What text, or a profile, showed. `memory`: promised peak of the walk that made it."""
+
+    profile: Profile | None = None
+    memory: int = 0
+    data: TextSeen | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many experts each layer keeps, and who stays whatever its score (None: nobody looked)."""
+
+    counts: Mapping[int, int]
+    protected: Mapping[int, list[int]] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def of(self, layer: int) -> tuple[int, ...]:
+        """Protected experts of a layer."""
+        return tuple((self.protected or {}).get(layer, ()))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """All layers decided; `extra` are tensors that were solved for."""
+
+    layers: dict[int, Decision]
+    found: Found = field(default_factory=Found)
+    extra: tuple[Checkpoint, ...] = ()
+    memory: int = 0
+
+
+def tokens_per_expert(stats: Any) -> list[int]:
+    """How many tokens of the text each expert saw."""
+    return [int(c) for c in stats.total("count")]
