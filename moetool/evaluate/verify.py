@@ -52,24 +52,7 @@ def verify(
     sources = [Checkpoint.open(source.locate(name)) for name in _all_sources(record, against)]
     _same_sources(sources, record)
     again = _plan_again(sources, record, checkpoint.folder)
-    plan = again.made.plan
-    if plan.digest != record["report"]["plan_digest"]:
-        raise VerificationFailed(
-            "the same command now makes another plan",
-            file=checkpoint.folder,
-            expected=record["report"]["plan_digest"],
-            found=plan.digest,
-            hint="another version of moetool wrote it: verify with that version, or make it again",
-        )
-    level = record["report"]["certificate"]["level"]
-    if level != again.made.certificate.level:
-        raise VerificationFailed(
-            "the certificate in moetool.json is not that of the plan",
-            file=checkpoint.folder,
-            expected=again.made.certificate.level,
-            found=level,
-            hint="restore moetool.json, or make the output again",
-        )
+    plan, level = again.made.plan, _certified(checkpoint, record, again.made)
     everything, seals = [*sources, *_extra(record)], record.get("sealed", {})
     theirs = ranges.Against(everything, len(sources), seals, how.device)
     result["bytes"] = ranges.compare_bytes(plan, checkpoint, theirs, tell)
@@ -79,6 +62,30 @@ def verify(
     return result | {
         "verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"
     }
+
+
+def _certified(checkpoint: Checkpoint, record: dict[str, Any], made: Made) -> str:
+    """The level of the certificate, where plan and certificate are those of the record; raises
+    VerificationFailed where they are not.
+    """
+    if made.plan.digest != record["report"]["plan_digest"]:
+        raise VerificationFailed(
+            "the same command now makes another plan",
+            file=checkpoint.folder,
+            expected=record["report"]["plan_digest"],
+            found=made.plan.digest,
+            hint="another version of moetool wrote it: verify with that version, or make it again",
+        )
+    level = record["report"]["certificate"]["level"]
+    if level != made.certificate.level:
+        raise VerificationFailed(
+            "the certificate in moetool.json is not that of the plan",
+            file=checkpoint.folder,
+            expected=made.certificate.level,
+            found=level,
+            hint="restore moetool.json, or make the output again",
+        )
+    return str(level)
 
 
 def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:

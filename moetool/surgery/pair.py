@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,11 @@ class Pair:
     def name(self) -> str:
         """`llama -> mixtral`."""
         return f"{self.source} -> {self.target}"
+
+    @property
+    def folds(self) -> bool:
+        """Whether trunk tensors are computed, not only copied (norms folded into them)."""
+        return any(p.op != "copy" for p in chain.from_iterable(self.tensors.values()))
 
     def refusals(self, source: Layout, config: dict[str, Any]) -> list[str]:
         """Why this source cannot become this target without loss; empty when it can."""

@@ -63,7 +63,9 @@ class ConvertLayout(Method):
         """Expert tensors in the other form, all others as they are."""
         (source,) = sources
         experts = PlainExperts.of(source)
-        layer_of = {s.name: n for n in experts.layers for s in experts.tensors(n)}
+        layer_of: dict[str, int] = {}
+        for number in experts.layers:
+            layer_of |= dict.fromkeys((s.name for s in experts.tensors(number)), number)
         if not layer_of:
             raise MoetoolError(
                 "no experts found where the layout has them",

@@ -157,8 +157,7 @@ class Upcycle(Method):
             asked=said.scale,
         )
         certificate = scale.solve(recipe, chosen.target)
-        folded = any(p.op != "copy" for pieces in chosen.pair.tensors.values() for p in pieces)
-        return scale.rounded(certificate, reading.ffn.dtype, folded)
+        return scale.rounded(certificate, reading.ffn.dtype, chosen.pair.folds)
 
     def _shape(self, reading: Reading, certificate: Certificate) -> Shape:
         return Shape(
