@@ -12,11 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery import forms
-from moetool.surgery.spec import Piece, Task, size_of
+from moetool.surgery.spec import Piece, Shape, Task, size_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Array = Tensor | np.ndarray
 
 Tables = Mapping[str, list[int]]
 # Resident memory of the bare process, measured on CPython 3.11 (tests/every/test_memory.py), and of
@@ -30,168 +36,162 @@ COPY_BUFFER = (
 
 
 @dataclass(frozen=True)
+class Call:
+    """What an operation is given: inputs (decoded), the shapes of its results, the parameters of
+    its task, and the tables that they name.
+    """
+
+    inputs: Sequence[Tensor]
+    shapes: Sequence[Shape]
+    params: Mapping[str, Any]
+    tables: Tables
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation. `factor`: peak bytes per byte of input and widest output, measured; see
     tests/every/test_memory.py.
     """
 
     name: str
-    run: (
-        Callable[..., Iterator[Any]] | None
-    )  # (inputs, shapes, params, tables) -> output tensors, in order
+    run: Callable[[Call], Iterator[Array]] | None  # output tensors, in order
     needs: str = "torch"  # "nothing" | "numpy" | "torch"
     factor: float = 0.0
     reads: float = 1.0  # how often the input bytes are held
 
 
-def _draw(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _draw(call: Call) -> Iterator[np.ndarray]:
     from moetool.kernels import draw
 
-    yield from (draw.matrix(shape, **params) for shape in shapes)
+    yield from (draw.matrix(shape, **call.params) for shape in call.shapes)
 
 
-def _neurons(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _neurons(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import carve
 
-    order = tables[params["order"]] if params.get("order") else None
-    share = carve.Share(params["axis"], params.get("parts", 1), order, params.get("first", 0))
-    redraw = params.get("redraw") or {}
+    order = call.tables[call.params["order"]] if call.params.get("order") else None
+    share = carve.Share(
+        call.params["axis"], call.params.get("parts", 1), order, call.params.get("first", 0)
+    )
+    redraw = call.params.get("redraw") or {}
     change = carve.Change(
-        params.get("permute"),
-        (params.get("noise") or {}).get("sigma"),
+        call.params.get("permute"),
+        (call.params.get("noise") or {}).get("sigma"),
         redraw.get("ratio"),
         redraw.get("same"),
-        params.get("seed", 0),
-        params.get("name", ""),
+        call.params.get("seed", 0),
+        call.params.get("name", ""),
     )
-    yield from carve.experts(inputs[0], len(shapes), share, change, params.get("scale", 1.0))
+    yield from carve.experts(
+        call.inputs[0], len(call.shapes), share, change, call.params.get("scale", 1.0)
+    )
 
 
-def _combine(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _combine(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import combine
 
-    yield combine.weighted(inputs, params["weights"])
+    yield combine.weighted(call.inputs, call.params["weights"])
 
 
-def _affine(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _affine(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import combine
 
-    yield combine.affine(inputs[0], params.get("scale", 1.0), params.get("shift", 0.0))
+    yield combine.affine(
+        call.inputs[0], call.params.get("scale", 1.0), call.params.get("shift", 0.0)
+    )
 
 
-def _affine_sum(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _affine_sum(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import combine
 
-    yield combine.affine(combine.weighted(inputs, params["weights"]), 1.0, params["shift"])
+    yield combine.affine(
+        combine.weighted(call.inputs, call.params["weights"]), 1.0, call.params["shift"]
+    )
 
 
-def _transpose(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
-    yield inputs[0].transpose(-1, -2).contiguous()
+def _transpose(call: Call) -> Iterator[Tensor]:
+    yield call.inputs[0].transpose(-1, -2).contiguous()
 
 
-def _reform(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _reform(call: Call) -> Iterator[Tensor]:
     """Nothing but another form: what is decoded before and encoded behind every operation."""
-    yield from inputs
+    yield from call.inputs
 
 
-def _fill(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _fill(call: Call) -> Iterator[np.ndarray]:
     import numpy as np
 
-    yield from (np.full(shape, params["value"], np.float32) for shape in shapes)
+    yield from (np.full(shape, call.params["value"], np.float32) for shape in call.shapes)
 
 
-def _reindex(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _reindex(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import combine
 
-    yield combine.reindex(inputs[0], tables[params["order"]], params["experts"])
+    yield combine.reindex(call.inputs[0], call.tables[call.params["order"]], call.params["experts"])
 
 
-def _experts(
-    inputs: Sequence[Any], params: dict[str, Any], tables: Tables, roles: list[str]
-) -> list[dict[str, Any]]:
+def _members(call: Call, roles: list[str]) -> list[dict[str, Tensor]]:
     """Members of a cluster in canonical form, neurons aligned. Inputs: all roles of the first, all
     roles of the second, ...
     """
     from moetool.kernels import form, merge
 
     members = []
-    for number, key in enumerate(params.get("align") or [None] * params["members"]):
+    for number, key in enumerate(call.params.get("align") or [None] * call.params["members"]):
         parts = dict(
-            zip(roles, inputs[number * len(roles) : (number + 1) * len(roles)], strict=True)
+            zip(roles, call.inputs[number * len(roles) : (number + 1) * len(roles)], strict=True)
         )
         members.append(
-            merge.permuted(form.canonical(parts, **params["form"]), tables[key] if key else None)
+            merge.permuted(
+                form.canonical(parts, **call.params["form"]), call.tables[key] if key else None
+            )
         )
     return members
 
 
-def _merge(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _merge(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import form, merge
 
-    roles = params["roles"].split(",")
-    members = _experts(inputs, params, tables, roles)
-    rest = inputs[params["members"] * len(roles) :]
+    roles = call.params["roles"].split(",")
+    members = _members(call, roles)
+    rest = call.inputs[call.params["members"] * len(roles) :]
     made = merge.combined(
-        members, params["weights"], params, *((rest[:1], rest[1:]) if rest else ())
+        members, call.params["weights"], call.params, *((rest[:1], rest[1:]) if rest else ())
     )
-    yield from form.stored(made, params["made"].split(","), **params["form"])
+    yield from form.stored(made, call.params["made"].split(","), **call.params["form"])
 
 
-def _base_delta(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _base_delta(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import merge
 
-    count, turn = params["members"], params.get("transposed", False)
-    matrices, covariance = [m.T if turn else m for m in inputs[:count]], inputs[count:]
-    base = merge.sum_of(matrices, params["weights"])
-    if params.get("factored"):
+    count, turn = call.params["members"], call.params.get("transposed", False)
+    matrices, covariance = [m.T if turn else m for m in call.inputs[:count]], call.inputs[count:]
+    base = merge.sum_of(matrices, call.params["weights"])
+    if call.params.get("factored"):
         yield base
     for number, matrix in enumerate(matrices):
         u, v = merge.low_rank(
             matrix.to(base.dtype) - base,
-            params["rank"],
+            call.params["rank"],
             covariance[number if len(covariance) > 1 else 0] if covariance else None,
         )
-        if params.get("factored"):
+        if call.params.get("factored"):
             yield from (u, v)
         else:
             yield (base + u @ v).T if turn else base + u @ v
 
 
-def _wanda(
-    inputs: Sequence[Any], shapes: Sequence[tuple[int, ...]], params: dict[str, Any], tables: Tables
-) -> Iterator[Any]:
+def _wanda(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import form, merge
 
-    roles = params["roles"].split(",")
-    parts = form.canonical(dict(zip(roles, inputs, strict=False)), **params["form"])
-    seen, between = inputs[len(roles) :]
+    roles = call.params["roles"].split(",")
+    parts = form.canonical(dict(zip(roles, call.inputs, strict=False)), **call.params["form"])
+    seen, between = call.inputs[len(roles) :]
     parts |= {
-        "gate_up": merge.wanda(parts["gate_up"], seen.reshape(-1), params["share"]),
-        "down": merge.wanda(parts["down"], between.reshape(-1), params["share"]),
+        "gate_up": merge.wanda(parts["gate_up"], seen.reshape(-1), call.params["share"]),
+        "down": merge.wanda(parts["down"], between.reshape(-1), call.params["share"]),
     }
-    yield from form.stored(parts, roles, **params["form"])
+    yield from form.stored(parts, roles, **call.params["form"])
 
 
 OPS = {
@@ -240,17 +240,16 @@ def task_memory(task: Task, dtypes: Mapping[str, str], source_bytes: Callable[[P
 
 
 def run_task(
-    task: Task, inputs: Sequence[Any], dtypes: Mapping[str, str], tables: Tables
-) -> Iterator[tuple[Piece, Any]]:
+    task: Task, inputs: Sequence[Tensor], dtypes: Mapping[str, str], tables: Tables
+) -> Iterator[tuple[Piece, Array]]:
     """Yield (output piece, bytes) for a computed task. `inputs` are torch tensors (or nothing, for
     draw).
     """
     op = OPS[task.op]
     assert op.run is not None
     params = {k: v for k, v in task.params.items() if k not in ("decode", "encode")}
-    results = op.run(
-        forms.decoded(inputs, task.params.get("decode")), _shapes(task), params, tables
-    )
+    whole = forms.decoded(inputs, task.params.get("decode"))
+    results = op.run(Call(whole, _shapes(task), params, tables))
     results = forms.encoded(results, task.params.get("encode"))
     for piece, value in zip(task.outputs, results, strict=True):
         if tuple(value.shape) != piece.shape:
