@@ -99,13 +99,9 @@ def profile(
     made = profiling.make(
         checkpoint,
         moe,
-        Path(stats),
         profiling.Calibration(how.calibrate, cut, how.text_field),
         Wanted(1, how.sample, how.sample > 0, how.covariance),
-        memory=how.memory,
-        device=how.device,
-        tell=tell,
-        stop=stop,
+        profiling.Making(Path(stats), memory=how.memory, device=how.device, tell=tell, stop=stop),
     )
     return made.facts | _summary(made, checkpoint)
 

@@ -4,6 +4,7 @@ after each layer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -17,7 +18,7 @@ from moetool import atomic
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import text
-from moetool.forward.stats import SCHEMA, LayerStats, Profile, Profiler, Wanted, layer_file
+from moetool.forward.stats import SCHEMA, LayerStats, Profile, Wanted, layer_file
 from moetool.progress import Progress, silent
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
@@ -88,89 +89,91 @@ def claim(folder: Path, seal: str) -> None:
         atomic.write(mark, seal)
 
 
-def make(
-    source: Checkpoint,
-    name: str,
-    folder: Path,
-    calibration: Calibration,
-    wanted: Wanted,
-    *,
-    replace: bool = False,
-    buffers: int = 0,
-    memory: int | None = None,
-    device: str = "cpu",
-    tell: Progress = silent,
-    stop: threading.Event | None = None,
-) -> Profile:
-    """Profile a MoE into `folder`; layers that an earlier run of the same command finished are
-    kept. Returns the finished profile.
+@dataclass(frozen=True)
+class Making:
+    """Where and how a profile is made. replace: the folder is a work folder, whose finished profile
+    of something else goes; buffers: bytes that whoever decides on it holds beside a layer.
+    """
 
-    A finished profile of something else is refused, unless `replace` (a work folder). `buffers`:
-    bytes that whoever decides on it will hold beside a layer; part of the promise.
+    folder: Path
+    replace: bool = False
+    buffers: int = 0
+    memory: int | None = None
+    device: str = "cpu"
+    tell: Progress = silent
+    stop: threading.Event | None = None
+
+
+def make(
+    source: Checkpoint, name: str, calibration: Calibration, wanted: Wanted, how: Making
+) -> Profile:
+    """Profile a MoE that the user calls `name`; layers that an earlier run of the same command
+    finished are kept. Returns the finished profile.
+
+    Raises MoetoolError where the folder holds anything else.
     """
     begun = time.perf_counter()
     mixture = Mixture.of(source)
     batches = calibration.read(source)  # bad text is said before anything heavy is imported
-    wanted = Wanted(
-        len(batches.files), min(wanted.sample, batches.total), wanted.dense, wanted.covariance
-    )
+    sample = min(wanted.sample, batches.total)
+    wanted = dataclasses.replace(wanted, files=len(batches.files), sample=sample)
     seal = digest(source, batches, wanted)
-    strangers = (
-        [p.name for p in folder.iterdir() if p.suffix != atomic.SUFFIX]
-        if folder.exists() and not (folder / "walk.json").exists()
-        else []
-    )
-    if strangers:
-        raise MoetoolError(
-            "the folder for the statistics is not empty",
-            file=folder,
-            found=strangers[0],
-            hint="choose another folder",
-        )
-    if (
-        (folder / "profile.json").exists()
-        and not replace
-        and (folder / "walk.json").read_text() != seal
-    ):
+    _check_folder(how, seal)
+    claim(how.folder, seal)
+    if (how.folder / "profile.json").exists():
+        return Profile.open(how.folder)
+    peak = _walk(mixture, batches, wanted, how)
+    facts = describe(name, mixture, batches, wanted, calibration)
+    facts |= {"peak_memory": peak, "seconds": round(time.perf_counter() - begun, 3)}
+    facts["layer_files"] = {
+        str(n): identity.of_file(how.folder / layer_file(n)) for n in mixture.layers
+    }
+    kept = Profile(how.folder, {})
+    facts["warnings"] = [*batches.notes, *few_tokens(mixture, kept.layer)]
+    atomic.write(how.folder / "profile.json", json.dumps(facts, indent=1) + "\n")
+    for left in how.folder.glob("hidden-*"):
+        left.unlink()
+    return Profile.open(how.folder)
+
+
+def _check_folder(how: Making, seal: str) -> None:
+    """Refuse a folder that holds anything but this very profile, begun or done."""
+    folder, mark = how.folder, how.folder / "walk.json"
+    if folder.exists() and not mark.exists():
+        strangers = [p.name for p in folder.iterdir() if p.suffix != atomic.SUFFIX]
+        if strangers:
+            raise MoetoolError(
+                "the folder for the statistics is not empty",
+                file=folder,
+                found=strangers[0],
+                hint="choose another folder",
+            )
+    if (folder / "profile.json").exists() and not how.replace and mark.read_text() != seal:
         raise MoetoolError(
             "the folder holds the statistics of another model, text or setting",
             file=folder,
             hint="choose another folder, or remove this one",
         )
-    claim(folder, seal)
-    if (folder / "profile.json").exists():
-        return Profile.open(folder)
+
+
+def _walk(mixture: Mixture, batches: batching.Batches, wanted: Wanted, how: Making) -> int:
+    """Send the text through; returns the promised peak."""
+    from moetool.forward.profiler import Profiler
     from moetool.forward.walk import Budget, Walk
 
-    profiler = Profiler(wanted, folder)
-    hidden, width = (
-        int(mixture.layout.field("hidden", mixture.text_model.config)),
-        width_of(mixture),
-    )
-    held = wanted.memory(mixture.experts, hidden, width) + buffers
+    hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
+    held = wanted.memory(mixture.experts, hidden, width_of(mixture)) + how.buffers
     walk = Walk(
-        source,
+        mixture.source,
         batches,
-        Budget(memory, folder, device, extra=held),
-        tell=tell,
-        stop=stop,
+        Budget(how.memory, how.folder, how.device, extra=held),
+        tell=how.tell,
+        stop=how.stop,
         name="profile",
     )
-    walk.run(profiler)
-    facts = describe(source, name, mixture, batches, wanted, calibration) | {
-        "peak_memory": walk.peak,
-        "seconds": round(time.perf_counter() - begun, 3),
-    }
-    facts["layer_files"] = {
-        str(n): identity.of_file(folder / layer_file(n)) for n in mixture.layers
-    }
-    facts["warnings"] = [
-        *batches.notes,
-        *few_tokens(mixture, lambda n: Profile(folder, {}).layer(n)),
-    ]
-    atomic.write(folder / "profile.json", json.dumps(facts, indent=1) + "\n")
-    walk.hidden.clear()
-    return Profile.open(folder)
+    walk.run(Profiler(wanted, how.folder))
+    walk.hidden.close()
+    return walk.peak
 
 
 def width_of(mixture: Mixture) -> int:
@@ -181,7 +184,6 @@ def width_of(mixture: Mixture) -> int:
 
 
 def describe(
-    source: Checkpoint,
     name: str,
     mixture: Mixture,
     batches: batching.Batches,
@@ -195,8 +197,8 @@ def describe(
         "model": {
             "name": name,
             "family": mixture.layout.model_type,
-            "files": source.fingerprint(),
-            "content": identity.content(source),
+            "files": mixture.source.fingerprint(),
+            "content": identity.content(mixture.source),
         },
         "layers": list(mixture.layers),
         "experts": mixture.experts,

@@ -16,7 +16,8 @@ import moetool
 from moetool.forward import block as blocks
 from moetool.forward import walk as walking
 from moetool.forward.batches import Batch, Batches
-from moetool.forward.stats import Profiler, Wanted
+from moetool.forward.profiler import Profiler
+from moetool.forward.stats import Wanted
 from moetool.forward.walk import Budget, Walk
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture

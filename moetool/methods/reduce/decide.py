@@ -114,19 +114,16 @@ def _profiled(asked: Asked) -> Profile:
     sample = max(o.sample if needs.sample else 0, o.refit_tokens if o.refit else 0)
     wanted = Wanted(1) if o.walks else Wanted(1, sample, needs.dense, needs.covariance)
     source = asked.mixture.source
-    return profiling.make(
-        source,
-        source.folder,
+    how = profiling.Making(
         asked.work / "stats",
-        asked.calibration(),
-        wanted,
-        replace=True,
-        buffers=needs.buffers,
-        memory=settings.memory,
-        device=settings.device,
-        tell=settings.tell,
-        stop=settings.stop,
+        True,
+        needs.buffers,
+        settings.memory,
+        settings.device,
+        settings.tell,
+        settings.stop,
     )
+    return profiling.make(source, source.folder, asked.calibration(), wanted, how)
 
 
 def choose(asked: Asked, seen: Evidence, replay: Decided | None) -> Settled:

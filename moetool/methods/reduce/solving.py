@@ -17,9 +17,10 @@ from moetool.forward.batches import Batches
 from moetool.forward.block import Block
 from moetool.forward.catch import Look
 from moetool.forward.linears import Linear
+from moetool.forward.profiler import Profiler
 from moetool.forward.solve import Solved, Work, kept, save
 from moetool.forward.solve import solve as solve_layers
-from moetool.forward.stats import LayerStats, Profile, Profiler, Wanted
+from moetool.forward.stats import LayerStats, Profile, Wanted
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moetool.forward import stats
+from moetool.forward import profiler
 from moetool.forward.block import Block
 from moetool.kernels import cluster, moe
 from moetool.methods.reduce.view import View
@@ -37,7 +37,7 @@ def _dense(view: View) -> dict[str, np.ndarray]:
     """Pairwise statistics of all experts' outputs: kept by the profile, or made from its sample."""
     if view.seen.has("gram"):
         return {k: view.seen.arrays[k] for k in ("gram", "cosine", "mean")}
-    return stats.dense(view.sampled.to(view.block.router.device), view.block)
+    return profiler.dense(view.sampled.to(view.block.router.device), view.block)
 
 
 def logit_cosine(view: View) -> np.ndarray:
