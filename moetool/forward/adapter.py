@@ -162,7 +162,7 @@ class Shell:
             raise MoetoolError(
                 "a tensor does not fit its place in the model",
                 file=self.source.folder,
-                tensor=str(wrong)[:200],
+                tensor=str(wrong[0] if isinstance(wrong, tuple | list) else wrong)[:200],
                 hint="config.json and the weights do not belong together: restore them from the original model",
             )
         if layer is None:

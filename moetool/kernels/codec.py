@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from moetool.errors import MoetoolError
 
 _TORCH = {
     "F64": "float64",
@@ -24,10 +27,21 @@ _TORCH = {
 
 
 def torch_dtype(name: str) -> Any:
-    """The torch dtype of a safetensors dtype name; KeyError when torch has none."""
+    """The torch dtype of a safetensors dtype name; MoetoolError when moetool computes with none."""
     import torch
 
+    if name not in _TORCH:
+        raise _unknown(name, _TORCH)
     return getattr(torch, _TORCH[name])
+
+
+def _unknown(name: str, known: Iterable[str]) -> MoetoolError:
+    return MoetoolError(
+        f"a tensor's dtype is none to compute with: {name}",
+        expected=", ".join(known),
+        found=name,
+        hint="save the checkpoint with float weights",
+    )
 
 
 def decode(data: bytearray, dtype: str, shape: tuple[int, ...], device: str = "cpu") -> Any:
@@ -71,6 +85,7 @@ def as_float64(data: bytes | bytearray, dtype: str) -> np.ndarray:
             .view(np.float32)
             .astype(np.float64)
         )
-    return np.frombuffer(
-        data, {"F32": np.float32, "F64": np.float64, "F16": np.float16}[dtype]
-    ).astype(np.float64)
+    plain = {"F32": np.float32, "F64": np.float64, "F16": np.float16}
+    if dtype not in plain:
+        raise _unknown(dtype, ["BF16", *plain])
+    return np.frombuffer(data, plain[dtype]).astype(np.float64)

@@ -81,22 +81,22 @@ def _layout(model_type: object) -> Layout | None:
 
 
 def _note(layer: _Layer, found: Matched, stored: Stored, count: int) -> None:
-    role = found.slot.role or ""
+    role, shape = found.slot.role or "", stored.shape or (0,)  # a number alone has no width
     layer.parameters += count
     if role.startswith("expert."):
         layer.expert_parameters += count
         if found.expert is not None:
             layer.experts.add(found.expert)
             if role == "expert.down":
-                layer.expert_width = stored.shape[-1]
+                layer.expert_width = shape[-1]
         elif role in ("expert.down", "expert.gate_up"):
-            layer.stacked = stored.shape[0]
-            if role == "expert.down" and len(stored.shape) == 3:
-                layer.expert_width = stored.shape[2]
+            layer.stacked = shape[0]
+            if role == "expert.down" and len(shape) == 3:
+                layer.expert_width = shape[2]
     elif role in ("ffn.down", "ffn.fc2"):
-        layer.ffn = stored.shape[-1]
+        layer.ffn = shape[-1]
     elif role == "shared.down":
-        layer.shared = stored.shape[-1]
+        layer.shared = shape[-1]
     elif role == "router":
         layer.router = f"{stored.dtype} {list(stored.shape)}"
     elif role == "router.bias":

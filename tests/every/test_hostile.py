@@ -380,3 +380,31 @@ def test_hostile_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(2, "run", "r.yaml")
     refused(2, "run", "r.yaml", "--set", "options.layers=[")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]
+
+
+def mutations(tensor: Any) -> dict[str, Any]:
+    """A tensor as a broken tool may have left it."""
+    import torch
+
+    return {
+        "cut": tensor[:-1].contiguous(),
+        "empty": tensor[:0].contiguous(),
+        "a number": tensor.reshape(-1)[0].clone(),
+        "flat": tensor.reshape(-1).contiguous(),
+        "deeper": tensor[None].contiguous(),
+        "whole numbers": tensor.to(torch.int64),
+        "complex": tensor.to(torch.complex64),
+        "gone": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.1.down_proj", "mlp.gate", "self_attn.q_proj"])
+def test_hostile_tensors_are_looked_at(name: str, moe: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (path,) = moe.glob("*.safetensors")
+    plain, full = load_file(path), f"model.layers.1.{name}.weight"
+    for made in mutations(plain[full]).values():
+        rest = {n: t for n, t in plain.items() if n != full}
+        save_file(rest if made is None else rest | {full: made}, path)
+        assert run("inspect", moe).code == 0
