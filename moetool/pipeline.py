@@ -25,7 +25,7 @@ from moetool.progress import Progress, Stage, silent
 from moetool.report import card, provenance
 from moetool.surgery import companions, engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.place import check_target, existing, resolved
+from moetool.surgery.place import check_target, check_work, existing, resolved
 from moetool.surgery.plan import Plan, Shard
 from moetool.surgery.spec import Task, whole
 from moetool.surgery.writer import Writer
@@ -54,6 +54,7 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
     settings = _settings(options, watch or Watch())
+    check_work(Path(settings.work))
     if options.common.strict and method.interruptible:
         _strictly_finite(sources, _copies(sources), 1, watch or Watch())  # before text is sent
     begun = time.perf_counter()

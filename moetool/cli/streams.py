@@ -80,6 +80,8 @@ def guarded() -> Iterator[Stream]:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BytesIO())  # closed by the caller: there is no text there
     before = sys.stdout, sys.stderr
     out = Stream(sys.stdout)
     sys.stdout, sys.stderr = out, Stream(sys.stderr)

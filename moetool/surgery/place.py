@@ -15,6 +15,7 @@ from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import companions
 
 SHOWN = 4
+WORK = ("stats", "walk", "solved", "gate")  # what the steps leave in a work folder
 
 
 def resolved(out: str | Path) -> Path:
@@ -99,13 +100,32 @@ def check_staging(folder: Path, mark: str) -> None:
     else:
         others = []
     if others:
-        raise MoetoolError(
-            "something else is where moetool works",
-            file=folder,
-            expected="nothing, or an unfinished output",
-            found=", ".join(others[:SHOWN]),
-            hint="move it away, or choose another output folder",
-        )
+        raise _in_the_way(folder, others)
+
+
+def check_work(folder: Path) -> None:
+    """Refuse a work folder that is none of ours: it is removed when the output is whole. Ours holds
+    the folders of the steps, and files of moetool's own name (a lock).
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        others = [folder.name]
+    else:
+        ours = [n for n in os.listdir(folder) if n in WORK or n.lstrip(".").startswith("moetool")]
+        others = sorted(set(os.listdir(folder)) - set(ours))
+    if others:
+        raise _in_the_way(folder, others)
+
+
+def _in_the_way(folder: Path, others: Sequence[str]) -> MoetoolError:
+    return MoetoolError(
+        "something else is where moetool works",
+        file=folder,
+        expected="nothing, or what an unfinished run left",
+        found=", ".join(others[:SHOWN]),
+        hint="move it away, or choose another output folder",
+    )
 
 
 def strangers(folder: Path) -> list[str]:

@@ -46,6 +46,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
         ("moetool inspect absent --json > /dev/full 2>&1", 1),
         ("moetool inspect absent >&- 2>&-", 1),
         ("moetool upcycle demo --no-such 2>&-", 2),
+        ("moetool eval demo --text - <&-", 1),
     ],
 )
 def test_answers_that_nobody_takes(line: str, code: int, tmp_path: Path) -> None:

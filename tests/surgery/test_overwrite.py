@@ -116,7 +116,7 @@ def test_a_mount_point_is_said_before_the_work(
         upcycle(str(source), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", [".out.moetool", ".out.moetool-old"])
+@pytest.mark.parametrize("name", [".out.moetool", ".out.moetool-old", ".out.moetool-work"])
 def test_a_users_folder_where_moetool_works(name: str, source: Path, tmp_path: Path) -> None:
     upcycle(str(source), str(tmp_path / "out"))
     put(tmp_path / name / "thesis.tex")
