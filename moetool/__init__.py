@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moetool.surgery.plan import Plan
     from moetool.verbs import inspect
 
-    Verb = Callable[..., dict[str, Any]]
+    Verb = Callable[..., JsonObject]
     convert_layout: Verb
     eval: Verb
     merge: Verb

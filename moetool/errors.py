@@ -14,6 +14,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from moetool.data import JsonObject
+
 
 class MoetoolError(Exception):
     """The input or the result is wrong; `file`, `tensor`, `expected`, `found` and `hint` stand in
@@ -35,7 +37,7 @@ class MoetoolError(Exception):
             lines.append(f"  next: {self.hint}")
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The same facts for `--json`."""
         return {
             "error": type(self).__name__,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.options import FINE, WHAT, Common, Gate, Text, option, same
 from moetool.progress import Progress, silent
@@ -84,7 +85,7 @@ def profile(
     *,
     tell: Progress = silent,
     stop: threading.Event | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Statistics of every expert on text, into the folder `stats`. Returns profile.json with a
     summary of each layer. Raises MoetoolError.
     """
@@ -106,7 +107,7 @@ def profile(
     return made.facts | _summary(made, checkpoint)
 
 
-def _summary(made: Profile, checkpoint: Checkpoint) -> dict[str, Any]:
+def _summary(made: Profile, checkpoint: Checkpoint) -> JsonObject:
     """A line a layer, super experts, and how the files differ."""
     from moetool.forward import profile as profiling
     from moetool.methods.reduce import protect
@@ -122,7 +123,7 @@ def _summary(made: Profile, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _row(made: Profile, number: int, experts: int) -> dict[str, Any]:
+def _row(made: Profile, number: int, experts: int) -> JsonObject:
     """What happened in one layer."""
     stats = made.layer(number)
     used = stats.total("count")[:experts] / max(1, stats.tokens)
@@ -154,7 +155,7 @@ def evaluate(
     *,
     tell: Progress = silent,
     stop: threading.Event | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Perplexity of a model on text; with a reference KL, top-1 agreement and flips. Raises
     VerificationFailed when a gate is missed.
     """

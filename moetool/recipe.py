@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import reading, strict_yaml
+from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
 from moetool.methods.contract import Options
 from moetool.methods.options import Common, build
@@ -69,7 +70,7 @@ def read(path: str | Path, changes: list[str]) -> Recipe:
     )
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def _load(path: str | Path) -> JsonObject:
     try:
         data = strict_yaml.load(reading.read(path, "recipe").decode("utf-8"))
     except FileNotFoundError:
@@ -90,7 +91,7 @@ def _load(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], change: str) -> None:
+def _apply(data: JsonObject, change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals:
         raise UsageError(
@@ -116,7 +117,7 @@ def _value(key: str, text: str) -> Any:
         raise UsageError(f"--set {key}: {problem}", hint="quote the value") from None
 
 
-def _problems(data: dict[str, Any]) -> list[str]:
+def _problems(data: JsonObject) -> list[str]:
     """Every mistake, as a sentence."""
     from moetool import methods
 

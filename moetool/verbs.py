@@ -11,6 +11,7 @@ from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any
 
 from moetool import methods
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.options import Checking, Common, Field, build, fields
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moetool.methods.contract import Options
     from moetool.surgery.plan import Plan
 
-Report = dict[str, Any]
+Report = JsonObject
 Parameter = introspection.Parameter
 _COMMON = fields(Common)
 _TYPES: dict[type, str] = {tuple: "Sequence[str]", bool: "bool", int: "int", float: "float"}
@@ -162,7 +163,7 @@ def _named(
     about: str,
     first: Sequence[Parameter],
     known: Sequence[Field],
-    returns: str = "dict[str, Any]",
+    returns: str = "JsonObject",
 ) -> Callable[..., Any]:
     """The function under its name, with the signature and the docstring of its fields."""
     made = sorted([*first, *map(_parameter, known)], key=lambda p: p.kind)

@@ -36,9 +36,10 @@ from moetool.archs.templates import (
     role_of,
     terms_of,
 )
+from moetool.data import JsonObject
 
 HERE = Path(__file__).parent
-Values = dict[str, Any]
+Values = JsonObject
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,7 +189,7 @@ def _replaced(data: Values, path: str, values: Values) -> Values:
     return data | {head: _replaced(data[head], rest, values)}
 
 
-def derive(model_type: str, class_name: str, kind: str) -> dict[str, Any]:
+def derive(model_type: str, class_name: str, kind: str) -> JsonObject:
     """One family's layout as plain data; raises whatever transformers raises when it cannot be
     built.
     """
@@ -201,7 +202,7 @@ def derive(model_type: str, class_name: str, kind: str) -> dict[str, Any]:
     model = built.meta(family.cls, probe.config)
     text = family.text(probe.config)
     stack = _stack(model, family)
-    layout: dict[str, Any] = {
+    layout: JsonObject = {
         "model_type": model_type,
         "cls": class_name,
         "kind": kind,
@@ -237,13 +238,13 @@ def _layered(model: Any, family: Family) -> frozenset[str]:
     return frozenset(built.disk(model, names))
 
 
-def _tensors(probe: Probe, model: Any, kind: str) -> list[dict[str, Any]]:
+def _tensors(probe: Probe, model: Any, kind: str) -> list[JsonObject]:
     """An entry for each template, those that depend on a flag of the config included."""
     formulas, disk = probe.formulas(), built.disk(model)
     plain = Tensors(disk, _layered(model, probe.family), kind)
     flipped = _flipped(probe.family) if probe.distinct else {}
     without: dict[str, str] = {}
-    extra: list[dict[str, Any]] = []
+    extra: list[JsonObject] = []
     for flag, other in flipped.items():
         theirs = built.disk(other)
         more = {n: s for n, s in theirs.items() if n not in disk}
@@ -310,7 +311,7 @@ def _defaults(config: Any) -> Values:
     return out
 
 
-def _experts(model: Any, stack: str | None) -> dict[str, Any]:
+def _experts(model: Any, stack: str | None) -> JsonObject:
     """How the experts lie in memory, which is also the stacked form on disk; and which forms the
     family reads.
     """

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moetool.archs.model import Shapes
+from moetool.data import JsonObject
 
-WORDS: dict[str, Any] = json.loads((Path(__file__).parent / "words.json").read_text())
+WORDS: JsonObject = json.loads((Path(__file__).parent / "words.json").read_text())
 LAYERS: int = WORDS["first"]["num_hidden_layers"]
 _NUMBER = re.compile(r"(expert_)?(\d+)")
 
@@ -136,7 +137,7 @@ class Tensors:
     def template(self, name: str) -> Template:
         return Template.of(name, layered=name in self.layered)
 
-    def entries(self, formulas: Formulas) -> list[dict[str, Any]]:
+    def entries(self, formulas: Formulas) -> list[JsonObject]:
         """One entry a template: name, shape, role, and the layers that have it."""
         shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         layers: dict[str, set[int | None]] = defaultdict(set)
@@ -152,14 +153,14 @@ class Tensors:
             sure = bool(formulas.second) or role is not None  # one build may match by accident
             known = len(shapes[name]) == 1 and formulas.terms and sure
             formula = formulas.shape(name, next(iter(shapes[name]))) if known else None
-            entry: dict[str, Any] = {"name": name, "shape": formula, "role": role}
+            entry: JsonObject = {"name": name, "shape": formula, "role": role}
             if layers[name]:
                 entry["layers"] = layers[name]
             out.append(entry)
         return out
 
 
-def mark_layers(tensors: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
+def mark_layers(tensors: list[JsonObject], count: int | None) -> list[JsonObject]:
     """Replace the sets of layers by `all`, `moe`, `dense` or `some`."""
     experts = [t.get("layers", ()) for t in tensors if str(t["role"]).startswith("expert")]
     moe = set().union(*experts)

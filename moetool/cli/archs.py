@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 
 if TYPE_CHECKING:
     from moetool.surgery.layout import Layout
@@ -42,7 +43,7 @@ def show(given: Given) -> int:
     family = given.arguments["family"]
     layout = Layout.load(family)
     conversions = [_conversion(p) for p in pairs() if p.source == family]
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "family": family,
         "class": layout.cls,
         "kind": layout.kind,
@@ -85,14 +86,14 @@ COMMANDS = (
 )
 
 
-def _tensors(layout: Layout) -> list[dict[str, Any]]:
+def _tensors(layout: Layout) -> list[JsonObject]:
     return [
         {"name": s.name, "shape": s.shape, "role": s.role, "layers": s.layers, "when": s.when}
         for s in layout.tensors
     ]
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: JsonObject) -> list[str]:
     lines = [f"{found['family']}: {found['class']}, {found['kind']}"]
     for entry in found["conversions"]:
         shown = ", ".join(filter(None, (entry["measured"], entry["evidence"])))
@@ -107,12 +108,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _row(tensor: dict[str, Any]) -> list[str]:
+def _row(tensor: JsonObject) -> list[str]:
     shape = " x ".join(map(str, tensor["shape"] or ["?"]))
     return [tensor["name"], shape, *(tensor[k] or "" for k in ("role", "layers", "when"))]
 
 
-def _conversion(pair: Pair) -> dict[str, Any]:
+def _conversion(pair: Pair) -> JsonObject:
     rules = []
     for rule in pair.require:
         wanted = f"= {rule.values[0]!r}" if rule.values else f"is all {rule.each}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 from moetool.measure import Evaluating
 from moetool.methods.options import build, fields
 
@@ -44,7 +44,7 @@ COMMAND = Command(
 )
 
 
-def _show(found: dict[str, Any], *, compared: bool) -> None:
+def _show(found: JsonObject, *, compared: bool) -> None:
     head = ["file", "predictions", "perplexity"]
     if compared:
         head += ["original", "increase", "KL", "same top-1", "flips"]
@@ -52,7 +52,7 @@ def _show(found: dict[str, Any], *, compared: bool) -> None:
     session.sink.table(head, rows if len(rows) > 2 else rows[:1])
 
 
-def _row(row: dict[str, Any], compared: bool) -> list[str]:
+def _row(row: JsonObject, compared: bool) -> list[str]:
     cells = [Path(str(row["file"])).name, f"{row['tokens']:,}", f"{row['perplexity']:.4g}"]
     if not compared:
         return cells

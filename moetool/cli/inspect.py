@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
 
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 from moetool.units import show_bytes, show_count
 
 
@@ -39,7 +39,7 @@ COMMAND = Command(
 )
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: JsonObject) -> list[str]:
     known = "" if found["known"] else " (moetool has no layout for it)"
     counts = f"{show_count(found['parameters'])} parameters"
     if found["active_parameters"] != found["parameters"]:
@@ -63,13 +63,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rows(layers: list[dict[str, Any]]) -> list[list[object]]:
+def _rows(layers: list[JsonObject]) -> list[list[object]]:
     """Layers that are alike, in one row."""
     same = groupby(layers, key=lambda r: {k: v for k, v in r.items() if k != "layer"})
     return [_row(list(group)) for _, group in same]
 
 
-def _row(alike: list[dict[str, Any]]) -> list[object]:
+def _row(alike: list[JsonObject]) -> list[object]:
     first, last = alike[0], alike[-1]["layer"]
     span = f"{first['layer']}-{last}" if len(alike) > 1 else str(first["layer"])
     stacked = " stacked" if first["stacked"] else ""

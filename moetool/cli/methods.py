@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 
 HELP = "Methods and their options."
 
@@ -65,7 +64,7 @@ COMMANDS = (
 )
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: JsonObject) -> list[str]:
     lines = [found["about"], ""]
     if "verb" in found:
         need = "needs text" if found["text"] else "needs no text"
@@ -76,7 +75,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _row(option: dict[str, Any]) -> list[object]:
+def _row(option: JsonObject) -> list[object]:
     default = option["default"]
     shown = "" if default is None or default == [] else default
     return [f"--{option['name']}", option["type"], shown, option["help"]]

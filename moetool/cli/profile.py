@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 from moetool.measure import Profiling
 from moetool.methods.options import build, fields
 from moetool.units import show_bytes, show_seconds
@@ -54,7 +54,7 @@ COMMAND = Command(
 )
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: JsonObject) -> None:
     sink = session.sink
     model = f"{found['model']['name']}: {found['experts']} experts, top-{found['top_k']}"
     text = f"{found['tokens']:,} tokens in sequences of {found['seq_len']}"
@@ -79,7 +79,7 @@ def _pairs(layers: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, int]]
             yield number, expert
 
 
-def _row(layer: dict[str, Any]) -> list[object]:
+def _row(layer: JsonObject) -> list[object]:
     cosine = "-" if layer["cosine"] is None else f"{layer['cosine']:.2f}"
     return [
         layer["layer"],

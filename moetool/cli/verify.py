@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 from moetool.methods.options import WHAT, Checking, Field, build, fields
 from moetool.units import show_bytes
 
@@ -49,7 +48,7 @@ COMMAND = Command(
 )
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
+def _lines(result: JsonObject) -> list[str]:
     """The result for people."""
     certificate, structure = result["certificate"], result["structure"]
     lines = [
@@ -75,7 +74,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _bytes(found: dict[str, Any], accounted: dict[str, int]) -> list[str]:
+def _bytes(found: JsonObject, accounted: dict[str, int]) -> list[str]:
     return [
         f"  bytes        {found['copied_ranges']} copied ranges equal their sources, {found['computed_tensors']} tensors made again and equal ({show_bytes(found['bytes_compared'])})",
         f"  accounted    {accounted['tensors_used']} source tensors used, {accounted['tensors_dropped']} dropped by name; {accounted['fields_dropped']} config fields dropped by name",

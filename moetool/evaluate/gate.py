@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate.perplexity import evaluate
 from moetool.forward.batches import Cut
@@ -53,7 +54,7 @@ def check(found: Mapping[str, Any], gate: Gate, where: str) -> None:
 
 def measure(
     prepared: Prepared, written: Checkpoint, *, tell: Progress, stop: threading.Event | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate finished shards against their source on --text (or the calibration text) and hold
     them against the gates.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
 from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
 
 def compare_logits(
     source: Checkpoint, out: Checkpoint, *, device: str = "cpu", seed: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """Largest logit difference relative to the largest logit, on random ids, and whether the
     greedy continuations agree.
     """

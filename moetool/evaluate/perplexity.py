@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
@@ -35,13 +36,13 @@ class Sums:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def row(self, with_reference: bool) -> dict[str, Any]:
+    def row(self, with_reference: bool) -> JsonObject:
         """What is reported: perplexity; with a reference KL(reference || model) in nats, top-1
         agreement, and flips, the share of places where exactly one of the two predicts the right
         token (arXiv 2407.09141).
         """
         n = max(1, self.predictions)
-        found: dict[str, Any] = {
+        found: JsonObject = {
             "tokens": self.predictions,
             "perplexity": _exp(self.loss / n),
             "accuracy": self.right / n,
@@ -71,7 +72,7 @@ def evaluate(
     device: str = "cpu",
     tell: Progress = silent,
     stop: threading.Event | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Perplexity for each file and over all; with a reference also KL, top-1 agreement and flips.
     Sequences are scored one by one from their second token on. Raises MoetoolError when the two
     models do not share a vocabulary.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery import engine
@@ -39,7 +40,7 @@ class Against:
 
 def compare_bytes(
     plan: Plan, out: Checkpoint, against: Against, tell: Progress = silent
-) -> dict[str, Any]:
+) -> JsonObject:
     """Walk the plan and compare; returns counts and a sha256 over all copied bytes. Raises
     VerificationFailed at the first difference.
     """
@@ -102,7 +103,7 @@ class _Compared:
                 raise _different(self.out, piece, f"{task.op} of {of}")
             self._note("computed_tensors", len(data))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         sealed = self.counts["sealed_tensors"]
         return {
             "copied_ranges": self.counts["copied_ranges"],

@@ -6,9 +6,9 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 from moetool import strict_json
+from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
 from moetool.surgery import complete
 from moetool.surgery.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ _RECORD = {
 }
 
 
-def recorded(folder: str) -> dict[str, Any]:
+def recorded(folder: str) -> JsonObject:
     """The contents of moetool.json; VerificationFailed when it is not there."""
     path = Path(folder) / "moetool.json"
     if not path.exists():
@@ -57,7 +57,7 @@ def recorded(folder: str) -> dict[str, Any]:
     return found
 
 
-def check_structure(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
+def check_structure(checkpoint: Checkpoint, record: JsonObject) -> JsonObject:
     """Digest in every shard, config unchanged, exactly the layout's names and shapes. Raises
     VerificationFailed.
     """
@@ -117,5 +117,5 @@ def check_names(checkpoint: Checkpoint) -> int:
 def _digest(path: Path) -> str | None:
     with path.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
-        header: dict[str, Any] = json.loads(handle.read(length))
+        header: JsonObject = json.loads(handle.read(length))
     return (header.get("__metadata__") or {}).get("moetool_plan")

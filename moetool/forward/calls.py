@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch
 
 Tensor = torch.Tensor
 Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+Kwargs = JsonObject
 Act = Callable[[Tensor, Args, Kwargs], Tensor]
 
 

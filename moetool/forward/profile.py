@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from moetool import atomic
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import text
@@ -189,7 +189,7 @@ def describe(
     batches: batching.Batches,
     wanted: Wanted,
     calibration: Calibration,
-) -> dict[str, Any]:
+) -> JsonObject:
     """profile.json, without what only a finished walk knows."""
     files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
     return {
@@ -230,7 +230,7 @@ def few_tokens(mixture: Mixture, layer: Callable[[int], LayerStats], least: int 
     ]
 
 
-def domains(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
+def domains(profile: Profile, names: Sequence[str]) -> list[JsonObject]:
     """For each file: its share of tokens, and how far its use of experts is from the mix's (total
     variation, mean over layers; 0 same, 1 disjoint).
     """

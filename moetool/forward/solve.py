@@ -15,11 +15,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from moetool import atomic
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward.batches import Batches
 from moetool.forward.block import Block
@@ -41,7 +42,7 @@ class Solved:
     block, with which the walk goes on (the very values that will be written).
     """
 
-    note: dict[str, Any] = field(default_factory=dict)
+    note: JsonObject = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     block: Block | None = None
@@ -88,7 +89,7 @@ class Work:
 class Layers:
     """The notes of all layers that were solved, by number, and the promised peak in bytes."""
 
-    notes: dict[int, dict[str, Any]]
+    notes: dict[int, JsonObject]
     peak: int
 
 
@@ -153,7 +154,7 @@ class _Kept:
         return made
 
 
-def _notes(folder: Path) -> dict[int, dict[str, Any]]:
+def _notes(folder: Path) -> dict[int, JsonObject]:
     """What was kept of every layer; tensors must be those that were solved."""
     notes = {}
     for path in sorted(folder.glob("note-*.json")):

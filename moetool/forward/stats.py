@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from moetool import atomic, strict_json
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.reading import check_regular
 from moetool.surgery import identity
@@ -138,7 +138,7 @@ class Profile:
     """A folder of statistics: `facts` (profile.json) and a file a layer."""
 
     folder: Path
-    facts: dict[str, Any]
+    facts: JsonObject
 
     @classmethod
     def open(cls, path: str | Path) -> Profile:

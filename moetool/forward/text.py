@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.demo import TEXT
 from moetool.errors import MoetoolError, UsageError
 from moetool.reading import check_regular, opened
@@ -226,7 +227,7 @@ def _jsonl(name: str, lines: Any, field: str) -> Iterator[Document]:
         yield from _row(row, where, field)
 
 
-def _row(row: dict[str, Any], where: str, field: str) -> Iterator[Document]:
+def _row(row: JsonObject, where: str, field: str) -> Iterator[Document]:
     names = (field,) if field else FIELDS
     name = next((n for n in names if row.get(n) is not None), None)
     if name is None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
+from moetool.data import JsonObject
 from moetool.methods.options import Common, Field, Gate, Text, Value, build
 from moetool.methods.options import fields as fields_of
 from moetool.progress import Progress, silent
@@ -58,9 +59,9 @@ class Decisions:
     """
 
     tables: dict[str, list[int]] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    report: JsonObject = field(default_factory=dict)
     memory: int = 0  # peak bytes that deciding needed, process included
-    chosen: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
     extra: tuple[Checkpoint, ...] = ()
 
 
@@ -70,7 +71,7 @@ class Made:
 
     plan: Plan
     certificate: Certificate
-    config: dict[str, Any]
+    config: JsonObject
     dropped_fields: dict[str, str]
     facts: Facts
     warnings: tuple[str, ...] = ()
@@ -112,7 +113,7 @@ class Facts(Protocol):
     @property
     def active_parameters(self) -> int: ...
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The keys that stand in the report."""
         ...
 
@@ -131,9 +132,9 @@ class ModelFacts:
     parameters: int
     active_parameters: int
     expert_sources: tuple[int, ...] = ()  # which source each expert came from
-    trunks: tuple[dict[str, Any], ...] = ()  # how far each further source is from the first
+    trunks: tuple[JsonObject, ...] = ()  # how far each further source is from the first
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The keys that stand in the report; trunks only where there are several sources."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trunks"}
         data |= {"layers": list(self.layers), "expert_sources": list(self.expert_sources)}
@@ -176,7 +177,7 @@ class Summary:
     dropped_fields: dict[str, str]
     facts: Facts
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """One flat object, facts after what every verb says."""
         data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name != "facts"}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
@@ -194,7 +195,7 @@ class Report(Summary):
     resumed_shards: int = 0
     seconds: float = 0.0
     ray_nodes: tuple[str, ...] = ()
-    quality: dict[str, Any] | None = None  # evaluate/perplexity.py, where there was text for it
+    quality: JsonObject | None = None  # evaluate/perplexity.py, where there was text for it
     stages: dict[str, float] | None = None  # seconds of decide, write, measure
     peak_rss: int | None = None
 
@@ -203,7 +204,7 @@ class Report(Summary):
         """The summary, completed."""
         return cls(**{f.name: getattr(summary, f.name) for f in fields(Summary)}, **became)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """What did not happen is left out."""
         found = super().as_json() | {
             "warnings": list(self.warnings),
@@ -321,7 +322,7 @@ class Prepared:
     method: Method
     sources: tuple[Checkpoint, ...]  # the named ones, then what deciding left
     made: Made
-    chosen: dict[str, Any]  # what was decided: replays it
+    chosen: JsonObject  # what was decided: replays it
     jobs: int
     peak: int  # promised bytes of memory
     done: bool = False  # the output is already there, whole, from this very plan

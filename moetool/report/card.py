@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moetool.data import JsonObject
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _table(report: Report) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _base(name: str, config: dict[str, Any]) -> str | None:
+def _base(name: str, config: JsonObject) -> str | None:
     """A Hub id, where the source was one or its config remembers one."""
     for candidate in (
         name.partition("@")[0] if not os.path.exists(name) else "",

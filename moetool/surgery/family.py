@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.surgery import sites
 from moetool.surgery.sites import Sites
 
@@ -62,7 +62,7 @@ class RouterLaw:
     act: str = ""
     total: float = 1.0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """What is said of this family: fields that are not the usual ones."""
         usual = {f.name: f.default for f in fields(self)}
         said = {name: getattr(self, name) for name in usual}
@@ -110,14 +110,14 @@ class Overlay:
     law: RouterLaw = field(default_factory=RouterLaw)
     sites: Sites = field(default_factory=Sites)
     shared: SharedExpert | None = None
-    fixed: dict[str, Any] = field(default_factory=dict)
+    fixed: JsonObject = field(default_factory=dict)
     gate_up: str = "concatenated"
     returns_logits: bool = False
     adjusts_width: str = ""
     note: str = ""
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Overlay:
+    def read(cls, data: JsonObject) -> Overlay:
         """From a family's entry; TypeError for an unknown key, in nested parts too."""
         rest = dict(data)
         law, shared = RouterLaw(**rest.pop("law", {})), rest.pop("shared", None)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 
 METADATA = "__metadata__"
@@ -20,7 +21,7 @@ _ODD = re.compile(rb"\\|-0")  # an escape may hide a key, and -0 is no whole num
 LARGEST = 2**64  # a size_t
 
 
-def table(body: bytes, path: Path) -> dict[str, Any]:
+def table(body: bytes, path: Path) -> JsonObject:
     """{tensor name: entry} of a header, metadata left out; MoetoolError that names `path`."""
     try:
         text = body.decode("utf-8")
@@ -56,8 +57,8 @@ def _no_minus_zero(digits: str) -> int:
     return int(digits)
 
 
-def _slowly(text: str, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _slowly(text: str, path: Path) -> JsonObject:
+    def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
         made = dict(pairs)
         if len(made) != len(pairs):
             names = [k for k, _ in pairs]
@@ -71,7 +72,7 @@ def _slowly(text: str, path: Path) -> dict[str, Any]:
             name.encode()  # half of a surrogate pair: UnicodeEncodeError is a ValueError
         return made
 
-    found: dict[str, Any] = json.loads(
+    found: JsonObject = json.loads(
         text, object_pairs_hook=unique, parse_constant=_no_constant, parse_int=_no_minus_zero
     )
     return found

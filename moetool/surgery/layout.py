@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery.family import Names, Overlay, Slot, StackedExperts, filled
 
@@ -65,7 +66,7 @@ class Layout:
     stack: str | None
     fields: dict[str, str]
     aliases: dict[str, str]
-    defaults: dict[str, Any]
+    defaults: JsonObject
     tied: dict[str, str]
     tensors: tuple[Slot, ...]
     experts: StackedExperts = field(default_factory=StackedExperts)
@@ -136,7 +137,7 @@ class Layout:
         """The slot with this role outside vision and audio towers, if the family has one."""
         return next((s for s in self.tensors if s.role == role), None)
 
-    def text(self, config: dict[str, Any]) -> dict[str, Any]:
+    def text(self, config: JsonObject) -> JsonObject:
         """The text part of a config with the class's scalar defaults filled in and aliases
         resolved.
         """
@@ -151,7 +152,7 @@ class Layout:
                 resolved[real] = value
         return values | resolved
 
-    def field(self, meaning: str, config: dict[str, Any]) -> Any:
+    def field(self, meaning: str, config: JsonObject) -> Any:
         """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None. A
         list that says the same for every layer is that value; MoetoolError for another one.
         """
@@ -169,7 +170,7 @@ class Layout:
             )
         return value[0]
 
-    def evaluate(self, formula: str | None, text: dict[str, Any]) -> int | None:
+    def evaluate(self, formula: str | None, text: JsonObject) -> int | None:
         """A shape formula as a number, or None where a field is unknown."""
         if formula is None:
             return None
@@ -184,7 +185,7 @@ class Layout:
             total += product
         return total
 
-    def _dimension(self, name: str, text: dict[str, Any]) -> int | None:
+    def _dimension(self, name: str, text: JsonObject) -> int | None:
         value = text.get(name)
         if name == "head_dim" and not isinstance(value, int):
             hidden, heads = (
@@ -196,23 +197,23 @@ class Layout:
             value = text.get(self.fields.get("heads", ""))
         return value if isinstance(value, int) else None
 
-    def shape(self, slot: Slot, text: dict[str, Any]) -> tuple[int | None, ...] | None:
+    def shape(self, slot: Slot, text: JsonObject) -> tuple[int | None, ...] | None:
         """A slot's shape under a config, None where it cannot be told."""
         return None if slot.shape is None else tuple(self.evaluate(f, text) for f in slot.shape)
 
-    def moe_layers(self, config: dict[str, Any]) -> set[int]:
+    def moe_layers(self, config: JsonObject) -> set[int]:
         """Which layers hold experts, as the config says."""
         count = self.field("layers", config) or 0
         return self.overlay.sites.layers(self.text(config), count) if self.kind == "moe" else set()
 
-    def present(self, slot: Slot, text: dict[str, Any]) -> bool:
+    def present(self, slot: Slot, text: JsonObject) -> bool:
         """Whether a conditional slot exists under this config."""
         if slot.when is None:
             return True
         name, _, value = slot.when.partition("=")
         return bool(text.get(name) == json.loads(value))
 
-    def slots(self, config: dict[str, Any]) -> Iterator[Needed]:
+    def slots(self, config: JsonObject) -> Iterator[Needed]:
         """Every tensor a checkpoint with this config must hold; slots of `some` layers are left
         out.
         """
@@ -230,14 +231,14 @@ class Layout:
                 if _holds(slot, layer in moe):
                     yield from self._in_layer(slot, layer, text)
 
-    def _idle(self, slot: Slot, text: dict[str, Any]) -> bool:
+    def _idle(self, slot: Slot, text: JsonObject) -> bool:
         """Whether this is a shared expert without neurons that the family leaves out."""
         shape, shared = self.shape(slot, text), self.overlay.shared
         if not shape or 0 not in shape or not str(slot.role).startswith("shared."):
             return False
         return shared is None or not shared.always
 
-    def _in_layer(self, slot: Slot, layer: int, text: dict[str, Any]) -> Iterator[Needed]:
+    def _in_layer(self, slot: Slot, layer: int, text: JsonObject) -> Iterator[Needed]:
         """A slot's tensors in one layer; a ragged checkpoint has its own numbers in each."""
         own = text | (text.get("per_layer_config") or {}).get(str(layer), {})
         name, shape = filled(_first(slot.name), layer=layer), self.shape(slot, own)
@@ -265,12 +266,12 @@ class TextModel:
     """
 
     layout: Layout
-    config: dict[str, Any]
+    config: JsonObject
     prefix: str = ""
     path: tuple[str, ...] = ()
 
     @property
-    def text(self) -> dict[str, Any]:
+    def text(self) -> JsonObject:
         """The text part of the config, defaults filled in."""
         return self.layout.text(self.config)
 
@@ -307,7 +308,7 @@ class TextModel:
         return None
 
 
-def text_model(config: dict[str, Any]) -> TextModel:
+def text_model(config: JsonObject) -> TextModel:
     """Where the text model of this config is described: the family itself, or, in a multimodal
     family that only wraps a model of another family, that one.
     """
@@ -325,7 +326,7 @@ def text_model(config: dict[str, Any]) -> TextModel:
     return TextModel(layout, config, "", path)
 
 
-def any_text_model(config: dict[str, Any], names: Iterable[str]) -> TextModel | None:
+def any_text_model(config: JsonObject, names: Iterable[str]) -> TextModel | None:
     """The text model of a checkpoint whose family may be unknown: then that of its text part,
     under the prefix that its names have. None where that is unknown too.
     """

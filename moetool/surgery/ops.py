@@ -14,6 +14,7 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms
 from moetool.surgery.spec import Piece, Shape, Task, size_of
@@ -274,7 +275,7 @@ def _shapes(task: Task) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _decoded_bytes(how: Sequence[dict[str, Any] | None] | None) -> int:
+def _decoded_bytes(how: Sequence[JsonObject | None] | None) -> int:
     """What decoded inputs hold beside the bytes that were read: whole matrices in float32."""
     return sum(4 * prod(e["of"] if "of" in e else e["shape"]) for e in how or () if e)
 

@@ -17,6 +17,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.family import filled
 from moetool.surgery.layout import DATA, Layout, is_dead
@@ -56,7 +57,7 @@ class Piecewise:
     to: str
     rows: tuple[str, str] | None = None
     op: str = "copy"
-    params: dict[str, Any] = field(default_factory=dict)
+    params: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Condition:
     each: str | None = None
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Condition:
+    def read(cls, data: JsonObject) -> Condition:
         """From an entry of `require`; TypeError for a key that is not known."""
         rest = dict(data)
         return cls(values=tuple(rest.pop("is")) if "is" in rest else None, **rest)
@@ -94,7 +95,7 @@ class Pair:
     target: str
     require: tuple[Condition, ...] = ()
     drop: dict[str, str] = field(default_factory=dict)
-    set: dict[str, Any] = field(default_factory=dict)
+    set: JsonObject = field(default_factory=dict)
     carry: tuple[str, ...] = ()
     rename: dict[str, str] = field(default_factory=dict)
     rope_partial: bool = False
@@ -116,7 +117,7 @@ class Pair:
         """Whether trunk tensors are computed, not only copied (norms folded into them)."""
         return any(p.op != "copy" for p in chain.from_iterable(self.tensors.values()))
 
-    def refusals(self, source: Layout, config: dict[str, Any]) -> list[str]:
+    def refusals(self, source: Layout, config: JsonObject) -> list[str]:
         """Why this source cannot become this target without loss; empty when it can."""
         text = source.text(config)
         found = [why for rule in self.require if (why := rule.refusal(text.get(rule.field)))]
@@ -130,11 +131,11 @@ class Pair:
 class Config:
     """The result of mapping a config: the new one, and what was left out, with reasons."""
 
-    value: dict[str, Any]
+    value: JsonObject
     dropped: dict[str, str]
 
 
-def rope(source: Layout, config: dict[str, Any]) -> dict[str, Any]:
+def rope(source: Layout, config: JsonObject) -> JsonObject:
     """The rotary settings of a text config in one dict (rope_theta always present when the family
     rotates).
     """
@@ -155,7 +156,7 @@ def rope(source: Layout, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_config(
-    pair: Pair, source: Layout, target: Layout, config: dict[str, Any], decided: dict[str, Any]
+    pair: Pair, source: Layout, target: Layout, config: JsonObject, decided: JsonObject
 ) -> Config:
     """The target's config. Every field of the source is used, or dropped by name; MoetoolError for
     one with no rule.
@@ -184,7 +185,7 @@ def map_config(
     return Config(head | rest, mapped.dropped)
 
 
-def _around(target: Layout, config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def _around(target: Layout, config: JsonObject, text: JsonObject) -> JsonObject:
     """The whole config of a family that keeps its text model's in a part of it."""
     inner_type = _inside(target.defaults, target.text_config).get("model_type")
     head = {"model_type": inner_type} if inner_type else {}
@@ -200,14 +201,14 @@ class _Fields:
 
     pair: Pair
     source: Layout
-    given: dict[str, Any]
-    effective: dict[str, Any]
-    known_source: dict[str, Any]
-    known_target: dict[str, Any]
+    given: JsonObject
+    effective: JsonObject
+    known_source: JsonObject
+    known_target: JsonObject
     dropped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pair: Pair, source: Layout, target: Layout, config: dict[str, Any]) -> _Fields:
+    def of(cls, pair: Pair, source: Layout, target: Layout, config: JsonObject) -> _Fields:
         return cls(
             pair,
             source,
@@ -217,7 +218,7 @@ class _Fields:
             _inside(target.defaults, target.text_config),
         )
 
-    def carried(self) -> dict[str, Any]:
+    def carried(self) -> JsonObject:
         """The fields that go over, by their new names; the others are noted in `dropped`."""
         out = {}
         for name in sorted(set(self.effective) | set(self.given)):
@@ -270,14 +271,14 @@ class _Fields:
         return kept or name not in self.known_source
 
 
-def _inside(config: dict[str, Any], path: str) -> dict[str, Any]:
+def _inside(config: JsonObject, path: str) -> JsonObject:
     for part in filter(None, path.split(".")):
         config = config.get(part) or {}
     return config
 
 
 def _write_rope(
-    out: dict[str, Any], settings: dict[str, Any], known_target: dict[str, Any], pair: Pair
+    out: JsonObject, settings: JsonObject, known_target: JsonObject, pair: Pair
 ) -> None:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling`
     (transformers 4, vLLM, llama.cpp).
@@ -305,11 +306,11 @@ class Mapped(NamedTuple):
     name: str
     rows: tuple[int, int] | None
     op: str
-    params: dict[str, Any]
+    params: JsonObject
 
 
 def map_tensor(
-    pair: Pair, source: Layout, target: Layout, name: str, text: dict[str, Any]
+    pair: Pair, source: Layout, target: Layout, name: str, text: JsonObject
 ) -> Iterator[Mapped]:
     """What becomes of one trunk tensor. MoetoolError for a tensor without a place."""
     found = source.match(name)
@@ -340,7 +341,7 @@ def map_tensor(
         yield Mapped(new, span, piece.op, params)
 
 
-def _number(value: Any, text: dict[str, Any]) -> Any:
+def _number(value: Any, text: JsonObject) -> Any:
     """`sqrt:hidden_size` -> the square root of that config field."""
     if isinstance(value, str) and value.startswith("sqrt:"):
         return sqrt(text[value[5:]])
@@ -374,5 +375,5 @@ def _read(path: Path) -> Pair:
         ) from None
 
 
-def _piecewise(data: dict[str, Any]) -> Piecewise:
+def _piecewise(data: JsonObject) -> Piecewise:
     return Piecewise(**(data | {"rows": tuple(data["rows"])} if "rows" in data else data))

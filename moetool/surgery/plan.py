@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
@@ -28,7 +29,7 @@ _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
 class Wanted:
     """What is to be written: in terms of matrices (surgery/reform.py), or of what lies in files."""
 
-    config: dict[str, Any]
+    config: JsonObject
     targets: Sequence[Target]
     tasks: Sequence[Task]
     dropped: Mapping[str, str]
@@ -55,7 +56,7 @@ class Plan:
     """Everything that decides the bytes of an output, and the digest of it."""
 
     sources: list[list[list[Any]]]  # fingerprint of each source checkpoint
-    config: dict[str, Any]
+    config: JsonObject
     targets: dict[str, Target]
     tasks: tuple[Task, ...]
     shards: tuple[Shard, ...]
@@ -162,7 +163,7 @@ class Plan:
 
     def header(self, shard: Shard) -> bytes:
         """The safetensors header of a shard, final: it is written before the first tensor."""
-        table: dict[str, Any] = {"__metadata__": {"format": "pt", "moetool_plan": self.digest}}
+        table: JsonObject = {"__metadata__": {"format": "pt", "moetool_plan": self.digest}}
         for name, offsets in shard.offsets.items():
             table[name] = {
                 "dtype": self.targets[name].dtype,
@@ -173,7 +174,7 @@ class Plan:
         body += b" " * (-len(body) % 8)
         return struct.pack("<Q", len(body)) + body
 
-    def index(self) -> dict[str, Any]:
+    def index(self) -> JsonObject:
         """The `model.safetensors.index.json` of this plan."""
         places: dict[str, str] = {}
         for shard in self.shards:
@@ -216,7 +217,7 @@ class Plan:
             + "\n"
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The plan as plain data (`Plan.from_json` gives it back)."""
         return {
             "format": FORMAT,
@@ -234,7 +235,7 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: JsonObject) -> Plan:
         """Read a plan that `as_json` wrote; the digest is taken as it stands."""
         targets = {n: Target(n, d, tuple(s)) for n, d, s in data["targets"]}
         shards = tuple(

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moetool.data import JsonObject
+
 Text = Mapping[str, Any]  # the text part of a config, the class's defaults filled in
-Fields = dict[str, Any]
+Fields = JsonObject
 
 
 class CannotHold(ValueError):

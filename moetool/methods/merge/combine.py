@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moetool.data import JsonObject
 
 if TYPE_CHECKING:
     from moetool.methods.merge.options import Merging
@@ -21,7 +23,7 @@ class Combine:
     refits: bool = False
     whitens: bool = False
 
-    def told(self, options: Merging) -> dict[str, Any]:
+    def told(self, options: Merging) -> JsonObject:
         """The operation's parameters."""
         return {"how": self.how} | {k: getattr(options, v) for k, v in self.parameters.items()}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.methods.contract import Builder
 from moetool.methods.reduce.decided import order_key
 from moetool.methods.reduce.decision import Decision
@@ -16,7 +16,7 @@ from moetool.surgery.spec import Piece
 class Merger:
     """Plans the experts that are made from several."""
 
-    def __init__(self, how: dict[str, Any], writing: Writing) -> None:
+    def __init__(self, how: JsonObject, writing: Writing) -> None:
         self.tables, self.extra = writing.tables, writing.extra
         self.whitened = bool(how.get("whiten"))
         self.how = {k: v for k, v in how.items() if k != "whiten"}

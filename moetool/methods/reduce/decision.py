@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
 
 _KEYS = {"keep", "groups", "weights", "scores", "protected", "constant", "sparsity", "orders"}
@@ -80,10 +81,10 @@ class Decision:
             weights=tuple(self.weights[j] for j in order) if self.weights else (),
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Plain data; `keep` where nothing is merged. Neuron orders stand elsewhere (decided.py)."""
         merged = any(len(g) > 1 for g in self.groups)
-        data: dict[str, Any] = (
+        data: JsonObject = (
             {
                 "groups": [list(g) for g in self.groups],
                 "weights": [list(self.weight(j)) for j in range(self.count)],
@@ -151,7 +152,7 @@ def _check_keys(data: Any, at: Where) -> None:
     )
 
 
-def _parsed(data: dict[str, Any], at: Where) -> Decision:
+def _parsed(data: JsonObject, at: Where) -> Decision:
     try:
         groups = [[e] for e in _list(data["keep"])] if "keep" in data else _list(data["groups"])
         return Decision(

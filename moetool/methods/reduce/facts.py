@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from moetool.data import JsonObject
 from moetool.methods.reduce.decided import Decided
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
@@ -30,11 +31,11 @@ class TextSeen:
     """The text that decided."""
 
     tokens: int
-    files: list[dict[str, Any]]
+    files: list[JsonObject]
     data_sha256: str
     seq_len: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -50,7 +51,7 @@ class Found:
     replayed: str = ""  # the file of decisions
     decisions_written: str = ""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Only what there is."""
         found = {
             "data": self.data.as_json() if self.data else None,
@@ -112,7 +113,7 @@ class Reduced:
     def active_parameters(self) -> int:
         return self.sizes.active_parameters
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "source_type": self.model_type,
             "target_type": self.model_type,

@@ -19,9 +19,9 @@ warnings
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from moetool import strict_json
+from moetool.data import JsonObject
 from moetool.methods.contract import Report
 from moetool.methods.reduce.facts import Reduced
 
@@ -65,7 +65,7 @@ def render(report: Report, reduced: Reduced) -> bytes:
     return (strict_json.text(data, indent=1) + "\n").encode()
 
 
-def _layer(reduced: Reduced, number: int) -> dict[str, Any]:
+def _layer(reduced: Reduced, number: int) -> JsonObject:
     decision, tokens = reduced.decided.layers[number], reduced.found.tokens_per_expert
     seen = {"tokens": tokens[number]} if number in tokens else {}
     more = {k: v for k, v in decision.as_json().items() if k not in ("keep", "orders")}

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+from moetool.data import JsonObject
 from moetool.methods.contract import Builder, Certificate, Settings
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
@@ -52,7 +53,7 @@ class Cluster:
     members: tuple[int, ...]
     weights: tuple[float, ...]
     pieces: tuple[dict[str, Piece], ...]
-    form: dict[str, Any]
+    form: JsonObject
     solved: Mapping[str, Piece] = field(default_factory=dict)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, text_model
@@ -147,7 +147,7 @@ def _tied(base: Checkpoint) -> set[str]:
 
 
 def _compare_configs(
-    base: Checkpoint, other: Checkpoint, a: dict[str, Any], b: dict[str, Any], path: str
+    base: Checkpoint, other: Checkpoint, a: JsonObject, b: JsonObject, path: str
 ) -> None:
     for key in sorted((set(a) & set(b)) - _FREE, key=lambda k: (k not in _FIRST, k)):
         if isinstance(a[key], dict) and isinstance(b[key], dict):
@@ -162,7 +162,7 @@ def _compare_configs(
             )
 
 
-def trunk_report(sources: Sequence[Checkpoint], names: Sequence[str]) -> list[dict[str, Any]]:
+def trunk_report(sources: Sequence[Checkpoint], names: Sequence[str]) -> list[JsonObject]:
     """How far each source's trunk is from the base's: relative L2 distance, from evenly spaced
     samples of every tensor.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.methods.upcycle.experts import idle_width
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import pair as pairing
@@ -24,7 +24,7 @@ class Shape:
     routed_scale: float
 
 
-def config_of(chosen: Conversion, whole: dict[str, Any], shape: Shape) -> pairing.Config:
+def config_of(chosen: Conversion, whole: JsonObject, shape: Shape) -> pairing.Config:
     """The new config. `whole`: the source's, around the text model where there is one."""
     decided = _counts(chosen.target, shape)
     count = chosen.source.field("layers", chosen.config)
@@ -37,10 +37,10 @@ def config_of(chosen: Conversion, whole: dict[str, Any], shape: Shape) -> pairin
     return pairing.Config(around | {"text_config": inner.value}, dropped)
 
 
-def _counts(target: Layout, shape: Shape) -> dict[str, Any]:
+def _counts(target: Layout, shape: Shape) -> JsonObject:
     """Fields that count and measure experts, under the family's names."""
     fields = target.fields
-    decided: dict[str, Any] = {fields["experts"]: shape.experts, fields["top_k"]: shape.top_k}
+    decided: JsonObject = {fields["experts"]: shape.experts, fields["top_k"]: shape.top_k}
     for alias, real in target.aliases.items():
         if real == fields["experts"] and alias in ("num_experts", "num_local_experts"):
             decided[alias] = shape.experts
@@ -53,7 +53,7 @@ def _counts(target: Layout, shape: Shape) -> dict[str, Any]:
     return decided | _shared(target, shape.width if shape.shared else 0, shape.expert_width)
 
 
-def _shared(target: Layout, width: int, expert_width: int) -> dict[str, Any]:
+def _shared(target: Layout, width: int, expert_width: int) -> JsonObject:
     """Config fields for a shared expert of this width (0 for none)."""
     rule = target.overlay.shared
     if rule is None:

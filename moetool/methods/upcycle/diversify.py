@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.units import STRENGTH
 
@@ -24,7 +24,7 @@ class Diversify:
     @classmethod
     def parse(cls, spec: str) -> Diversify:
         """`permute+drop:0.5` -> Diversify; UsageError for anything else."""
-        values: dict[str, Any] = {}
+        values: JsonObject = {}
         for part in spec.split("+"):
             if part == "permute":
                 values["permute"] = True
@@ -49,11 +49,11 @@ class Diversify:
         """Permuting neurons does not; noise and re-drawing do."""
         return self.sigma > 0 or self.ratio > 0
 
-    def params(self, layer: int, matrix: str, seed: int) -> dict[str, Any]:
+    def params(self, layer: int, matrix: str, seed: int) -> JsonObject:
         """Options of the `neurons` operation for one matrix (gate, up or down) of one layer; empty
         when nothing happens.
         """
-        out: dict[str, Any] = {}
+        out: JsonObject = {}
         if self.permute:
             out["permute"] = f"layer{layer}"
         if self.ratio > 0:

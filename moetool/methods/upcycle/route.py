@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.units import STRENGTH
 
@@ -53,7 +53,7 @@ class Router:
         repeat = split if whole_groups else 1
         return cls({"group": "normal", "uniform": "centred"}.get(law, law), sigma, repeat)
 
-    def params(self, seed: int, name: str) -> dict[str, Any]:
+    def params(self, seed: int, name: str) -> JsonObject:
         """Options of the `draw` operation."""
         return {
             "law": self.law,

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ class Conversion:
     pair: Pair
     source: Layout
     target: Layout
-    config: dict[str, Any]
+    config: JsonObject
     outer: Pair | None = None
     prefix: str = ""
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder
 from moetool.methods.upcycle.experts import MATRICES, Ffn
@@ -115,7 +115,7 @@ class Trunk:
         piece: Piece,
         out: Piece,
         op: str = "copy",
-        params: dict[str, Any] | None = None,
+        params: JsonObject | None = None,
     ) -> None:
         if op != "copy":
             if self.weights is not None:

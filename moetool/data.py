@@ -1,0 +1,9 @@
+"""The name of data that is not ours to type: configs, records and parameters are JSON objects, whose
+values are whatever their writers put there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+JsonObject = dict[str, Any]
