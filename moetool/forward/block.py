@@ -4,7 +4,7 @@ kernels of kernels/moe.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 
 from moetool.errors import MoetoolError
 from moetool.kernels import form, moe
+from moetool.surgery import reform
 from moetool.surgery.experts import Mixture
 
 Tensor = torch.Tensor
@@ -183,3 +184,20 @@ def _experts(
     return moe.Experts(
         stack["gate_up"], stack["down"], act, stack.get("gate_up_bias"), stack.get("down_bias")
     )
+
+
+def as_held(
+    mixture: Mixture, layer: int, parts: Mapping[str, Tensor], *, kept: str
+) -> dict[str, Tensor]:
+    """One new expert's canonical parts with the values that an output holds when matrices
+    are stored as `kept` says (reform.held).
+    """
+    lie = mixture.orientation(layer)
+    turned, mixed = lie["transposed"], lie["interleaved"]
+    own = mixture.pieces(layer, 0)
+    lying = form.stored(parts, list(own), transposed=turned, interleaved=mixed)
+    made = {
+        role: reform.held(mixture.source.tensor(own[role].name), matrix, kept)
+        for role, matrix in zip(own, lying, strict=True)
+    }
+    return form.canonical(made, transposed=turned, interleaved=mixed)

@@ -22,7 +22,8 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery import companions
-from moetool.surgery.checkpoint import INDEX, Checkpoint, read_json
+from moetool.surgery.checkpoint import Checkpoint, read_json
+from moetool.surgery.weights import INDEX
 
 # Fields that name code: classes of the checkpoint, or kernels that transformers would download.
 _CODE = {

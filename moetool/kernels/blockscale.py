@@ -18,6 +18,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Halfway between neighbours of FP4; at a tie the even code is taken, as IEEE rounding does.
 _TO_LOWER, _TO_UPPER = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)
 GROUP = 32
+_STEP = 1 << 15  # groups worked on at once
 
 
 def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -71,9 +72,12 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     values = torch.tensor((*FP4, *(-v for v in FP4)), device=blocks.device)
     codes = torch.arange(256, device=blocks.device)
     pairs = torch.stack([values[codes & 15], values[codes >> 4]], -1)
-    made = pairs[blocks.int()].flatten(-2)
-    made.mul_(powers(scales)[..., None])
-    return made.flatten(-2).transpose(-1, -2)
+    bytes_of, factors = blocks.reshape(-1, GROUP // 2), powers(scales).reshape(-1, 1)
+    made = torch.empty(len(bytes_of), GROUP, device=blocks.device)
+    for start in range(0, len(made), _STEP):
+        some = slice(start, start + _STEP)
+        torch.mul(pairs[bytes_of[some].int()].flatten(-2), factors[some], out=made[some])
+    return made.reshape(*scales.shape[:-1], -1).transpose(-1, -2)
 
 
 def encode_mxfp4(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +86,26 @@ def encode_mxfp4(matrix: Tensor) -> tuple[Tensor, Tensor]:
     The scale is the standard's (largest exponent of the group, less 2), or the next power of two
     where that leaves a smaller squared error, since the standard's clips values above 6.
     """
-    x = matrix.transpose(-1, -2).float()
-    x = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+    x = matrix.transpose(-1, -2)
+    shape = (*x.shape[:-1], x.shape[-1] // GROUP)
+    groups = x.float().reshape(-1, GROUP)
+    blocks = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(len(groups), dtype=torch.uint8, device=x.device)
+    for start in range(0, len(groups), _STEP):
+        some = slice(start, start + _STEP)
+        blocks[some], scales[some] = _packed(groups[some].contiguous())
+    return blocks.reshape(*shape, GROUP // 2), scales.reshape(shape)
+
+
+def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(bytes [groups, 16], exponents + 127 [groups]) of float32 [groups, 32]."""
     least = _exponent(x.abs().amax(-1)) - 2
     codes, error = _nearest(x, least)
     other, wider = _nearest(x, least + 1)
-    better = wider < error
+    better = wider < error * (1 - 1e-9)  # sums of another order must not choose otherwise
     codes = torch.where(better[..., None], other, codes)
     exponents = (least + better.int()).clamp(-127, 127)
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
-    return blocks, (exponents + 127).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
 
 
 def _exponent(largest: Tensor) -> Tensor:
@@ -109,5 +123,5 @@ def _nearest(x: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     for middle in _TO_UPPER:
         codes += size >= middle
     made = torch.tensor(FP4, device=x.device)[codes.int()]
-    error = ((made - size) * scale).square().sum(-1)
+    error = ((made - size) * scale).double().square().sum(-1)
     return codes | (((x < 0) & (codes > 0)).to(torch.uint8) << 3), error

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from moetool.errors import UsageError, did_you_mean
+from moetool.surgery.reform import FORMS
 from moetool.units import parse_bytes, parse_number, parse_share
 
 if TYPE_CHECKING:
@@ -290,6 +291,19 @@ class Solving:
         WHAT,
     )
     refit_tokens: int = option(32_768, "tokens of a layer that --refit solves on", minimum=1)
+
+
+@dataclass(frozen=True)
+class Storing:
+    """In which form (a file of surgery/forms/) the matrices of an output are stored."""
+
+    form: str = option(
+        "auto",
+        "how quantized matrices are stored: auto (as in SRC where they are only moved; full where "
+        "anything is computed), same (as in SRC; what is computed is rounded again) or full",
+        FINE,
+        choices=FORMS,
+    )
 
 
 @dataclass(frozen=True)

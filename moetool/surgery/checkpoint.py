@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import strict_json
 from moetool.errors import MoetoolError
 from moetool.reading import opened
-from moetool.surgery import bounds, companions, forms, header
+from moetool.surgery import bounds, companions, forms, header, weights
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
-INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,11 @@ class Checkpoint:
         path = Path(path)
         if path.is_file():
             if path.suffix != ".safetensors":
-                _refuse_other(path)
+                weights.refuse_other(path)
             folder, shards, promised = path.parent, [path.name], None
         elif path.is_dir():
             folder = path
-            shards, promised = _weight_files(path)
+            shards, promised = weights.weight_files(path)
         else:
             raise MoetoolError(
                 f"{path} does not exist",
@@ -90,7 +88,7 @@ class Checkpoint:
                     )
                 tensors[tensor.name] = tensor
         if promised is not None:
-            _compare_index(folder, promised, tensors)
+            weights.compare_index(folder, promised, tensors)
         return cls._seen(str(folder), config, tensors, files)
 
     @classmethod
@@ -347,127 +345,3 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
     """A JSON object from a file; MoetoolError otherwise."""
     return strict_json.load(path, what)
-
-
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    index = folder / INDEX
-    if index.exists():
-        promised = read_json(index, what="weight index").get("weight_map")
-        if not isinstance(promised, dict) or not all(isinstance(v, str) for v in promised.values()):
-            raise MoetoolError(
-                "the index has no weight_map",
-                file=index,
-                hint="restore the index from the original model",
-            )
-        companions.check_inside(index, "weight index")
-        for shard in sorted(set(promised.values())):
-            _stay_inside(folder, shard, index)
-        _check_single(folder, set(promised.values()))
-        return sorted(set(promised.values())), promised
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not found:
-        _refuse_other(folder)
-    for shard in found:
-        _stay_inside(folder, shard, folder)
-    if len(found) > 1 and "model.safetensors" not in found and not any("-of-" in f for f in found):
-        raise MoetoolError(
-            "several weight files but no index",
-            file=folder,
-            found=", ".join(found[:4]),
-            hint=f"give one of the files, or add {INDEX}",
-        )
-    for name in found:
-        total = name.rpartition("-of-")[2].removesuffix(".safetensors")
-        if "-of-" in name and total.isdigit() and int(total) != sum("-of-" in f for f in found):
-            raise MoetoolError(
-                "a shard is missing and there is no index",
-                file=folder,
-                expected=f"{int(total)} shards",
-                found=f"{len(found)}: {', '.join(found[:4])}",
-                hint="download the missing shards",
-            )
-    return ["model.safetensors"] if "model.safetensors" in found else found, None
-
-
-def _check_single(folder: Path, shards: set[str]) -> None:
-    """transformers reads a model.safetensors and overlooks an index beside it; other readers do the
-    contrary. Which of the two is meant cannot be told.
-    """
-    single = folder / "model.safetensors"
-    if single.exists() and shards != {single.name}:
-        raise MoetoolError(
-            "there are a model.safetensors and an index of other files: two models in one folder",
-            file=folder,
-            expected="one of them",
-            found=f"{INDEX} names {', '.join(sorted(shards)[:3])}",
-            hint="transformers reads model.safetensors, other readers the index: move away the "
-            "one that is not meant",
-        )
-
-
-def _stay_inside(folder: Path, shard: str, said_by: Path) -> None:
-    """A shard must lie in its folder; the links of a Hub cache lead to its own `blobs`."""
-    if shard in ("", ".", "..") or "/" in shard or "\\" in shard or os.path.isabs(shard):
-        raise MoetoolError(
-            "a shard name leads out of the folder",
-            file=said_by,
-            expected="a plain file name",
-            found=shard,
-            hint="do not use this checkpoint unless you trust it; correct the index",
-        )
-    companions.check_inside(folder / shard, "shard")
-
-
-def _refuse_other(path: Path) -> None:
-    names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir())
-    pickles = [n for n in names if n.endswith(_PICKLES)]
-    if pickles:
-        raise MoetoolError(
-            "only pickle weights here, and moetool never unpickles: it would run code from the file",
-            file=path,
-            found=", ".join(pickles[:3]),
-            expected="*.safetensors",
-            hint="in a sandbox: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), then use NEW",
-        )
-    if any(n.endswith(".gguf") for n in names):
-        raise MoetoolError(
-            "only GGUF weights here",
-            file=path,
-            expected="*.safetensors",
-            hint="convert with transformers: from_pretrained(DIR, gguf_file=..., quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
-        )
-    raise MoetoolError(
-        "no weights here",
-        file=path,
-        expected="model.safetensors or its shards",
-        found=", ".join(names[:4]) or "nothing",
-        hint="check the path",
-    )
-
-
-def _compare_index(folder: Path, promised: dict[str, str], tensors: dict[str, Stored]) -> None:
-    for name, shard in promised.items():
-        if name not in tensors:
-            raise MoetoolError(
-                "the index names a tensor that its shard does not hold",
-                file=folder / shard,
-                tensor=name,
-                hint="download the shard and the index again",
-            )
-        if tensors[name].file != shard:
-            raise MoetoolError(
-                "the index and the shards disagree",
-                file=folder / INDEX,
-                tensor=name,
-                expected=shard,
-                found=tensors[name].file,
-                hint="download the index again",
-            )
-    for name, tensor in tensors.items():
-        if name not in promised:
-            raise MoetoolError(
-                "a shard holds a tensor that the index does not name",
-                file=folder / tensor.file,
-                tensor=name,
-                hint="download the index again",
-            )

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan, Wanted
-from moetool.surgery.spec import FLOATS, Parts, Piece, Stored, Target, Task
+from moetool.surgery.spec import FLOATS, InParts, Piece, Stored, Target, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMS = ("auto", "same", "full")
-Made = list[tuple[Task, Piece]]  # the tasks that make a target, each with the piece it makes
+Makers = list[tuple[Task, Piece]]  # the tasks that make a target, each with the piece it makes
 
 
 def plan(
@@ -44,7 +48,7 @@ class _Reform:
 
     def __init__(self, sources: Sequence[Checkpoint], wanted: Wanted, form: str) -> None:
         self.sources, self.wanted = sources, wanted
-        makers: dict[str, Made] = {}
+        makers: dict[str, Makers] = {}
         for task in wanted.tasks:
             for out in task.outputs:
                 makers.setdefault(out.name, []).append((task, out))
@@ -62,20 +66,20 @@ class _Reform:
     def _matrix(self, piece: Piece) -> Stored:
         return self.sources[piece.source].tensor(piece.name)
 
-    def _namesake(self, target: Target) -> Parts | None:
+    def _namesake(self, target: Target) -> InParts | None:
         """What the source's own matrix of this name is made of."""
         found = self.sources[0].tensors.get(target.name)
         return found.parts if found else None
 
-    def _touched(self, target: Target, made: Made) -> bool:
+    def _touched(self, target: Target, made: Makers) -> bool:
         """Whether anything that is not full goes into a target, or once stood in its place."""
         return self._namesake(target) is not None or any(
-            self._matrix(p).parts for task, _ in made for p in task.inputs
+            self._matrix(p).parts for p in _inputs(made)
         )
 
-    def _kept(self, target: Target, made: Made) -> Parts | None:
+    def _kept(self, target: Target, made: Makers) -> InParts | None:
         """The form that a target has when all its parts are only moved."""
-        likes: list[Parts | None] = []
+        likes: list[InParts | None] = []
         for task, out in made:
             if task.op == "zeros":
                 continue
@@ -88,7 +92,7 @@ class _Reform:
         moved = all(self._moves(task, target, out, like) for task, out in made)
         return like if moved else None
 
-    def _moves(self, task: Task, target: Target, out: Piece, like: Parts) -> bool:
+    def _moves(self, task: Task, target: Target, out: Piece, like: InParts) -> bool:
         """Whether a copy of a matrix can be made by copying runs of its parts."""
         to = self._pieces_of(target, out, like)
         if to is None or task.op == "zeros":
@@ -99,11 +103,11 @@ class _Reform:
         )
         return own is not None and [p.count for p in own] == [p.count for p in to]
 
-    def _same(self, target: Target, made: Made) -> Parts | None:
+    def _same(self, target: Target, made: Makers) -> InParts | None:
         """The form of what goes into a target, where it can hold it."""
         if target.dtype not in FLOATS:
             return None
-        likes = [self._matrix(p).parts for task, _ in made for p in task.inputs]
+        likes = [self._matrix(p).parts for p in _inputs(made)]
         like = self._one_of([p for p in likes if p] or [self._namesake(target)])
         if like is None or not forms.named(like.form).fits(target, like.params):
             return None
@@ -111,13 +115,13 @@ class _Reform:
         return like if fits else None
 
     @staticmethod
-    def _one_of(likes: Sequence[Parts | None]) -> Parts | None:
+    def _one_of(likes: Sequence[InParts | None]) -> InParts | None:
         """The form that all have in common."""
         keys = {like and (like.form, json.dumps(like.params, sort_keys=True)) for like in likes}
         return likes[0] if len(keys) == 1 else None
 
     @staticmethod
-    def _pieces_of(target: Target, out: Piece, like: Parts) -> tuple[Piece, ...] | None:
+    def _pieces_of(target: Target, out: Piece, like: InParts) -> tuple[Piece, ...] | None:
         form = forms.named(like.form)
         return form.pieces(form.parts(target, like.params), target.shape, out, like.params)
 
@@ -128,7 +132,7 @@ class _Reform:
             like = self.chosen.get(target.name)
             parts = forms.named(like.form).parts(target, like.params) if like else (target,)
             targets |= {p.name: p for p in parts if p.name not in targets}
-        tasks = [lower for task in self.wanted.tasks for lower in self._task(task)]
+        tasks = list(chain.from_iterable(map(self._task, self.wanted.tasks)))
         return Wanted(self._config(), list(targets.values()), tasks, self._dropped(tasks))
 
     def _task(self, task: Task) -> Iterator[Task]:
@@ -187,14 +191,14 @@ class _Reform:
         how = {"decode": decode if any(decode) else None, "encode": encode if any(encode) else None}
         return Task(
             op,
-            tuple(part for parts, _ in split for part in parts),
+            tuple(chain.from_iterable(parts for parts, _ in split)),
             tuple(outs),
             params | {k: v for k, v in how.items() if v},
         )
 
     def _dropped(self, tasks: Sequence[Task]) -> dict[str, str]:
         """Parts of matrices that are left out, by name."""
-        used = {p.name for t in tasks for p in t.inputs if p.source == 0}
+        used = {p.name for p in chain.from_iterable(t.inputs for t in tasks) if p.source == 0}
         made: dict[str, str] = {}
         for name, why in self.wanted.dropped.items():
             stored = self.sources[0].tensors.get(name)
@@ -205,8 +209,11 @@ class _Reform:
     def _config(self) -> dict[str, Any]:
         """The config, with every form that is still there told to a loader."""
         config = self.wanted.config
-        told = {n: t for source in reversed(self.sources) for n, t in source.told.items()}
-        known = {n for source in self.sources for n in source.tensors}
+        told: dict[str, dict[str, Any]] = {}
+        known: set[str] = set()
+        for source in reversed(self.sources):
+            told |= source.told
+            known |= set(source.tensors)
         new = [t for t in self.wanted.targets if t.name not in self.chosen and t.name not in known]
         for name, said in told.items():
             held = {n: self.targets[n] for n, like in self.chosen.items() if like.form == name}
@@ -215,9 +222,26 @@ class _Reform:
         return config
 
 
-def _full(target: Target, made: Made) -> Parts | None:
+def _inputs(made: Makers) -> Iterator[Piece]:
+    """All that goes into a target."""
+    return chain.from_iterable(task.inputs for task, _ in made)
+
+
+def _full(target: Target, made: Makers) -> InParts | None:
     """No form, whatever goes in."""
     return None
+
+
+def held(stored: Stored, matrix: Tensor, form: str) -> Tensor:
+    """The values that an output holds where `matrix` takes the place of a source's matrix: rounded
+    to its dtype, or with `same` to what its form can hold.
+    """
+    from moetool.kernels import codec
+
+    if form != "same" or stored.parts is None:
+        return matrix.to(codec.torch_dtype(stored.dtype))
+    kept = forms.named(stored.parts.form)
+    return kept.decode(kept.encode(matrix, stored.parts.params), stored.parts.params)
 
 
 def like_tensors(stored: Stored) -> tuple[Stored, ...]:

@@ -52,7 +52,7 @@ def size_of(dtype: str, shape: Shape) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class InParts:
     """What a matrix that does not lie whole in its file is made of: the stored tensors, in the
     order in which the form (a file in surgery/forms/) decodes them, and the form's parameters.
     """
@@ -77,7 +77,7 @@ class Stored:
     file: str
     start: int
     stop: int
-    parts: Parts | None = None
+    parts: InParts | None = None
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from moetool import atomic
 from moetool.errors import MoetoolError
-from moetool.surgery.checkpoint import INDEX, Checkpoint
+from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
     check_replaceable,
     check_staging,
@@ -26,6 +26,7 @@ from moetool.surgery.place import (
     resolved,
 )
 from moetool.surgery.plan import Plan, Shard
+from moetool.surgery.weights import INDEX
 
 STATE = "moetool-staging.json"
 

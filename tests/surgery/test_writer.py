@@ -11,9 +11,10 @@ from surgery.byhand import lay, numbered, planned
 
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import engine
-from moetool.surgery.checkpoint import INDEX, Checkpoint
+from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Target, Task, whole
+from moetool.surgery.weights import INDEX
 from moetool.surgery.writer import STATE, Writer, as_json, check_target, existing
 
 CONFIG = {"model_type": "llama"}

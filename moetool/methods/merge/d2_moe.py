@@ -5,13 +5,11 @@ form, or full matrices again. Whole here: what is decided, how it is planned, wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Line
 from moetool.methods.merge.way import MergeParts, MergeWay
-from moetool.methods.options import WHAT, option
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Planned, Writing
 from moetool.surgery import reform
@@ -26,33 +24,22 @@ if TYPE_CHECKING:
 MATRICES = ("gate", "up", "down")
 
 
-@dataclass(frozen=True)
-class Factors:
-    """What base + delta alone is told."""
-
-    form: str = option(
-        "materialised",
-        "how base and differences are stored: as full matrices again, or factored (moetool's own form, which stock loaders refuse)",
-        WHAT,
-        choices=("materialised", "factored"),
-    )
-
-
 class D2Moe(MergeWay):
     """D2-MoE (arXiv 2502.17298): every expert is one shared base (frequency-weighted mean) plus a
     low-rank difference, whitened as SVD-LLM does.
 
     The number of experts stays; --ratio is the share of expert weights saved, which sets the rank.
-    --form factored stores it that way (moetool's own form, which stock loaders refuse);
-    materialised writes full matrices that load everywhere and save nothing.
+    --form factored stores it that way (moetool's own form, which stock loaders refuse); else
+    full matrices are written, which load everywhere and save nothing.
     """
 
     name = "d2-moe"
     combines = "base-delta"
     parts = MergeParts("outputs", "average", "frequency", "base-delta", whiten=True)
-    Options = Factors
+    forms = (Factored.name,)
 
     def told(self) -> None:
+        super().told()
         o = self.options
         if o.uneven != "uniform" or o.budget != "uniform" or o.refit or o.propagate:
             raise UsageError(
@@ -82,7 +69,8 @@ class D2Moe(MergeWay):
     def write(self, writing: Writing) -> Planned:
         """One task a layer and matrix; everything else is copied."""
         mixture, source = writing.mixture, writing.mixture.source
-        factors = _Factoring(writing, self.own.form == "factored", self.options.ratio)
+        form = self.options.form
+        factors = _Factoring(writing, form in self.forms, self.options.ratio)
         done = set()
         order = sorted(source.tensors.values(), key=lambda t: (t.file, t.start))
         for stored in order:
@@ -99,9 +87,14 @@ class D2Moe(MergeWay):
             [source, *writing.extra],
             Wanted(config, factors.build.targets, factors.build.tasks, {}),
             max_shard=writing.settings.max_shard,
-            form="full" if factors.kept else "auto",
+            form="full" if factors.kept else form,
         )
-        return Planned(plan, self.certificate(writing), self.own.form)
+        return Planned(plan, self.certificate(writing), self._stored)
+
+    @property
+    def _stored(self) -> str:
+        """How the report calls what becomes of base and differences."""
+        return self.options.form if self.options.form in self.forms else "materialised"
 
     def certificate(self, writing: Writing) -> Certificate:
         return Certificate(
@@ -113,7 +106,7 @@ class D2Moe(MergeWay):
     def facts(self, mixture: Mixture) -> dict[str, Any]:
         return {
             "router": "unchanged",
-            "form": self.own.form,
+            "form": self._stored,
             "rank": ranks(mixture, self.options.ratio),
             "saved_share": self.options.ratio,
         }

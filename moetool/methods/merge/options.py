@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from moetool.errors import UsageError
 from moetool.methods.options import FINE, WHAT, option
 from moetool.methods.reduce.options import Reducing
+from moetool.surgery import forms
+from moetool.surgery.reform import FORMS
 
 FEATURES = {
     "outputs": "outputs on the sample",
@@ -24,6 +26,11 @@ WEIGH = ("frequency", "saliency", "uniform")
 ALIGN = ("none", "weights", "activations")
 ROUTER = ("centroid", "mean", "logsumexp")
 YES = (("true", "yes"), ("false", "no"))  # words of before
+
+
+def _forms() -> tuple[str, ...]:
+    """Those that every way can write, and those that need all experts of a layer at once."""
+    return (*FORMS, *(name for name, form in forms.forms().items() if not form.alone))
 
 
 def _auto(*kinds: str) -> tuple[str, ...]:
@@ -55,6 +62,15 @@ class Merging(Reducing):
         FINE,
         choices=_auto("yes", "no"),
         old=YES,
+    )
+    form: str = option(
+        "auto",
+        "how matrices are stored: auto (as in SRC where they are only moved; full where anything "
+        "is computed), same (as in SRC; what is computed is rounded again), full, or as one "
+        "method alone can store them (factored: d2-moe's base and differences)",
+        WHAT,
+        choices=_forms,
+        old=(("materialised", "full"),),
     )
     density: float = option(0.2, "share of differences that ties keeps", FINE, unit="share")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moetool.errors import UsageError
@@ -11,6 +12,7 @@ from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
 from moetool.methods.reduce.way import Needs, Way, refuse_quantized, ways
 from moetool.methods.reduce.writing import Writing
+from moetool.surgery.reform import FORMS
 
 if TYPE_CHECKING:
     from moetool.forward.block import Block
@@ -74,6 +76,7 @@ class MergeWay(Way):
     parts: ClassVar[MergeParts]
     combines: ClassVar[str] = ""
     writes = frozenset({"groups", "orders"})
+    forms: ClassVar[tuple[str, ...]] = ()  # of --form, beside those that every way can write
 
     def __init_subclass__(cls) -> None:
         if "parts" in vars(cls):
@@ -96,6 +99,14 @@ class MergeWay(Way):
     def acting(cls, verb: Any) -> type[Way]:
         combine = cls.parts.changed(verb).combine
         return next((way for way in cls.known().values() if way.combines == combine), cls)
+
+    def told(self) -> None:
+        if self.options.form not in (*FORMS, *self.forms):
+            raise UsageError(
+                f"--form {self.options.form} does not go with --method {self.called}",
+                expected=", ".join((*FORMS, *self.forms)),
+                hint="leave out --form, or use the method that makes such experts: d2-moe",
+            )
 
     def check(self, mixture: Mixture) -> None:
         refuse_quantized(mixture, "merging")
@@ -156,11 +167,13 @@ class MergeWay(Way):
         return combine.told(self.verb) | whitened
 
     def block(self, view: View, decision: Decision, block: Block) -> Block:
+        from moetool.forward.block import as_held
         from moetool.methods.merge.parts.rebuild import Rule, merged_block
 
         down = view.mixture.pieces(view.layer, decision.leads[0])["down"]
         dtype = view.mixture.source.tensor(down.name).dtype
-        return merged_block(block, decision, Rule(self.how(), self.router, dtype), view.stats)
+        held = partial(as_held, view.mixture, view.layer, kept=self.options.form)
+        return merged_block(block, decision, Rule(self.how(), self.router, dtype, held), view.stats)
 
     def maker(self, writing: Writing) -> Merger:
         from moetool.methods.merge.maker import Merger

@@ -47,8 +47,8 @@ class Cutter:
         for number, source in enumerate(self.extra, 1):
             self._solved |= dict.fromkeys(source.tensors, number)
 
-    def plan(self) -> Plan:
-        """Every source tensor is used, cut, or refused."""
+    def plan(self, form: str) -> Plan:
+        """Every source tensor is used, cut, or refused; `form` is one of reform.FORMS."""
         self._refuse_strays()
         source, done = self.mixture.source, set()
         for name in sorted(
@@ -69,6 +69,7 @@ class Cutter:
             Wanted(config, self.build.targets, self.build.tasks, self._dropped()),
             max_shard=self.writing.settings.max_shard,
             tables={**self.tables, **self.writing.tables},
+            form=form,
         )
         return plan
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, Field, Gate, Solving, Text, option
+from moetool.methods.options import WHAT, Field, Gate, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
@@ -49,7 +49,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class Reducing(Gate, Solving, Text, What):
+class Reducing(Storing, Gate, Solving, Text, What):
     """Everything that prune and merge are told, but for what only one of them knows."""
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from moetool.methods.reduce.decided import Decided, order_key
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.methods.reduce.facts import Found, Refitted, TextSeen
 from moetool.methods.reduce.view import View
+from moetool.surgery import reform
 
 if TYPE_CHECKING:
     from moetool.surgery.checkpoint import Checkpoint
@@ -209,8 +210,9 @@ def refitted(asked: Asked, view: View, block: Block, new: Block) -> Solution:
     stored = _as_stored(asked, view.layer, made.down)
     tensors = {beside.solved_name(view.layer, j, "down"): t for j, t in enumerate(stored)}
     turned = asked.mixture.orientation(view.layer)["transposed"]
-    dtype = new.experts.down.dtype
-    rounded = torch.stack([(t.T if turned else t).to(dtype) for t in stored])
+    dtype, own = new.experts.down.dtype, asked.mixture.pieces(view.layer, 0)["down"].name
+    kept = [reform.held(asked.mixture.source.tensor(own), t, asked.options.form) for t in stored]
+    rounded = torch.stack([(t.T if turned else t).to(dtype) for t in kept])
     error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"))
     return Solution(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
 

@@ -160,7 +160,8 @@ class Way:
         from moetool.methods.reduce.cut import Cutter
         from moetool.methods.reduce.writing import Planned
 
-        plan = Cutter(writing, self.options.uneven, self.router, self.maker(writing)).plan()
+        cutter = Cutter(writing, self.options.uneven, self.router, self.maker(writing))
+        plan = cutter.plan(self.options.form)
         return Planned(plan, self.certificate(writing), self.options.uneven)
 
     def certificate(self, writing: Writing) -> Certificate:

@@ -126,7 +126,13 @@ class Upcycle(Method):
             write_moe(build, sources, chosen, layer)
         trunk.write(build, "after")
         wanted = Wanted(config.value, build.targets, build.tasks, trunk.dropped)
-        plan = reform.plan(sources, wanted, max_shard=settings.max_shard, tables=decisions.tables)
+        plan = reform.plan(
+            sources,
+            wanted,
+            max_shard=settings.max_shard,
+            tables=decisions.tables,
+            form=self.options.form,
+        )
         facts = self._facts(plan, chosen, reading, decisions)
         return Made(plan, certificate, plan.config, config.dropped, facts)
 
@@ -202,7 +208,7 @@ class Upcycle(Method):
         for place in ("before", *range(chosen.source.field("layers", chosen.config) or 0), "after"):
             trunk.write(build, place)
         wanted = Wanted(sources[0].config, build.targets, build.tasks, trunk.dropped)
-        plan = reform.plan(sources, wanted, max_shard=settings.max_shard)
+        plan = reform.plan(sources, wanted, max_shard=settings.max_shard, form=self.options.form)
         same = weights is None or weights == [1.0] + [0.0] * (len(sources) - 1)
         mixed = "trunks of several models are mixed: there is no single function to keep"
         certificate = (

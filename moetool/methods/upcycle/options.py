@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, option
+from moetool.methods.options import WHAT, Storing, option
 from moetool.methods.upcycle import carve, site
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 
 
 @dataclass(frozen=True)
-class Upcycling:
+class Upcycling(Storing):
     """The options of upcycle, seven primitives in short."""
 
     experts: int = option(8, "routed experts in each MoE layer", WHAT)

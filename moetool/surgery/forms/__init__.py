@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Form",
     "Grid",
+    "Known",
     "Recognised",
-    "Seen",
     "count",
     "decoded",
     "encoded",
@@ -38,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Seen:
+class Known:
     """A checkpoint's tensors under the names and with the shapes that its family knows, the config
     as one reads it who knows nothing of forms, and for each form what that config no longer says.
     """
@@ -63,7 +63,7 @@ def named(name: str) -> Form:
     return forms()[name]
 
 
-def seen(tensors: Mapping[str, Stored], config: Config) -> Seen:
+def seen(tensors: Mapping[str, Stored], config: Config) -> Known:
     """Ask every form what it knows here. Where none knows anything, all is as it stands."""
     found, told = dict(tensors), {}
     for name, form in forms().items():
@@ -71,7 +71,7 @@ def seen(tensors: Mapping[str, Stored], config: Config) -> Seen:
             continue
         found = _replaced(found, known.matrices)
         config, told[name] = known.config, known.told
-    return Seen(found, config, told)
+    return Known(found, config, told)
 
 
 def count(tensors: Iterable[Stored]) -> int:

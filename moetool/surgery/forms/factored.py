@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moetool.errors import MoetoolError
 from moetool.surgery.forms.form import Config, Form, Params, Recognised, made_of
-from moetool.surgery.spec import Parts, Stored, Target
+from moetool.surgery.spec import InParts, Stored, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class Factored(Form):
     """
 
     name: ClassVar[str] = "factored"
+    alone: ClassVar[bool] = False
 
     def fits(self, target: Target, params: Params) -> bool:
         return len(target.shape) == 2 and _NUMBER.search(target.name) is not None
@@ -62,7 +63,7 @@ class Factored(Form):
                     expected="base, delta_u and delta_v",
                     hint="make the checkpoint again",
                 )
-            parts = Parts(self.name, (base, u, v), {"rank": u.shape[1]})
+            parts = InParts(self.name, (base, u, v), {"rank": u.shape[1]})
             found[full] = made_of(self.name, full, base.dtype, base.shape, parts)
         return Recognised(found, inner, {"moetool_form": config.get("moetool_form", {})})
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moetool.surgery.spec import Parts, Piece, Shape, Stored, Target, whole
+from moetool.surgery.spec import InParts, Piece, Shape, Stored, Target, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class Form:
     """
 
     name: ClassVar[str] = ""
+    alone: ClassVar[bool] = True  # whether one matrix can be encoded without others
 
     def bits(self, shape: Shape, params: Params) -> float:
         """Stored bits a weight, scales included."""
@@ -122,13 +123,12 @@ def slabs(parts: Sequence[Stored | Target], shape: Shape, piece: Piece) -> tuple
 def float_of(config: Config) -> str:
     """The dtype, as safetensors says it, that a config names for its weights; BF16 without one."""
     text = config.get("text_config") or {}
-    said = next(
-        (c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16"
-    )
+    told = (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"))
+    said = next(filter(None, (*told, text.get("torch_dtype"))), "bfloat16")
     return {"float32": "F32", "float16": "F16"}.get(str(said).removeprefix("torch."), "BF16")
 
 
-def made_of(form: str, full: str, dtype: str, shape: Shape, parts: Parts) -> Stored:
+def made_of(form: str, full: str, dtype: str, shape: Shape, parts: InParts) -> Stored:
     """A matrix under its full name, lying where its first part does."""
     assert parts.form == form
     return replace(parts.tensors[0], name=full, dtype=dtype, shape=shape, parts=parts)

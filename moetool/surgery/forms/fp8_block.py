@@ -20,7 +20,7 @@ from moetool.surgery.forms.form import (
     made_of,
     slabs,
 )
-from moetool.surgery.spec import FLOATS, Parts, Piece, Shape, Stored, Target
+from moetool.surgery.spec import FLOATS, InParts, Piece, Shape, Stored, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,5 +159,5 @@ def _matrix(full: str, weight: Stored | None, scale: Stored, params: Params, dty
             hint="weight_block_size in config.json is another model's: restore the original",
         )
     return made_of(
-        "fp8_block", full, dtype, weight.shape, Parts("fp8_block", (weight, scale), params)
+        "fp8_block", full, dtype, weight.shape, InParts("fp8_block", (weight, scale), params)
     )

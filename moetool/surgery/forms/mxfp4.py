@@ -20,7 +20,7 @@ from moetool.surgery.forms.form import (
     made_of,
     slabs,
 )
-from moetool.surgery.spec import FLOATS, Parts, Piece, Shape, Stored, Target
+from moetool.surgery.spec import FLOATS, InParts, Piece, Shape, Stored, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,4 +97,4 @@ def _matrix(blocks: Stored, scales: Stored | None, dtype: str) -> Stored:
             hint="the checkpoint is incomplete: download it again",
         )
     decoded = (shape[0], GROUP * shape[2], shape[1])
-    return made_of("mxfp4", full, dtype, decoded, Parts("mxfp4", (blocks, scales)))
+    return made_of("mxfp4", full, dtype, decoded, InParts("mxfp4", (blocks, scales)))

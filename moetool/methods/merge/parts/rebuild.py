@@ -4,6 +4,7 @@ go on with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
@@ -19,12 +20,14 @@ from moetool.methods.reduce.decision import Decision
 @dataclass(frozen=True)
 class Rule:
     """How a cluster becomes one: `how` as kernels/merge.py takes it, which router row it gets, and
-    the dtype in which the new expert is stored.
+    the dtype in which the new expert is stored. `held`: what is left of a new expert's matrices
+    when they are stored, where that is not only their rounding to `dtype`.
     """
 
     how: dict[str, Any]
     router: str
     dtype: str
+    held: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
 
 
 def merged_block(
@@ -45,7 +48,8 @@ def merged_block(
     for j, group in enumerate(decision.groups):
         if len(group) == 1:
             continue
-        for role, value in _combined(block, decision, j, rule, stats).items():
+        expert = _combined(block, decision, j, rule, stats)
+        for role, value in (rule.held(expert) if rule.held else expert).items():
             getattr(made, role)[j] = value.to(codec.torch_dtype(rule.dtype)).to(made.down.dtype)
         if rule.router == "centroid":
             continue
