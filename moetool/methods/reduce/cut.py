@@ -17,7 +17,8 @@ from moetool.methods.reduce.beside import solved_name
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Cluster, Maker, Writing
 from moetool.surgery import reform
-from moetool.surgery.experts import Counted, strays
+from moetool.surgery.counted import Counted
+from moetool.surgery.experts import strays
 from moetool.surgery.plan import Plan, Wanted
 from moetool.surgery.spec import FLOATS, Piece, Target, Task, whole
 
