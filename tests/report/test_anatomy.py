@@ -100,10 +100,19 @@ def test_unknown_names_are_listed(copy: Path) -> None:
     assert found["parameters"] == elements(copy)
 
 
-@pytest.mark.parametrize("model_type", ["brand_new", None, 7, ["qwen3_moe"]])
+@pytest.mark.parametrize("model_type", ["brand_new", None])
 def test_an_unknown_family_is_counted_all_the_same(model_type: Any, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     found = moetool.inspect(str(copy))
     assert found["known"] is False and found["parameters"] == elements(copy)
     assert len(found["unknown_tensors"]) == found["tensors"]
+
+
+@pytest.mark.parametrize("model_type", [7, ["qwen3_moe"]])
+def test_a_family_that_is_no_text(model_type: Any, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(moetool.MoetoolError, match="cannot be what it is") as refused:
+        moetool.inspect(str(copy))
+    assert refused.value.where["field"] == "model_type" and refused.value.hint
