@@ -20,6 +20,7 @@ OWN = {
     "moetool.json",
     "report.json",
     "decisions.json",
+    "decisions.tensors",
     "experts.json",
     "experts.jsonl",
     "model.safetensors.index.json",

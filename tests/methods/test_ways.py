@@ -28,10 +28,10 @@ from moetool.methods.reduce import beside
 from moetool.methods.reduce.asked import Asked
 from moetool.methods.reduce.decide import bounds, choose, mixture_of, replayed, solve
 from moetool.methods.reduce.decide import statistics as look
-from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decided import ORDERS, Decided
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.way import Way, auto_help
-from moetool.surgery import tables
+from moetool.surgery import companions, tables
 from moetool.surgery.checkpoint import Checkpoint
 
 WAYS = [(verb, way) for verb in ("prune", "merge") for way in methods.load(verb).ways().values()]
@@ -321,6 +321,16 @@ def test_orders_stand_beside_decisions(models: Callable[..., Path], tmp_path: Pa
     with pytest.raises(api.MoetoolError, match="not readable") as refused:
         api.merge(source, str(tmp_path / "none"), decisions=str(copied))
     assert "copy both" in refused.value.hint
+
+
+def test_every_file_of_a_merge_is_known_as_an_outputs(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Or a killed run's folder would be a stranger's, and a merged model's files would travel."""
+    api.merge(str(models("mixtral")), str(tmp_path / "out"), method="alike")
+    names = [p.name for p in (tmp_path / "out").iterdir()]
+    assert ORDERS in names and all(companions.is_output(name) for name in names)
+    assert not companions.travels(ORDERS)
 
 
 def test_dry_run_leaves_both_files(models: Callable[..., Path], tmp_path: Path) -> None:
