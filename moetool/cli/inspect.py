@@ -50,6 +50,9 @@ def _lines(found: JsonObject) -> list[str]:
         f"{found['path']}: {found['family']}{known}, {found['kind']}, {counts}",
         f"{show_bytes(found['bytes'])} in {files}, {dtypes}",
     ]
+    if found["forms"]:
+        stored = ", ".join(f"{count} matrices as {form}" for form, count in found["forms"].items())
+        lines.append(f"stored: {stored}")
     if found["tied"]:
         lines.append(f"tied: {', '.join(found['tied'])}")
     if found["law"] and found["kind"] == "moe":

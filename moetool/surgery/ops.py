@@ -233,11 +233,10 @@ def task_memory(task: Task, dtypes: Mapping[str, str], source_bytes: Callable[[P
     if op.run is None:
         return COPY_BUFFER
     read = sum(source_bytes(p) for p in task.inputs) + _decoded_bytes(task.params.get("decode"))
-    made = max((size_of(dtypes[o.name], o.shape) for o in task.outputs), default=0)
-    made = max(
-        made, 4 * max((prod(s) for s in _shapes(task)), default=0) if "encode" in task.params else 0
-    )
-    return int(op.reads * read + op.factor * made)
+    made = [size_of(dtypes[o.name], o.shape) for o in task.outputs]
+    if "encode" in task.params:  # what is encoded is first there in float32
+        made += [4 * prod(shape) for shape in _shapes(task)]
+    return int(op.reads * read + op.factor * max(made, default=0))
 
 
 def run_task(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from moetool import methods
 from moetool.errors import MoetoolError
 from moetool.forward import block as blocks
 from moetool.forward.walk import Budget, Walk
+from moetool.methods.contract import Settings
 from moetool.methods.reduce.decided import read as read_decided
 from moetool.methods.reduce.view import Eye, View
-from moetool.surgery import forms, reform
+from moetool.surgery import forms, ops, reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.spec import Piece, Stored, Target, rows
@@ -161,6 +163,8 @@ def test_looking_at_it(family: str, quantized: Made, tmp_path: Path) -> None:
     same = ("family", "kind", "parameters", "active_parameters", "layers", "unknown_tensors")
     assert [seen[k] for k in same] == [plain[k] for k in same] and not plain["forms"]
     assert sum(seen["forms"].values()) and seen["bytes"] < plain["bytes"]
+    said = command("inspect", folder).stdout
+    assert all(f"{n} matrices as {form}" in said for form, n in seen["forms"].items())
     how = text(tmp_path)
     found = api.profile(str(folder), str(tmp_path / "a"), **how)
     other = api.profile(str(packed.twin(folder)), str(tmp_path / "b"), **how)
@@ -496,3 +500,23 @@ def test_nan_in_fp8_is_found(models: Made, tmp_path: Path) -> None:
     path.write_bytes(data)
     report = api.prune(str(folder), str(tmp_path / "out"), method="router-distance", ratio=0.01)
     assert any("NaN" in str(w) for w in report["warnings"]), report["warnings"]
+
+
+@pytest.mark.parametrize("family", QUANTIZED)
+def test_the_promise_counts_decoded_bytes(family: str, quantized: Made, tmp_path: Path) -> None:
+    """What an operation holds are matrices in float32, not the bytes that were read."""
+    source, tasks = Checkpoint.open(quantized(family)), {}
+    for form in ("full", "same"):
+        method = methods.make("merge", {"method": "alike", "ratio": 0.5, "form": form})
+        settings = Settings(work=str(tmp_path))
+        made = method.plan((source,), method.decide((source,), settings), settings)
+        tasks[form] = made.plan.tasks
+        dtypes = {n: t.dtype for n, t in made.plan.targets.items()}
+        for task in made.plan.tasks:
+            held = sum(4 * prod(e["shape"]) for e in task.params.get("decode") or () if e)
+            written = sum(4 * prod(e["shape"]) for e in task.params.get("encode") or () if e)
+            if held:
+                promised = ops.task_memory(task, dtypes, lambda p: source.range_of(p)[2])
+                assert promised >= held + max(written // 3, 1)
+    assert any(t.op == "reform" for t in tasks["full"])
+    assert any("encode" in t.params for t in tasks["same"])
