@@ -92,10 +92,9 @@ def profile(
     from moetool.forward import profile as profiling
     from moetool.forward.batches import Cut
     from moetool.forward.stats import Wanted
-    from moetool.surgery import source
-    from moetool.surgery.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(source.locate(moe))
+    said: list[str] = []
+    checkpoint = _open(moe, said)
     cut = Cut(how.tokens, how.seq_len, how.pack, True, how.seed, how.batch_tokens)
     made = profiling.make(
         checkpoint,
@@ -104,7 +103,8 @@ def profile(
         Wanted(1, how.sample, how.sample > 0, how.covariance),
         profiling.Making(Path(stats), memory=how.memory, device=how.device, tell=tell, stop=stop),
     )
-    return made.facts | _summary(made, checkpoint)
+    warnings = [*said, *made.facts["warnings"]]
+    return made.facts | {"warnings": warnings} | _summary(made, checkpoint)
 
 
 def _summary(made: Profile, checkpoint: Checkpoint) -> JsonObject:
@@ -172,8 +172,9 @@ def evaluate(
     from moetool.forward.profile import Calibration
 
     cut = Cut(how.tokens, how.seq_len, how.pack, False, 0, how.batch_tokens)
-    opened = _open(model)
-    reference = _open(how.reference) if how.reference else None
+    said: list[str] = []
+    opened = _open(model, said)
+    reference = _open(how.reference, said) if how.reference else None
     with tempfile.TemporaryDirectory(
         prefix="moetool-", dir=None if how.memory is None else "."
     ) as folder:
@@ -187,13 +188,17 @@ def evaluate(
             tell=tell,
             stop=stop,
         )
-    found = {"model": model, "reference": how.reference or None, **found}
+    notes = [*said, *found["notes"]]
+    found = {"model": model, "reference": how.reference or None, **found, "notes": notes}
     gate.check(found, how.gate, model)
     return found
 
 
-def _open(name: str) -> Checkpoint:
-    from moetool.surgery import source
+def _open(name: str, said: list[str]) -> Checkpoint:
+    """A model that holds all it should; what could not be counted is `said`."""
+    from moetool.surgery import complete, source
     from moetool.surgery.checkpoint import Checkpoint
 
-    return Checkpoint.open(source.locate(name))
+    made = Checkpoint.open(source.locate(name))
+    said += complete.check([made])
+    return made

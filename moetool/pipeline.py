@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
+from moetool.evaluate import current
 from moetool.methods.contract import Decisions, Options, Prepared, Report, Settings, Summary
 from moetool.progress import Progress, Stage, silent
 from moetool.report import card, provenance
-from moetool.surgery import companions, engine, ops, scan, source
+from moetool.surgery import companions, complete, engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import check_target, check_work, existing, resolved
 from moetool.surgery.plan import Plan, Shard
@@ -51,6 +52,7 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
 
     method = methods.make(options.method, options.values)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
+    uncounted = complete.check(sources)
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
     settings = _settings(options, watch or Watch())
@@ -61,6 +63,7 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     decisions = method.decide(sources, settings)
     took = round(time.perf_counter() - begun, 3)
     made = method.plan(sources, decisions, settings)
+    made = replace(made, warnings=(*uncounted, *made.warnings))
     sources += decisions.extra
     prepared = Prepared(
         options, method, sources, made, decisions.chosen, 0, 0, work=settings.work, decided_in=took
@@ -90,7 +93,9 @@ def _checked(prepared: Prepared, decisions: Decisions) -> Prepared:
     fitted = fit_memory(plan, sources, options.common.jobs, options.common.memory)
     writer = Writer(options.out, plan, overwrite=options.common.overwrite, sources=sources)
     done = writer.finished()
-    if not done:
+    if done:
+        current.check(prepared, writer.out)
+    else:
         writer.check()
     peak = max(fitted.peak, decisions.memory)
     return replace(prepared, jobs=fitted.jobs, peak=peak, done=done)

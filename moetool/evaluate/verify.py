@@ -14,7 +14,7 @@ from moetool.evaluate import blocks, logits, ranges, structure
 from moetool.methods.contract import Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
 from moetool.progress import Progress, silent
-from moetool.surgery import source, tables
+from moetool.surgery import identity, source, tables
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.spec import Stored
 
@@ -103,12 +103,17 @@ def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
 
 def _same_sources(sources: Sequence[Checkpoint], record: dict[str, Any]) -> None:
     for number, (checkpoint, known) in enumerate(zip(sources, record["sources"], strict=True)):
+        found = ""
         if checkpoint.fingerprint() != known["files"]:
+            found = "other headers or sizes"
+        elif known.get("content", identity.content(checkpoint)) != identity.content(checkpoint):
+            found = "the same headers, and other weights"
+        if found:
             raise VerificationFailed(
                 "this is not the source it was made from",
                 file=checkpoint.folder,
-                expected=f"the headers of {known['name']}",
-                found="other headers or sizes",
+                expected=f"the headers and weights of {known['name']}",
+                found=found,
                 hint="give the original " + ("SRC" if number == 0 else f"--from number {number}"),
             )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetool import strict_json
 from moetool.methods.reduce.decided import render
+from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
 
@@ -51,7 +52,7 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
         "seed": prepared.options.common.seed,
         "max_shard": prepared.options.common.max_shard_size,
         "sources": [
-            {"name": n, "files": s.fingerprint()}
+            {"name": n, "files": s.fingerprint(), "content": identity.content(s)}
             for n, s in zip(prepared.names, prepared.sources, strict=False)
         ],
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
@@ -81,7 +82,11 @@ def _headers(source: Checkpoint) -> dict[str, Any]:
     tensors = [
         [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in source.tensors.values()
     ]
-    return {"files": source.fingerprint(), "tensors": tensors}
+    return {
+        "files": source.fingerprint(),
+        "content": identity.content(source),
+        "tensors": tensors,
+    }
 
 
 def sealed(plan: Plan, named: int, written: Checkpoint) -> dict[str, str]:

@@ -245,7 +245,7 @@ class Layout:
         if "{expert}" not in name:
             yield Needed(name, shape, slot)
             return
-        for expert in range(own.get(self.fields.get("experts", "")) or 0):
+        for expert in range(self.evaluate(self.fields.get("experts"), own) or 0):
             yield Needed(filled(name, expert=expert), shape, slot)
 
 
