@@ -14,8 +14,10 @@ import numpy as np
 
 from moetool.errors import MoetoolError
 from moetool.forward import chat, stock
-from moetool.forward.text import Corpus, Document
-from moetool.kernels import draw
+from moetool.forward.documents import Document
+from moetool.forward.text import Corpus
+
+LONG = 256 << 10  # characters that a tokenizer is given at once: it needs 200 bytes for each
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def make(
 def _sequences(
     corpus: Corpus, words: _Words, cut: Cut, seq_len: int, wanted: int
 ) -> Iterator[np.ndarray]:
-    documents: Sequence[Document] = corpus.documents
-    if cut.shuffle:
-        documents = [documents[i] for i in draw.permutation(len(documents), cut.seed, "documents")]
-    left, rest = wanted, np.empty(0, np.int64)
-    for document in documents:
-        ids = words.ids(document)
+    left, rest, goes_on = wanted, np.empty(0, np.int64), False
+    for document in corpus.order(cut.seed if cut.shuffle else None):
+        first, goes_on = not goes_on, document.more
+        if not cut.pack and not first:
+            continue  # a sequence is the beginning of a document
+        ids = words.ids(document, left)
         if not cut.pack:
             row = ids[: min(seq_len, left)]
             if len(row) > 1:
@@ -140,7 +142,7 @@ def _sequences(
             if left < 2:
                 return
             continue
-        rest = np.concatenate([rest, ids, words.between])
+        rest = np.concatenate([rest, ids, *([] if document.more else [words.between])])
         while len(rest) >= seq_len and left >= seq_len:
             yield rest[:seq_len]
             rest, left = rest[seq_len:], left - seq_len
@@ -171,14 +173,23 @@ class _Words:
         self._tokenizer: Any = None
         self.between = np.empty(0, np.int64)
 
-    def ids(self, document: Document) -> np.ndarray:
-        """Token ids [tokens] of a document."""
+    def ids(self, document: Document, wanted: int) -> np.ndarray:
+        """Token ids [tokens] of a document, of a long one at least the `wanted` first."""
         if document.ids is not None:
             return np.array(document.ids, np.int64)
         tokenizer = self._load()
         if document.messages is not None:
             return np.array(chat.ids(tokenizer, document), np.int64)
-        return np.array(tokenizer(document.text, verbose=False)["input_ids"], np.int64)
+        text = document.text or ""
+        found: list[int] = []
+        for start in range(0, len(text), LONG):
+            more = tokenizer(
+                text[start : start + LONG], add_special_tokens=not start, verbose=False
+            )
+            found += more["input_ids"]
+            if len(found) >= wanted:
+                break
+        return np.array(found, np.int64)
 
     def _load(self) -> Any:
         if self._tokenizer is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moetool.errors import MoetoolError
 
 if TYPE_CHECKING:
-    from moetool.forward.text import Document
+    from moetool.forward.documents import Document
 
 LARGEST = 1 << 20  # characters of a template; the longest in use have some tens of thousands
 SECONDS = 5.0  # a chat; one takes milliseconds

@@ -11,7 +11,8 @@ import pytest
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward.batches import Batches, Cut
-from moetool.forward.text import Corpus, Document
+from moetool.forward.documents import Document
+from moetool.forward.text import Corpus
 
 VOCAB = 1000
 

@@ -21,7 +21,7 @@ import moetool
 from moetool import MoetoolError
 from moetool.evaluate import logits
 from moetool.forward import chat, stock
-from moetool.forward.text import Document
+from moetool.forward.documents import Document
 from moetool.surgery.checkpoint import Checkpoint
 
 PACKAGE = Path(moetool.__file__).parent

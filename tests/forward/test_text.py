@@ -16,7 +16,7 @@ import pytest
 import moetool
 from moetool.demo import MODEL, TEXT
 from moetool.forward import batches as batching
-from moetool.forward import text
+from moetool.forward import documents, text
 from moetool.forward.batches import Cut
 
 
@@ -115,7 +115,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str, str]]:
     made["deep"][0].write_text("[" * 200_000 + "\n")
     with made["huge"][0].open("wb") as out:
         out.write(b'{"text": "a"}\n')
-        out.truncate(text.MAX_LINE + 100)
+        out.truncate(documents.MAX_LINE + 100)
     return made
 
 
