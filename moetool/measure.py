@@ -11,6 +11,7 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.options import FINE, WHAT, Common, Gate, Text, option, same
 from moetool.progress import Progress, silent
+from moetool.surgery.device import check_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +94,7 @@ def profile(
     from moetool.forward.batches import Cut
     from moetool.forward.stats import Wanted
 
+    check_device(how.device)
     said: list[str] = []
     checkpoint = _open(moe, said)
     cut = Cut(how.tokens, how.seq_len, how.pack, True, how.seed, how.batch_tokens)
@@ -172,6 +174,7 @@ def evaluate(
     from moetool.forward.profile import Calibration
 
     cut = Cut(how.tokens, how.seq_len, how.pack, False, 0, how.batch_tokens)
+    check_device(how.device)
     said: list[str] = []
     opened = _open(model, said)
     reference = _open(how.reference, said) if how.reference else None

@@ -21,11 +21,13 @@ from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import current
-from moetool.methods.contract import Decisions, Options, Prepared, Report, Settings, Summary
+from moetool.methods.contract import Method, Options, Prepared, Report, Settings, Summary
+from moetool.methods.options import Common
 from moetool.progress import Progress, Stage, silent
 from moetool.report import card, provenance
 from moetool.surgery import companions, complete, engine, ops, scan, source
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.device import check_device, check_engine
 from moetool.surgery.place import check_target, check_work, existing, resolved
 from moetool.surgery.plan import Plan, Shard
 from moetool.surgery.spec import Task, whole
@@ -53,10 +55,13 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     method = methods.make(options.method, options.values)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
     uncounted = complete.check(sources)
+    check_device(options.common.device)
+    check_engine(options.common.engine)
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
     settings = _settings(options, watch or Watch())
     check_work(Path(settings.work))
+    measuring = _measuring(sources[0], method, options.common)
     if options.common.strict and method.interruptible:
         _strictly_finite(sources, _copies(sources), 1, watch or Watch())  # before text is sent
     begun = time.perf_counter()
@@ -68,7 +73,7 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     prepared = Prepared(
         options, method, sources, made, decisions.chosen, 0, 0, work=settings.work, decided_in=took
     )
-    return _checked(prepared, decisions)
+    return _checked(prepared, max(decisions.memory, measuring))
 
 
 def _settings(options: Options, watch: Watch) -> Settings:
@@ -85,8 +90,10 @@ def _settings(options: Options, watch: Watch) -> Settings:
     )
 
 
-def _checked(prepared: Prepared, decisions: Decisions) -> Prepared:
-    """Everything about a plan that can be refused before it runs: operations, memory, disk."""
+def _checked(prepared: Prepared, least: int) -> Prepared:
+    """Everything about a plan that can be refused before it runs: operations, memory, disk.
+    `least`: promised bytes of deciding and measuring.
+    """
     options, plan, sources = prepared.options, prepared.plan, prepared.sources
     dtype_of = lambda piece: sources[piece.source].part(piece.name).dtype  # noqa: E731
     ops.rehearse(plan.tasks, dtype_of, plan.tables)
@@ -97,8 +104,17 @@ def _checked(prepared: Prepared, decisions: Decisions) -> Prepared:
         current.check(prepared, writer.out)
     else:
         writer.check()
-    peak = max(fitted.peak, decisions.memory)
+    peak = max(fitted.peak, least)
     return replace(prepared, jobs=fitted.jobs, peak=peak, done=done)
+
+
+def _measuring(source: Checkpoint, method: Method, common: Common) -> int:
+    """Promised bytes of the gates, whose text is read here for the first time."""
+    if method.gate is None:
+        return 0
+    from moetool.evaluate import gate
+
+    return gate.promise(source, method, common)
 
 
 def _ours(out: str) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError, VerificationFailed
-from moetool.evaluate.perplexity import evaluate
+from moetool.evaluate.perplexity import LOGIT_BYTES, evaluate
 from moetool.forward.batches import Cut
+from moetool.forward.needs import needs
 from moetool.forward.profile import Calibration
-from moetool.methods.contract import Prepared
-from moetool.methods.options import Gate
+from moetool.methods.contract import Method, Prepared
+from moetool.methods.options import Common, Gate
 from moetool.progress import Progress
 from moetool.surgery.checkpoint import Checkpoint
 
@@ -52,13 +53,23 @@ def check(found: Mapping[str, Any], gate: Gate, where: str) -> None:
         limit.check(found, where)
 
 
-def measure(
-    prepared: Prepared, written: Checkpoint, *, tell: Progress, stop: threading.Event | None
-) -> JsonObject:
-    """Evaluate finished shards against their source on --text (or the calibration text) and hold
-    them against the gates.
+def promise(source: Checkpoint, method: Method, common: Common) -> int:
+    """Peak bytes of measuring; 0 where nothing is. Text that cannot be read, and --memory that is
+    too small, are said here, before any work: what is measured is no larger than its source.
     """
-    options, text, gate = prepared.options, prepared.method.text, prepared.method.gate
+    if method.gate is None:
+        return 0
+    read = _text(method, common).read(source)
+    held = 2 * LOGIT_BYTES
+    first = needs(source, read, extra=held)
+    fit = first.fit(common.memory)
+    retained = first.outside + (0 if fit.spill else first.hidden)
+    return needs(source, read, extra=held + retained).fit(common.memory).peak
+
+
+def _text(method: Method, common: Common) -> Calibration:
+    """--text, or the calibration text, as it is cut for measuring."""
+    text, gate = method.text, method.gate
     assert gate is not None
     files = gate.text or text.calibrate
     if not files:
@@ -67,16 +78,25 @@ def measure(
             expected="--text FILE or --calibrate FILE",
             hint="give held-out text: --text test.jsonl",
         )
+    cut = Cut(gate.text_tokens, text.seq_len, True, False, common.seed, text.batch_tokens)
+    return Calibration(files, cut, text.text_field)
+
+
+def measure(
+    prepared: Prepared, written: Checkpoint, *, tell: Progress, stop: threading.Event | None
+) -> JsonObject:
+    """Evaluate finished shards against their source on --text (or the calibration text) and hold
+    them against the gates.
+    """
+    options, gate = prepared.options, prepared.method.gate
+    assert gate is not None
     said = options.common
-    cut = Cut(gate.text_tokens, text.seq_len, True, False, said.seed, text.batch_tokens)
-    out = Path(options.out).absolute()
-    folder = out.parent / f".{out.name}.moetool-work" / "gate"
     found = evaluate(
         written,
-        Calibration(files, cut, text.text_field),
+        _text(prepared.method, said),
         reference=prepared.sources[0],
         memory=said.memory,
-        folder=folder if said.memory else None,
+        folder=Path(prepared.work) / "gate" if said.memory else None,
         device=said.device,
         tell=tell,
         stop=stop,

@@ -16,6 +16,7 @@ from moetool.methods.options import Checking
 from moetool.progress import Progress, silent
 from moetool.surgery import identity, source, tables
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.device import check_device
 from moetool.surgery.spec import Stored
 
 EXACT = 1e-4
@@ -37,6 +38,7 @@ def verify(
     float32.
     """
     how = how or Checking()
+    check_device(how.device)
     checkpoint = Checkpoint.open(source.locate(out))
     record = structure.recorded(checkpoint.folder)
     result: dict[str, Any] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moetool.errors import MoetoolError
+from moetool.forward import stock
 from moetool.forward.batches import Batches
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -17,6 +18,9 @@ RESERVE = 460_000_000
 # float32 vectors of the hidden size that a token in work holds, beside attention's own
 PER_TOKEN = 16
 PER_TENSOR = 1500  # names and places of a tensor
+# float32 matrices [heads, length, length] that a family with eager attention alone holds at once:
+# 2.2 (qwen3_moe made eager) to 3.4 (gpt_oss, which has sinks), measured
+PER_ATTENTION = 4
 
 
 class Fit(NamedTuple):
@@ -110,9 +114,18 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Promised:
     compared = 2 * 4 * one * compared_experts(mixture) if mixture else 0
     tokens = [b.ids.size for b in batches.batches]
     work = PER_TOKEN * vector * max(tokens) + PER_TENSOR * len(source.tensors)
+    work += _attention(source, batches, int(at.field("heads") or 0))
     floor = RESERVE + outside + 2 * max(sizes.others.values(), default=0) + extra + work
     hidden = vector * sum(tokens)
     return Promised(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
+
+
+def _attention(source: Checkpoint, batches: Batches, heads: int) -> int:
+    """Bytes of the attention matrices of a batch, where the family's class holds them."""
+    if not stock.attends_eagerly(source.config, source.folder):
+        return 0
+    squares = [int(b.ids.shape[0] * b.ids.shape[1] ** 2) for b in batches.batches]
+    return PER_ATTENTION * 4 * heads * max(squares)
 
 
 def compared_experts(mixture: Mixture) -> int:

@@ -156,6 +156,17 @@ def _class(raw: Mapping[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def attends_eagerly(raw: Mapping[str, Any], folder: str) -> bool:
+    """Whether the class of this config computes attention as matrices [heads, length, length] that
+    are held whole: it has no other way.
+    """
+    cls = _class(raw)
+    if not hasattr(cls, "_supports_sdpa"):  # the class is found by the config
+        known = library().MODEL_FOR_CAUSAL_LM_MAPPING
+        cls = known.get(type(config(raw, folder)), None)
+    return not getattr(cls, "_supports_sdpa", True)
+
+
 @contextmanager
 def _view(
     folder: str | Path, raw: Mapping[str, Any], checkpoint: Checkpoint | None = None
