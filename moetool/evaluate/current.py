@@ -11,8 +11,9 @@ import filecmp
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate import ranges
 from moetool.surgery import identity
@@ -76,16 +77,11 @@ def _touched(sources: Iterable[Checkpoint], record: Path) -> bool:
     return any(identity.touched_since(source, record) for source in sources)
 
 
-def _bytes(prepared: Prepared, out: Path, record: dict[str, Any], named: int) -> Change | None:
+def _bytes(prepared: Prepared, out: Path, record: JsonObject, named: int) -> Change | None:
+    device = prepared.options.common.device
+    theirs = ranges.Against(prepared.sources, named, record.get("sealed", {}), device)
     try:
-        ranges.compare_bytes(
-            prepared.made.plan,
-            prepared.sources,
-            Checkpoint.open(out),
-            named=named,
-            sealed=record.get("sealed", {}),
-            device=prepared.options.common.device,
-        )
+        ranges.compare_bytes(prepared.made.plan, Checkpoint.open(out), theirs)
     except VerificationFailed as problem:
         where = problem.where.get("tensor") or problem.where.get("file")
         return Change(str(where), "what a tensor is made of")
