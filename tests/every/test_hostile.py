@@ -129,6 +129,22 @@ def test_numbers_are_finite(name: str, dense: Path, moe: Path, text: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+TOO_MANY = {
+    "layers": ["--layers", "0-99999999999"],
+    "a layer": ["--layers", "9" * 4000],
+    "a layer of many digits": ["--layers", "9" * 5000],
+    "first and last": ["--layers", "99999999990-99999999999"],
+    "every": ["--layers", "every:1+99999999999"],
+    "experts": ["--experts", "1000000000", "--top-k", "1"],
+    "parts": ["--experts", "99999999999", "--split", "99999999999", "--top-k", "2"],
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_options_are_not_gone_through_without_end(name: str, dense: Path, tmp_path: Path) -> None:
+    refused(2, "upcycle", dense, tmp_path / "out", *TOO_MANY[name])
+
+
 def spoil(path: Path, name: str, value: float) -> None:
     """One number of a tensor."""
     from safetensors.torch import load_file, save_file

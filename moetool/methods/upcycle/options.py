@@ -10,6 +10,8 @@ from moetool.methods.upcycle import carve, site
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 
+MOST = 4096  # experts of a layer; models in use have hundreds
+
 
 @dataclass(frozen=True)
 class Upcycling(Storing):
@@ -80,6 +82,13 @@ class Upcycling(Storing):
                 "--experts, --top-k and --split are at least 1",
                 found=f"{self.experts}, {self.top_k}, {self.split}",
                 hint="for example --experts 8 --top-k 2",
+            )
+        if self.experts > MOST:
+            raise UsageError(
+                "more experts than any family can be loaded with",
+                expected=f"at most {MOST:,}",
+                found=f"{self.experts:,}",
+                hint="for example --experts 64",
             )
         if self.top_k > self.experts:
             raise UsageError(

@@ -27,7 +27,7 @@ def parse(spec: str, count: int) -> tuple[int, ...]:
     elif found := re.fullmatch(r"last:([1-9]\d*)", spec):
         chosen = tuple(every[-int(found[1]) :]) if int(found[1]) <= count else (count,)
     elif re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
-        chosen = tuple(sorted(set().union(*map(_span, spec.split(",")))))
+        chosen = tuple(sorted(set().union(*(_span(part, count) for part in spec.split(",")))))
     else:
         raise UsageError(
             f"--layers {spec!r} is not understood",
@@ -43,6 +43,11 @@ def parse(spec: str, count: int) -> tuple[int, ...]:
     return chosen
 
 
-def _span(part: str) -> range:
+def _span(part: str, count: int) -> range:
+    """The layers of `3` or `3-5`; one beyond the last stands for all that are not there."""
     first, _, last = part.partition("-")
-    return range(int(first), int(last or first) + 1)
+    return range(_number(first, count), _number(last or first, count) + 1)
+
+
+def _number(digits: str, count: int) -> int:
+    return min(int(digits), count) if len(digits) < 10 else count
