@@ -5,6 +5,7 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -39,7 +40,11 @@ class Reduce(Method):
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
         own = (fields_of(way.Options, (name,)) for name, way in cls.ways().items())
-        return (*fields_of(cls.Options), *chain.from_iterable(own))
+        theirs = (
+            replace(f, help=f"with --method {' or '.join(f.of)}: {f.help}")
+            for f in chain.from_iterable(own)
+        )
+        return (*fields_of(cls.Options), *theirs)
 
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
