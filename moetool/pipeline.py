@@ -1,7 +1,7 @@
 """The one pipeline of every command that writes: look, decide, plan and check (`prepare`), then
 make, measure and finish (`write`).
 
-Nothing here prints. `Watch` is how a caller sees progress, and how it ends the work early with
+Nothing here prints. `Caller` is how a caller sees progress, and how it ends the work early with
 everything finished kept.
 """
 
@@ -25,17 +25,17 @@ from moetool.methods.contract import Method, Options, Prepared, Report, Settings
 from moetool.methods.options import Common
 from moetool.progress import Progress, Stage, silent
 from moetool.report import card, provenance
-from moetool.surgery import companions, complete, engine, ops, scan, source
+from moetool.surgery import companions, complete, engine, ops, promise, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.device import check_device, check_engine
 from moetool.surgery.place import check_target, check_work, existing, resolved
-from moetool.surgery.plan import Plan, Shard
+from moetool.surgery.plan import Shard
 from moetool.surgery.spec import Task, whole
 from moetool.surgery.writer import Writer
 
 
 @dataclass(frozen=True)
-class Watch:
+class Caller:
     """Who hears how far the work is, and can stop it."""
 
     tell: Progress = silent
@@ -45,7 +45,7 @@ class Watch:
 # --- before the first byte
 
 
-def prepare(options: Options, watch: Watch | None = None) -> Prepared:
+def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     """Look, decide, plan and check. Raises for everything that can be known before the work.
     Nothing is written, but for methods that send text through the model: they leave what they have
     done in a work folder beside OUT, so that the same command goes on from there.
@@ -59,11 +59,11 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     check_engine(options.common.engine)
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
-    settings = _settings(options, watch or Watch())
+    settings = _settings(options, caller or Caller())
     check_work(Path(settings.work))
     measuring = _measuring(sources[0], method, options.common)
     if options.common.strict and method.interruptible:
-        _strictly_finite(sources, _copies(sources), 1, watch or Watch())  # before text is sent
+        _strictly_finite(sources, _copies(sources), 1, caller or Caller())  # before text is sent
     begun = time.perf_counter()
     decisions = method.decide(sources, settings)
     took = round(time.perf_counter() - begun, 3)
@@ -76,7 +76,7 @@ def prepare(options: Options, watch: Watch | None = None) -> Prepared:
     return _checked(prepared, max(decisions.memory, measuring))
 
 
-def _settings(options: Options, watch: Watch) -> Settings:
+def _settings(options: Options, caller: Caller) -> Settings:
     said = options.common
     return Settings(
         seed=said.seed,
@@ -85,8 +85,8 @@ def _settings(options: Options, watch: Watch) -> Settings:
         memory=said.memory,
         work=_work(options),
         dry_run=said.dry_run,
-        tell=watch.tell,
-        stop=watch.stop,
+        tell=caller.tell,
+        stop=caller.stop,
     )
 
 
@@ -97,7 +97,7 @@ def _checked(prepared: Prepared, least: int) -> Prepared:
     options, plan, sources = prepared.options, prepared.plan, prepared.sources
     dtype_of = lambda piece: sources[piece.source].part(piece.name).dtype  # noqa: E731
     ops.rehearse(plan.tasks, dtype_of, plan.tables)
-    fitted = fit_memory(plan, sources, options.common.jobs, options.common.memory)
+    fitted = promise.fit(plan, sources, options.common.jobs, options.common.memory)
     writer = Writer(options.out, plan, overwrite=options.common.overwrite, sources=sources)
     done = writer.finished()
     if done:
@@ -137,48 +137,6 @@ def _work(options: Options) -> str:
     return str(out.with_name(f".{out.name}.moetool-work"))
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """How many workers keep the promise, and what is promised, in bytes."""
-
-    jobs: int
-    peak: int
-
-
-def fit_memory(plan: Plan, sources: Sequence[Checkpoint], jobs: int, memory: int | None) -> Fitted:
-    """The most workers (of `jobs`; 0: as many as there are cores) that stay within `memory` bytes;
-    MoetoolError when one is too many.
-    """
-    costs = _costs(plan, sources)
-    base = _base(plan, sources)
-    for workers in range(jobs or os.cpu_count() or 1, 0, -1):
-        peak = base + sum(costs[:workers])
-        if memory is None or peak <= memory:
-            return Fitted(workers, peak)
-    raise MoetoolError(
-        "the work does not fit into --memory",
-        expected=f"at least {base + costs[0]:,} bytes",
-        found=f"{memory:,} bytes",
-        hint=f"the widest task needs {costs[0]:,} bytes; raise --memory",
-    )
-
-
-def _base(plan: Plan, sources: Sequence[Checkpoint]) -> int:
-    """What is held whatever is done: libraries (numpy looks for NaN in every run), headers and the
-    plan itself, measured.
-    """
-    torch = ops.TORCH_RESERVE if ops.needs(plan.tasks) == "torch" else 0
-    held = 600 * sum(len(s.tensors) for s in sources) + 2500 * len(plan.tasks)
-    return ops.RESERVE + ops.NUMPY_RESERVE + torch + held
-
-
-def _costs(plan: Plan, sources: Sequence[Checkpoint]) -> list[int]:
-    """Bytes of each task, the widest first."""
-    dtypes = {n: t.dtype for n, t in plan.targets.items()}
-    size = lambda p: sources[p.source].range_of(p)[2]  # noqa: E731
-    return sorted((ops.task_memory(t, dtypes, size) for t in plan.tasks), reverse=True) or [0]
-
-
 def summary(prepared: Prepared) -> Summary:
     """What `--dry-run` and the report say."""
     options, made, plan = prepared.options, prepared.made, prepared.plan
@@ -211,22 +169,22 @@ def _read_bytes(prepared: Prepared) -> int:
 # --- the work
 
 
-def write(prepared: Prepared, watch: Watch | None = None) -> Report:
+def write(prepared: Prepared, caller: Caller | None = None) -> Report:
     """Make, measure, finish: the output, and its report. Stopped and failed runs keep their
     finished shards; call again to go on. A missed gate removes them and raises VerificationFailed.
     """
-    watch = watch or Watch()
+    caller = caller or Caller()
     if prepared.done:
         shutil.rmtree(prepared.work, ignore_errors=True)
         return _already(prepared)
     begun = time.perf_counter()
     if prepared.options.common.strict:
-        _strictly_finite(prepared.sources, prepared.plan.tasks, prepared.jobs, watch)
+        _strictly_finite(prepared.sources, prepared.plan.tasks, prepared.jobs, caller)
     out, overwrite = prepared.options.out, prepared.options.common.overwrite
     with Writer(out, prepared.plan, overwrite=overwrite, sources=prepared.sources) as writer:
-        written = make(prepared, writer, watch)
+        written = make(prepared, writer, caller)
         made_in = time.perf_counter() - begun
-        quality = measure(prepared, writer, watch)
+        quality = measure(prepared, writer, caller)
         report = _report(prepared, written, Times(made_in, time.perf_counter() - begun), quality)
         finish(prepared, writer, report)
     shutil.rmtree(prepared.work, ignore_errors=True)
@@ -234,7 +192,7 @@ def write(prepared: Prepared, watch: Watch | None = None) -> Report:
 
 
 @dataclass(frozen=True)
-class Written:
+class Shards:
     """What making the shards showed."""
 
     resumed: int  # files that were there already
@@ -250,13 +208,13 @@ class Times:
     all: float
 
 
-def make(prepared: Prepared, writer: Writer, watch: Watch) -> Written:
+def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
     """Every shard that is not there yet, on threads or a cluster."""
     plan, sources = prepared.plan, prepared.sources
     todo = [s for s in plan.shards if not writer.is_done(s)]
-    found = _look(prepared, todo, watch)
+    found = _look(prepared, todo, caller)
     total = sum(s.size for s in plan.shards)
-    state = _Counter(watch.tell, total, total - sum(s.size for s in todo))
+    state = _Counter(caller.tell, total, total - sum(s.size for s in todo))
     jobs = engine.jobs_of(
         plan,
         sources,
@@ -273,13 +231,13 @@ def make(prepared: Prepared, writer: Writer, watch: Watch) -> Written:
         writer.publish(job.path)
         found.extend(seen)
 
-    nodes = _run(prepared, list(jobs), done, state, watch.stop)
+    nodes = _run(prepared, list(jobs), done, state, caller.stop)
     named = scan.named(sources, plan.tasks, found) if found else []
     findings = tuple(f"{b.file}: {b.name} holds {b.what}" for b in named)
-    return Written(len(plan.shards) - len(todo), findings, tuple(nodes))
+    return Shards(len(plan.shards) - len(todo), findings, tuple(nodes))
 
 
-def measure(prepared: Prepared, writer: Writer, watch: Watch) -> dict[str, Any] | None:
+def measure(prepared: Prepared, writer: Writer, caller: Caller) -> dict[str, Any] | None:
     """Hold what was written against its source, before anything can load it; a missed gate removes
     it and raises VerificationFailed. None: nobody asked.
     """
@@ -288,7 +246,7 @@ def measure(prepared: Prepared, writer: Writer, watch: Watch) -> dict[str, Any] 
     from moetool.evaluate import gate
 
     try:
-        return gate.measure(prepared, staged(prepared, writer), tell=watch.tell, stop=watch.stop)
+        return gate.measure(prepared, staged(prepared, writer), tell=caller.tell, stop=caller.stop)
     except VerificationFailed:
         shutil.rmtree(writer.staging, ignore_errors=True)
         raise
@@ -316,7 +274,7 @@ def staged(prepared: Prepared, writer: Writer) -> Checkpoint:
 
 
 def _report(
-    prepared: Prepared, written: Written, times: Times, quality: dict[str, Any] | None
+    prepared: Prepared, written: Shards, times: Times, quality: dict[str, Any] | None
 ) -> Report:
     """Where deciding takes long, its seconds count, and each stage has its own."""
     report = Report.of(
@@ -412,10 +370,10 @@ def _copies(sources: Sequence[Checkpoint]) -> list[Task]:
 
 
 def _strictly_finite(
-    sources: Sequence[Checkpoint], tasks: Sequence[Task], workers: int, watch: Watch
+    sources: Sequence[Checkpoint], tasks: Sequence[Task], workers: int, caller: Caller
 ) -> None:
     """With --strict everything that is read is looked at before a byte is written."""
-    found = scan.suspects(sources, tasks, workers=workers, tell=watch.tell, stop=watch.stop)
+    found = scan.suspects(sources, tasks, workers=workers, tell=caller.tell, stop=caller.stop)
     bad = scan.named(sources, tasks, found) if found else []
     if bad:
         raise MoetoolError(
@@ -428,7 +386,7 @@ def _strictly_finite(
         )
 
 
-def _look(prepared: Prepared, todo: Sequence[Shard], watch: Watch) -> list[scan.Suspect]:
+def _look(prepared: Prepared, todo: Sequence[Shard], caller: Caller) -> list[scan.Suspect]:
     """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and
     shards that were there already.
     """
@@ -439,6 +397,6 @@ def _look(prepared: Prepared, todo: Sequence[Shard], watch: Watch) -> list[scan.
     rest = [t for i, t in enumerate(tasks) if t.inputs and (t.op != "copy" or i not in fresh)]
     return sorted(
         scan.suspects(
-            prepared.sources, rest, workers=prepared.jobs, tell=watch.tell, stop=watch.stop
+            prepared.sources, rest, workers=prepared.jobs, tell=caller.tell, stop=caller.stop
         )
     )

@@ -25,8 +25,9 @@ from moetool.methods.contract import (
     left_out,
 )
 from moetool.methods.options import Common, Gate, Text
-from moetool.pipeline import Watch
+from moetool.pipeline import Caller
 from moetool.progress import Stage
+from moetool.surgery import promise
 from moetool.surgery.writer import Writer
 
 
@@ -63,20 +64,20 @@ def test_make_alone_leaves_shards_that_do_not_load(llama: Path, tmp_path: Path) 
     prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4, common=common))
     assert len(prepared.plan.shards) > 2
     with writer_of(prepared) as writer:
-        written = pipeline.make(prepared, writer, Watch())
+        written = pipeline.make(prepared, writer, Caller())
         assert (written.resumed, written.findings, written.nodes) == (0, (), ())
         assert not (tmp_path / "out").exists()
         assert not (writer.staging / "config.json").exists()
         found = pipeline.staged(prepared, writer)
         assert set(found.tensors) == set(prepared.plan.targets)
-        again = pipeline.make(prepared, writer, Watch())
+        again = pipeline.make(prepared, writer, Caller())
         assert again.resumed == len(prepared.plan.shards)
 
 
 def test_finish_gives_it_its_name(llama: Path, tmp_path: Path) -> None:
     prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4))
     with writer_of(prepared) as writer:
-        pipeline.make(prepared, writer, Watch())
+        pipeline.make(prepared, writer, Caller())
         pipeline.finish(prepared, writer, Report.of(pipeline.summary(prepared)))
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "moetool.json", "README.md", "model.safetensors"} <= names
@@ -97,7 +98,7 @@ def test_write_is_all_of_them_once(llama: Path, tmp_path: Path) -> None:
 def test_nobody_asked_for_measuring(llama: Path, tmp_path: Path) -> None:
     prepared = pipeline.prepare(asked(llama, tmp_path / "out"))
     assert prepared.method.gate is None and prepared.method.text == Text()
-    assert pipeline.measure(prepared, writer_of(prepared), Watch()) is None
+    assert pipeline.measure(prepared, writer_of(prepared), Caller()) is None
 
 
 class Missed(Method):
@@ -164,21 +165,21 @@ def test_gates(found: dict[str, float], gate: Gate, missed: bool) -> None:
 @pytest.mark.parametrize("jobs", [1, 2, 7])
 def test_memory_decides_how_many_work(jobs: int, llama: Path, tmp_path: Path) -> None:
     prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4))
-    free = pipeline.fit_memory(prepared.plan, prepared.sources, jobs, None)
+    free = promise.fit(prepared.plan, prepared.sources, jobs, None)
     assert free.jobs == jobs
-    one = pipeline.fit_memory(prepared.plan, prepared.sources, 1, None)
+    one = promise.fit(prepared.plan, prepared.sources, 1, None)
     assert one.peak <= free.peak
-    tight = pipeline.fit_memory(prepared.plan, prepared.sources, jobs, one.peak)
+    tight = promise.fit(prepared.plan, prepared.sources, jobs, one.peak)
     assert (tight.jobs, tight.peak <= one.peak) == (1, True)
     with pytest.raises(MoetoolError, match="does not fit"):
-        pipeline.fit_memory(prepared.plan, prepared.sources, jobs, one.peak - 1)
+        promise.fit(prepared.plan, prepared.sources, jobs, one.peak - 1)
 
 
 def test_progress_says_its_unit(llama: Path, tmp_path: Path) -> None:
     heard: list[tuple[Stage, int, int]] = []
-    watch = Watch(lambda *told: heard.append(told))
-    prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4), watch)
-    pipeline.write(prepared, watch)
+    caller = Caller(lambda *told: heard.append(told))
+    prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4), caller)
+    pipeline.write(prepared, caller)
     stages = {stage.name: stage.unit for stage, _, _ in heard}
     assert stages["write"] == "bytes"
     stage, done, total = heard[-1]
@@ -190,7 +191,7 @@ def test_stopped_before_the_first_shard(llama: Path, tmp_path: Path) -> None:
     prepared = pipeline.prepare(asked(llama, tmp_path / "out", experts=4))
     stop.set()
     with pytest.raises(Stopped, match="finished shards are kept"):
-        pipeline.write(prepared, Watch(stop=stop))
+        pipeline.write(prepared, Caller(stop=stop))
     assert not (tmp_path / "out").exists()
     assert pipeline.write(pipeline.prepare(prepared.options)).shards == 1
 

@@ -91,7 +91,7 @@ def _one(name: str, options: dict[str, Any], source: Path, out: Path) -> dict[st
     session.sink.say(f"{name} ...")
     session.working = True
     prepared = pipeline.prepare(Options(str(out), (str(source),), "upcycle", options))
-    report = pipeline.write(prepared, pipeline.Watch(stop=session.stop))
+    report = pipeline.write(prepared, pipeline.Caller(stop=session.stop))
     session.working = False
     checked = verify(str(out), against=[str(source)])
     facts = ModelFacts.of(report.facts)

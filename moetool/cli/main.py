@@ -116,19 +116,19 @@ def _bug(problem: Exception) -> MoetoolError:
 
 
 @dataclass(frozen=True)
-class Line:
+class Typed:
     """What was typed: the words that Typer parses, and how the user wants to be told."""
 
     words: list[str]
     mode: str
 
 
-def _parsed(typed: list[str]) -> Line:
+def _parsed(typed: list[str]) -> Typed:
     """`--json` and `--quiet` may stand anywhere before `--`; json wins."""
     cut = typed.index("--") if "--" in typed else len(typed)
     modes = {_MODES[word] for word in typed[:cut] if word in _MODES}
     words = [word for word in typed[:cut] if word not in _MODES]
-    return Line(words + typed[cut:], min(modes, default="human"))
+    return Typed(words + typed[cut:], min(modes, default="human"))
 
 
 Handlers = dict[int, Callable[[int, FrameType | None], Any] | int | None]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from typer.core import TyperCommand
 
-from moetool.cli.app import SETTINGS, session, settled
+from moetool.cli.app import SETTINGS, settled
 from moetool.cli.texts import everywhere, write_lines, write_panels
 from moetool.methods.options import PANELS, Field, Value
 from moetool.units import show_bytes
@@ -104,13 +104,20 @@ def _given(command: Command, given: dict[str, Any]) -> Given:
     for field in command.fields:
         old, value = given.get(_OLD + field.was), given[field.name]
         if old is not None:
-            session.sink.say(f"note: --{field.was} is called --{field.spelled} now")
-            value = old
+            values[field.was] = old
         if field.type is tuple:
-            value = tuple(part for text in value for part in field.read(text))  # type: ignore[union-attr]
+            value = _several(field, value)
         if value != field.default:
             values[field.name] = value
     return Given({a.name: given[a.name] for a in command.arguments}, values)
+
+
+def _several(field: Field, texts: Sequence[str]) -> Value:
+    """Each text of a repeated option, cut where the field cuts it."""
+    found: list[str] = []
+    for text in texts:
+        found += cast("tuple[str, ...]", field.read(text))
+    return tuple(found)
 
 
 def _argument(argument: Argument) -> inspect.Parameter:

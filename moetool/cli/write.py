@@ -74,13 +74,13 @@ def write(options: Options) -> int:
     """Prepare; show, or make; report."""
     from moetool import pipeline
 
-    sink, watch = session.sink, pipeline.Watch(session.sink.progress, session.stop)
+    sink, caller = session.sink, pipeline.Caller(session.sink.progress, session.stop)
     session.working = methods.load(options.method).interruptible
-    prepared = pipeline.prepare(options, watch)
+    prepared = pipeline.prepare(options, caller)
     if options.common.dry_run:
         return _dry_run(prepared, pipeline.summary(prepared))
     session.working = True
-    report = pipeline.write(prepared, watch)
+    report = pipeline.write(prepared, caller)
     session.working, session.finished = False, True
     for warning in report.warnings:
         sink.say(f"warning: {warning}")

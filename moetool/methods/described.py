@@ -22,7 +22,7 @@ _SHARE = r"^\s*(\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+)\s*%?\s*$"
 
 
 @dataclass(frozen=True)
-class Way:
+class NamedWay:
     """One way of a verb, as people ask for it."""
 
     verb: str
@@ -50,12 +50,12 @@ class Way:
         return {"name": self.name, "text": self.needs_text, "about": self.about}
 
 
-def ways(verb: str) -> tuple[Way, ...]:
+def ways(verb: str) -> tuple[NamedWay, ...]:
     """The ways of a verb, in name order."""
-    return tuple(Way(verb, name, cls) for name, cls in methods.load(verb).ways().items())
+    return tuple(NamedWay(verb, name, cls) for name, cls in methods.load(verb).ways().items())
 
 
-def every_way() -> Iterator[Way]:
+def every_way() -> Iterator[NamedWay]:
     """The ways of all verbs."""
     for verb in methods.METHODS:
         yield from ways(verb)
@@ -98,7 +98,7 @@ def _verb(name: str) -> dict[str, Any]:
     return found | ({"methods": listed} if listed else {})
 
 
-def _way(way: Way) -> dict[str, Any]:
+def _way(way: NamedWay) -> dict[str, Any]:
     own = fields_of(way.cls.Options) if hasattr(way.cls, "Options") else ()
     text = " --calibrate TEXT" if way.needs_text else ""
     return {

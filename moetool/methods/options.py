@@ -144,8 +144,8 @@ def option(
     choices: Sequence[str] | Callable[[], Iterable[str]] = (),
     **more: Any,
 ) -> Any:
-    """A field with its help; `text` and `choices` may be functions, so that a registry is asked when
-    somebody looks. `more`: unit, metavar, minimum, was, old of `Field`.
+    """A field with its help; `text` and `choices` may be functions, so that a registry is asked
+    when somebody looks. `more`: unit, metavar, minimum, was, old of `Field`.
     """
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}
@@ -207,14 +207,21 @@ def build(cls: type[Chosen], values: Mapping[str, object], what: str) -> Chosen:
 def read(known: Sequence[Field], values: Mapping[str, object], what: str) -> dict[str, Value]:
     """The values by field name, each as its field holds it; UsageError as `build` says."""
     named = {f.name: f for f in known} | {f.was: f for f in known if f.was}
-    clean = {}
-    for key, value in values.items():
+    clean: dict[str, Value] = {}
+    for key, given in values.items():
         found = named.get(key.replace("-", "_"))
         if found is None:
             raise UsageError(
                 f"{what} has no option {key!r}", hint=did_you_mean(key, [f.spelled for f in known])
             )
-        clean[found.name] = found.read(value)
+        value = found.read(given)
+        if clean.get(found.name, value) != value:
+            raise UsageError(
+                f"--{found.spelled} and its older name say different things",
+                found=f"{clean[found.name]}, {value}",
+                hint=f"give --{found.spelled} alone",
+            )
+        clean[found.name] = value
     return clean
 
 
