@@ -107,3 +107,12 @@ def finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [finite(value) for value in data]
     return data
+
+
+def lined(data: Mapping[str, Any], last: str) -> str:
+    """An object whose value under `last` is long: one part of that value on a line, so that it can
+    be read, compared and edited.
+    """
+    head = json.dumps({k: v for k, v in data.items() if k != last})[1:-1]
+    parts = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data[last].items())
+    return f"{{{head},\n {json.dumps(last)}: {{\n  {parts}\n }}\n}}"

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from moetool import strict_json
-from moetool.methods.reduce.decided import render
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
@@ -63,7 +62,7 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
         data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
     head = strict_json.text(data, indent=1).removesuffix("\n}")
     if prepared.chosen:  # long: a layer on a line
-        head += f',\n "decisions": {render(prepared.chosen).rstrip()}'
+        head += f',\n "decisions": {strict_json.lined(prepared.chosen, "layers")}'
     beside = prepared.made.beside
     if beside:
         seals = {name: _sha256(prepared.made.files[name]) for name in sorted({*beside.values()})}

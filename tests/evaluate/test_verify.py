@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import moetool
 from moetool import VerificationFailed
 from moetool.evaluate import gate, structure
+from moetool.methods.options import Gate
 from moetool.surgery.checkpoint import Checkpoint
 
 MADE: dict[str, dict[str, Any]] = {
@@ -222,14 +223,14 @@ FOUND = {"kl": 0.2, "perplexity_increase": 0.05}
 )
 def test_gates(kl: float, increase: float | None, said: str) -> None:
     if not said:
-        gate.check(FOUND, max_kl=kl, max_increase=increase, where="out")
+        gate.check(FOUND, Gate(kl, increase), "out")
         return
     with pytest.raises(VerificationFailed, match=said) as missed:
-        gate.check(FOUND, max_kl=kl, max_increase=increase, where="out")
+        gate.check(FOUND, Gate(kl, increase), "out")
     assert missed.value.where["expected"].startswith("at most ") and "--ratio" in missed.value.hint
 
 
 @pytest.mark.parametrize("name", ["kl", "perplexity_increase"])
 def test_what_is_no_number_passes_no_gate(name: str) -> None:
     with pytest.raises(VerificationFailed):
-        gate.check(FOUND | {name: float("nan")}, max_kl=9.0, max_increase=9.0, where="out")
+        gate.check(FOUND | {name: float("nan")}, Gate(9.0, 9.0), "out")

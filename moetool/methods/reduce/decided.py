@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetool import reading
+from moetool import reading, strict_json
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.surgery import tables
@@ -160,11 +160,7 @@ def order_key(layer: int, expert: int) -> str:
 
 def render(decisions: dict[str, Any]) -> str:
     """Decisions as JSON text, a layer on a line: short to read, easy to diff and edit."""
-    head = json.dumps({k: v for k, v in decisions.items() if k != "layers"})[1:-1]
-    layers = ",\n  ".join(
-        f"{json.dumps(n)}: {json.dumps(layer)}" for n, layer in decisions["layers"].items()
-    )
-    return f'{{{head},\n "layers": {{\n  {layers}\n }}\n}}\n'
+    return strict_json.lined(decisions, "layers") + "\n"
 
 
 def read(path: str | Path) -> Decided:

@@ -25,28 +25,16 @@ class Upcycling(Storing):
     layers: str = option(
         "all", f"which layers get experts: {site.FORMS}", WHAT, metavar="all|every:N|0,2,..."
     )
-    shared: bool = option(
-        False,
-        "keep the whole FFN as an always-on shared expert; routed experts start at zero output",
-        WHAT,
-    )
     target: str = option(
         "auto",
         "model type to write, or auto (the first that loses nothing); with --layers none: same",
         WHAT,
         metavar="FAMILY",
     )
-    trunk: str = option(
-        "base",
-        "everything but the FFNs, with --from: base, mean, weights:a,b,... or interp:x",
-        WHAT,
-        metavar="base|mean|...",
-    )
-    expert_map: str = option(
-        "",
-        "source of each expert (0 is SRC, 1 the first --from), for example 0,1,1,2",
-        WHAT,
-        metavar="0,1,...",
+    layout: str = option(
+        "auto",
+        "how expert tensors lie; auto is per-expert wherever the family reads it",
+        choices=("auto", "per-expert", "fused"),
     )
     router: str = option(
         "auto",
@@ -61,13 +49,25 @@ class Upcycling(Storing):
         "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], joined by +",
         metavar="noise:SIGMA|...",
     )
+    shared: bool = option(
+        False,
+        "keep the whole FFN as an always-on shared expert; routed experts start at zero output",
+        WHAT,
+    )
     scale: str = option(
         "auto", "factor on expert outputs; auto solves the coverage identity", metavar="FACTOR"
     )
-    layout: str = option(
-        "auto",
-        "how expert tensors lie; auto is per-expert wherever the family reads it",
-        choices=("auto", "per-expert", "fused"),
+    trunk: str = option(
+        "base",
+        "everything but the FFNs, with --from: base, mean, weights:a,b,... or interp:x",
+        WHAT,
+        metavar="base|mean|...",
+    )
+    expert_map: str = option(
+        "",
+        "source of each expert (0 is SRC, 1 the first --from), for example 0,1,1,2",
+        WHAT,
+        metavar="0,1,...",
     )
 
     def __post_init__(self) -> None:
