@@ -172,7 +172,9 @@ def _type(field: Field) -> dict[str, Any]:
     """What YAML may hold for a field."""
     least = {} if field.minimum is None else {"minimum": field.minimum}
     if field.choices:
-        return {"enum": list(field.choices)}
+        before = [word for word, _ in field.old]  # words of older recipes
+        switches = [word == "true" for word in before if word in ("true", "false")]
+        return {"enum": [*field.choices, *before, *switches]}
     if field.unit == "bytes":
         return {"anyOf": [{"type": "integer", **least}, {"type": "string", "pattern": _SIZE}]}
     if field.unit == "share":
