@@ -21,6 +21,7 @@ from typing import Any
 
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import current
+from moetool.lock import Lock
 from moetool.methods.contract import Method, Options, Prepared, Report, Settings, Summary
 from moetool.methods.options import Common
 from moetool.progress import Progress, Stage, silent
@@ -64,16 +65,39 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     measuring = _measuring(sources[0], method, options.common)
     if options.common.strict and method.interruptible:
         _strictly_finite(sources, _copies(sources), 1, caller or Caller())  # before text is sent
+    held = None
+    if method.interruptible and not options.common.dry_run:
+        held = Lock.take(Path(settings.work), f"this output ({options.out})")
+    try:
+        prepared = _decided(options, method, sources, settings)
+        made = replace(prepared.made, warnings=(*uncounted, *prepared.made.warnings))
+        prepared = replace(prepared, made=made, lock=held, peak=max(prepared.peak, measuring))
+        return _checked(prepared)
+    except BaseException:
+        if held is not None:
+            held.release()
+        raise
+
+
+def _decided(
+    options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
+) -> Prepared:
+    """Decide and plan; the promise so far is that of deciding."""
     begun = time.perf_counter()
     decisions = method.decide(sources, settings)
     took = round(time.perf_counter() - begun, 3)
     made = method.plan(sources, decisions, settings)
-    made = replace(made, warnings=(*uncounted, *made.warnings))
-    sources += decisions.extra
-    prepared = Prepared(
-        options, method, sources, made, decisions.chosen, 0, 0, work=settings.work, decided_in=took
+    return Prepared(
+        options,
+        method,
+        (*sources, *decisions.extra),
+        made,
+        decisions.chosen,
+        0,
+        decisions.memory,
+        work=settings.work,
+        decided_in=took,
     )
-    return _checked(prepared, max(decisions.memory, measuring))
 
 
 def _settings(options: Options, caller: Caller) -> Settings:
@@ -90,10 +114,8 @@ def _settings(options: Options, caller: Caller) -> Settings:
     )
 
 
-def _checked(prepared: Prepared, least: int) -> Prepared:
-    """Everything about a plan that can be refused before it runs: operations, memory, disk.
-    `least`: promised bytes of deciding and measuring.
-    """
+def _checked(prepared: Prepared) -> Prepared:
+    """Everything about a plan that can be refused before it runs: operations, memory, disk."""
     options, plan, sources = prepared.options, prepared.plan, prepared.sources
     dtype_of = lambda piece: sources[piece.source].part(piece.name).dtype  # noqa: E731
     ops.rehearse(plan.tasks, dtype_of, plan.tables)
@@ -104,7 +126,7 @@ def _checked(prepared: Prepared, least: int) -> Prepared:
         current.check(prepared, writer.out)
     else:
         writer.check()
-    peak = max(fitted.peak, least)
+    peak = max(fitted.peak, prepared.peak)
     return replace(prepared, jobs=fitted.jobs, peak=peak, done=done)
 
 
@@ -173,7 +195,14 @@ def write(prepared: Prepared, caller: Caller | None = None) -> Report:
     """Make, measure, finish: the output, and its report. Stopped and failed runs keep their
     finished shards; call again to go on. A missed gate removes them and raises VerificationFailed.
     """
-    caller = caller or Caller()
+    try:
+        return _written(prepared, caller or Caller())
+    finally:
+        if prepared.lock is not None:
+            prepared.lock.release()
+
+
+def _written(prepared: Prepared, caller: Caller) -> Report:
     if prepared.done:
         shutil.rmtree(prepared.work, ignore_errors=True)
         return _already(prepared)

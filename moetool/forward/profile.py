@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetool import atomic
+from moetool import atomic, lock
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import text
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Wanted, layer_file
+from moetool.lock import Lock
 from moetool.progress import Progress, silent
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
@@ -119,28 +120,32 @@ def make(
     wanted = dataclasses.replace(wanted, files=len(batches.files), sample=sample)
     seal = digest(source, batches, wanted)
     _check_folder(how, seal)
-    claim(how.folder, seal)
-    if (how.folder / "profile.json").exists():
-        return Profile.open(how.folder)
-    peak = _walk(mixture, batches, wanted, how)
-    facts = describe(name, mixture, batches, wanted, calibration)
-    facts |= {"peak_memory": peak, "seconds": round(time.perf_counter() - begun, 3)}
-    facts["layer_files"] = {
-        str(n): identity.of_file(how.folder / layer_file(n)) for n in mixture.layers
-    }
-    kept = Profile(how.folder, {})
-    facts["warnings"] = [*batches.notes, *few_tokens(mixture, kept.layer)]
-    atomic.write(how.folder / "profile.json", json.dumps(facts, indent=1) + "\n")
-    for left in how.folder.glob("hidden-*"):
-        left.unlink()
+    with Lock.take(how.folder, "these statistics"):
+        _check_folder(how, seal)  # somebody may have been here meanwhile
+        claim(how.folder, seal)
+        if not (how.folder / "profile.json").exists():
+            facts = describe(name, mixture, batches, wanted, calibration)
+            facts["peak_memory"] = _walk(mixture, batches, wanted, how)
+            facts["seconds"] = round(time.perf_counter() - begun, 3)
+            _finish(how.folder, mixture, facts, batches)
     return Profile.open(how.folder)
+
+
+def _finish(folder: Path, mixture: Mixture, facts: JsonObject, batches: batching.Batches) -> None:
+    """Seal the layers' files and write profile.json, last of all."""
+    files = {str(n): identity.of_file(folder / layer_file(n)) for n in mixture.layers}
+    warnings = [*batches.notes, *few_tokens(mixture, Profile(folder, {}).layer)]
+    done = facts | {"layer_files": files, "warnings": warnings}
+    atomic.write(folder / "profile.json", json.dumps(done, indent=1) + "\n")
+    for left in folder.glob("hidden-*"):
+        left.unlink()
 
 
 def _check_folder(how: Making, seal: str) -> None:
     """Refuse a folder that holds anything but this very profile, begun or done."""
     folder, mark = how.folder, how.folder / "walk.json"
     if folder.exists() and not mark.exists():
-        strangers = [p.name for p in folder.iterdir() if p.suffix != atomic.SUFFIX]
+        strangers = [p.name for p in folder.iterdir() if not _is_ours(p.name)]
         if strangers:
             raise MoetoolError(
                 "the folder for the statistics is not empty",
@@ -154,6 +159,10 @@ def _check_folder(how: Making, seal: str) -> None:
             file=folder,
             hint="choose another folder, or remove this one",
         )
+
+
+def _is_ours(name: str) -> bool:
+    return name == lock.NAME or name.endswith(atomic.SUFFIX)
 
 
 def _walk(mixture: Mixture, batches: batching.Batches, wanted: Wanted, how: Making) -> int:

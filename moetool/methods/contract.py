@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from moetool.data import JsonObject
+from moetool.lock import Lock
 from moetool.methods.options import Common, Field, Gate, Text, Value, build
 from moetool.methods.options import fields as fields_of
 from moetool.progress import Progress, silent
@@ -328,6 +329,7 @@ class Prepared:
     done: bool = False  # the output is already there, whole, from this very plan
     work: str = ""  # folder of what long deciding left
     decided_in: float = 0.0  # seconds
+    lock: Lock | None = None  # of the work folder, until the output is written
 
     @property
     def plan(self) -> Plan:
