@@ -67,7 +67,7 @@ class Merging(Reducing):
         "auto",
         "how matrices are stored: auto (as in SRC where they are only moved; full where anything "
         "is computed), same (as in SRC; what is computed is rounded again), full, or as one "
-        "method alone can store them (factored: d2-moe's base and differences)",
+        "method alone can store them (factored: a base and differences)",
         WHAT,
         choices=_forms,
         old=(("materialised", "full"),),

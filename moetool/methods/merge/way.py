@@ -102,10 +102,11 @@ class MergeWay(Way):
 
     def told(self) -> None:
         if self.options.form not in (*FORMS, *self.forms):
+            able = [n for n, way in self.known().items() if self.options.form in way.forms]
             raise UsageError(
                 f"--form {self.options.form} does not go with --method {self.called}",
                 expected=", ".join((*FORMS, *self.forms)),
-                hint="leave out --form, or use the method that makes such experts: d2-moe",
+                hint=f"leave out --form, or use --method {' or '.join(able)}",
             )
 
     def check(self, mixture: Mixture) -> None:

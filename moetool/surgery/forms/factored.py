@@ -80,7 +80,7 @@ class Factored(Form):
         raise MoetoolError(
             "a single matrix cannot be written as base and difference",
             expected="all experts of a layer",
-            hint="use `moetool merge --method d2-moe --form factored`",
+            hint="`moetool merge --form factored` makes them together",
         )
 
 
