@@ -4,6 +4,7 @@ nothing but texts, numbers, lists and mappings.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -41,7 +42,7 @@ class _Strict(yaml.SafeLoader):
                 parts = list(node.value)
             elif isinstance(node, yaml.MappingNode):
                 self._check_keys(node)
-                parts = [part for pair in node.value for part in pair]
+                parts = list(chain.from_iterable(node.value))
             self._sizes[id(node)] = 1 + sum(self._size(part, inner) for part in parts)
         if self._sizes[id(node)] > UNFOLDED:
             raise yaml.composer.ComposerError(

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import inspect as introspection
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any
 
 from moetool import methods
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError
 from moetool.methods.options import Checking, Common, Field, build, fields
 
@@ -198,7 +198,7 @@ def _documented(known: Sequence[Field]) -> str:
     return "\n".join(lines)
 
 
-def _options(verb: str, sources: tuple[str, ...], out: str, options: Mapping[str, Any]) -> Options:
+def _options(verb: str, sources: tuple[str, ...], out: str, options: JsonMapping) -> Options:
     """Sorted into what the verb and what every command understands."""
     from moetool.methods.contract import Options
 

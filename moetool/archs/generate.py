@@ -18,7 +18,6 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from moetool.archs.templates import (
     role_of,
     terms_of,
 )
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 
 HERE = Path(__file__).parent
 Values = JsonObject
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     return different
 
 
-def render(layout: Mapping[str, Any]) -> str:
+def render(layout: JsonMapping) -> str:
     """JSON with one tensor per line: a change in a family reads as a short diff."""
     rows = ",\n".join("  " + json.dumps(t) for t in layout["tensors"])
     head = {k: v for k, v in layout.items() if k != "tensors"}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from moetool.data import JsonMapping
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -66,7 +68,7 @@ def stack(model: Any, text_config: str, count: int | None) -> str | None:
     return max(lists, key=lambda n: lists[n])
 
 
-def _owner(modules: Mapping[str, Any], name: str) -> Any:
+def _owner(modules: JsonMapping, name: str) -> Any:
     """The nearest model around a module."""
     from transformers import PreTrainedModel
 

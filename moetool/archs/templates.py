@@ -8,10 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moetool.archs.model import Shapes
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 
 WORDS: JsonObject = json.loads((Path(__file__).parent / "words.json").read_text())
 LAYERS: int = WORDS["first"]["num_hidden_layers"]
@@ -28,7 +27,7 @@ def role_of(template: str, kind: str = "moe") -> str | None:
     return None
 
 
-def fields_of(text: Mapping[str, Any]) -> dict[str, str]:
+def fields_of(text: JsonMapping) -> dict[str, str]:
     """Meaning -> the config field that carries it."""
     found = {k: next((f for f in names if f in text), None) for k, names in WORDS["fields"].items()}
     return {k: v for k, v in found.items() if v}
@@ -94,7 +93,7 @@ class Formulas:
         return next((f for (value, _), f in self.terms.items() if value == first), None)
 
 
-def terms_of(text: Mapping[str, Any]) -> dict[str, int]:
+def terms_of(text: JsonMapping) -> dict[str, int]:
     """Formula -> value, the plainest formula first."""
     fields = {k: (f, text[f]) for k, f in fields_of(text).items() if type(text.get(f)) is int}
     plain = ("hidden", "width", "expert_width", "shared_width", "experts", "vocab")
@@ -112,7 +111,7 @@ def terms_of(text: Mapping[str, Any]) -> dict[str, int]:
     return terms
 
 
-def _head_terms(fields: Mapping[str, tuple[str, int]], text: Mapping[str, Any]) -> dict[str, int]:
+def _head_terms(fields: Mapping[str, tuple[str, int]], text: JsonMapping) -> dict[str, int]:
     heads, hidden = fields["heads"], fields["hidden"]
     head = text.get("head_dim") or hidden[1] // heads[1]
     kv = fields.get("kv_heads", heads)
@@ -171,7 +170,7 @@ def mark_layers(tensors: list[JsonObject], count: int | None) -> list[JsonObject
     return tensors
 
 
-def _mark(tensor: Mapping[str, Any], moe: set[int], every: set[int] | None) -> str:
+def _mark(tensor: JsonMapping, moe: set[int], every: set[int] | None) -> str:
     seen = tensor["layers"]
     if every and moe == every and str(tensor["role"]).startswith(("expert", "router", "shared")):
         return "moe"

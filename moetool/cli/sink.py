@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moetool import strict_json
+from moetool.data import JsonMapping
 from moetool.errors import MoetoolError
 from moetool.units import show_bytes, show_seconds
 
@@ -28,7 +29,7 @@ class Sink:
         self._begun = self._last = 0.0
         self._tty = sys.stderr is not None and sys.stderr.isatty()
 
-    def result(self, data: Mapping[str, Any] | None, human: str | None = None) -> None:
+    def result(self, data: JsonMapping | None, human: str | None = None) -> None:
         """The answer of a command: one JSON object, or text (nothing in quiet mode)."""
         self._end_line()
         if self.mode == "json":
@@ -47,7 +48,7 @@ class Sink:
             self._end_line()
             print(text, file=sys.stderr)
 
-    def _json(self, data: Mapping[str, Any] | None) -> str:
+    def _json(self, data: JsonMapping | None) -> str:
         return strict_json.text(data, ascii=not getattr(sys.stdout, "takes_all", True))
 
     def error(self, problem: MoetoolError) -> None:

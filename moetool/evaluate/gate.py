@@ -5,12 +5,10 @@ there to load.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate.perplexity import LOGIT_BYTES, evaluate
 from moetool.forward.batches import Cut
@@ -31,7 +29,7 @@ class Limit:
     most: float | None  # None: no gate
     shown: str
 
-    def check(self, found: Mapping[str, Any], where: str) -> None:
+    def check(self, found: JsonMapping, where: str) -> None:
         """Raise VerificationFailed (exit code 4) when the value is too large, or no number."""
         value = found.get(self.key)
         if self.most is not None and value is not None and not value <= self.most:
@@ -44,7 +42,7 @@ class Limit:
             )
 
 
-def check(found: Mapping[str, Any], gate: Gate, where: str) -> None:
+def check(found: JsonMapping, gate: Gate, where: str) -> None:
     """Hold what was measured against every gate; VerificationFailed for the first that is missed."""
     for limit in (
         Limit("KL divergence", "kl", gate.max_kl or None, "{:.4g}"),

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
@@ -57,7 +60,7 @@ def compare_logits(
     """
     import torch
 
-    def run(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    def run(checkpoint: Checkpoint) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         model = load(checkpoint, device)
         text = checkpoint.config.get("text_config") or checkpoint.config
         vocab = int(text.get("vocab_size") or model.get_input_embeddings().num_embeddings)
@@ -89,7 +92,7 @@ def compare_logits(
     }
 
 
-def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
+def _greedy(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """40 greedy tokens, without a cache: plain and the same for every family. Returns the ids and
     the logits [GREEDY, vocabulary] that chose them.
     """
@@ -102,7 +105,7 @@ def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
     return ids, torch.stack(steps)
 
 
-def _tie(words: Any, others: Any, steps: Any) -> bool:
+def _tie(words: Tensor, others: Tensor, steps: Tensor) -> bool:
     """Whether the first word that differs was as good as the other one: nearer than rounding."""
     apart = (words != others)[0].nonzero()
     if not len(apart):

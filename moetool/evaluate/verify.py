@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError, VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, structure
 from moetool.methods.contract import Decisions, Made, Method, Settings
@@ -29,7 +29,7 @@ def verify(
     against: Sequence[str] = (),
     how: Checking | None = None,
     tell: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Check a checkpoint that moetool wrote; returns what was measured. Raises VerificationFailed
     (exit code 4).
 
@@ -41,7 +41,7 @@ def verify(
     check_device(how.device)
     checkpoint = Checkpoint.open(source.locate(out))
     record = structure.recorded(checkpoint.folder)
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "path": checkpoint.folder,
         "certificate": record["report"]["certificate"],
         "structure": structure.check_structure(checkpoint, record),
@@ -66,7 +66,7 @@ def verify(
     }
 
 
-def _certified(checkpoint: Checkpoint, record: dict[str, Any], made: Made) -> str:
+def _certified(checkpoint: Checkpoint, record: JsonObject, made: Made) -> str:
     """The level of the certificate, where plan and certificate are those of the record; raises
     VerificationFailed where they are not.
     """
@@ -90,7 +90,7 @@ def _certified(checkpoint: Checkpoint, record: dict[str, Any], made: Made) -> st
     return str(level)
 
 
-def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
+def _all_sources(record: JsonObject, against: Sequence[str]) -> list[str]:
     """The sources given, completed by the recorded ones where fewer were given."""
     recorded = [s["name"] for s in record["sources"]]
     if len(against) > len(recorded):
@@ -103,7 +103,7 @@ def _all_sources(record: dict[str, Any], against: Sequence[str]) -> list[str]:
     return [*against, *recorded[len(against) :]]
 
 
-def _same_sources(sources: Sequence[Checkpoint], record: dict[str, Any]) -> None:
+def _same_sources(sources: Sequence[Checkpoint], record: JsonObject) -> None:
     for number, (checkpoint, known) in enumerate(zip(sources, record["sources"], strict=True)):
         found = ""
         if checkpoint.fingerprint() != known["files"]:
@@ -128,7 +128,7 @@ class Again:
     made: Made
 
 
-def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], folder: str) -> Again:
+def _plan_again(sources: Sequence[Checkpoint], record: JsonObject, folder: str) -> Again:
     from moetool import methods
 
     method = methods.make(record["method"], record["options"])
@@ -139,7 +139,7 @@ def _plan_again(sources: Sequence[Checkpoint], record: dict[str, Any], folder: s
     return Again(method, method.plan(sources, decisions, settings))
 
 
-def _tables(record: dict[str, Any], folder: str) -> dict[str, list[int]]:
+def _tables(record: JsonObject, folder: str) -> dict[str, list[int]]:
     """The tables of a plan: in the record, and in files beside it."""
     found: dict[str, list[int]] = dict(record["tables"])
     for name, seal in record.get("table_files", {}).items():
@@ -152,7 +152,7 @@ def _tables(record: dict[str, Any], folder: str) -> dict[str, list[int]]:
     return found
 
 
-def _extra(record: dict[str, Any]) -> tuple[Checkpoint, ...]:
+def _extra(record: JsonObject) -> tuple[Checkpoint, ...]:
     """Sources that did not travel with the output, by their headers alone."""
     return tuple(
         Checkpoint(
@@ -186,16 +186,14 @@ def _account(sources: Sequence[Checkpoint], made: Made) -> dict[str, int]:
     }
 
 
-def _function(
-    base: Checkpoint, out: Checkpoint, record: dict[str, Any], how: Checking
-) -> dict[str, Any]:
+def _function(base: Checkpoint, out: Checkpoint, record: JsonObject, how: Checking) -> JsonObject:
     """Each block against the FFN it was made of, then the logits of both models."""
     certificate = record["report"]["certificate"]
     limit = ROUNDED if "rounded" in certificate["why"] else EXACT
     measured = [asdict(e) for e in blocks.compare(base, out)]
     if certificate["level"] in ("exact", "exact_if"):
         _check_blocks(measured, out, limit)
-    result: dict[str, Any] = {"blocks": measured}
+    result: JsonObject = {"blocks": measured}
     skipped = _not_loaded(record, how)
     if skipped:
         return result | {"logits": None, "logits_skipped": skipped}
@@ -204,7 +202,7 @@ def _function(
     return result
 
 
-def _check_blocks(measured: list[dict[str, Any]], out: Checkpoint, limit: float) -> None:
+def _check_blocks(measured: list[JsonObject], out: Checkpoint, limit: float) -> None:
     wrong = [e for e in measured if not e["relative"] <= limit]  # NaN is wrong as well
     if wrong:
         worst = max(wrong, key=lambda e: (math.isnan(e["relative"]), e["relative"]))
@@ -218,7 +216,7 @@ def _check_blocks(measured: list[dict[str, Any]], out: Checkpoint, limit: float)
         )
 
 
-def _check_logits(found: dict[str, Any], out: Checkpoint, limit: float, level: str) -> None:
+def _check_logits(found: JsonObject, out: Checkpoint, limit: float, level: str) -> None:
     """Exact means: the same logits, and with them the same words."""
     exact, relative = level in ("exact", "exact_if"), found["relative"]
     if (exact or math.isnan(relative)) and not relative <= limit:
@@ -249,7 +247,7 @@ def _next(relative: float) -> str:
     return "report this as a bug of moetool"
 
 
-def _not_loaded(record: dict[str, Any], how: Checking) -> str:
+def _not_loaded(record: JsonObject, how: Checking) -> str:
     """Why logits are not compared; empty where they are."""
     if not logits.available():
         return "transformers is not installed"

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
@@ -227,7 +228,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _build(source: Checkpoint, given: dict[str, Any]) -> Any:
+def _build(source: Checkpoint, given: JsonObject) -> Any:
     """The class of the checkpoint, with parameters on the meta device and real buffers (rotary
     tables are computed, not stored).
     """

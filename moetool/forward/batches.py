@@ -94,14 +94,7 @@ def make(
         wanted = max(1, round(cut.tokens * corpus.share))
         rows = list(_sequences(corpus, words, cut, seq_len, wanted))
         for row in rows:
-            if int(row.max()) >= vocab:
-                raise MoetoolError(
-                    "a token id is outside the model's vocabulary",
-                    file=corpus.name,
-                    expected=f"below {vocab}",
-                    found=int(row.max()),
-                    hint="the ids were made with another tokenizer",
-                )
+            _check_ids(row, corpus, vocab)
             seal.update(number.to_bytes(4, "little") + row.astype("<i4").tobytes())
         counts.append(sum(len(r) for r in rows))
         if counts[-1] < 0.9 * wanted:
@@ -123,6 +116,17 @@ def make(
         seal.hexdigest(),
         tuple(notes),
     )
+
+
+def _check_ids(row: np.ndarray, corpus: Corpus, vocab: int) -> None:
+    if int(row.max()) >= vocab:
+        raise MoetoolError(
+            "a token id is outside the model's vocabulary",
+            file=corpus.name,
+            expected=f"below {vocab}",
+            found=int(row.max()),
+            hint="the ids were made with another tokenizer",
+        )
 
 
 def _sequences(

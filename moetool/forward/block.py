@@ -20,8 +20,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """A MoE block: router [experts + zero experts, hidden] and bias in float32, experts as stored or
-    widened, the shared expert in float32.
+    """A MoE block: router [experts + zero experts, hidden] and bias in float32, experts as stored
+    or widened, the shared expert in float32.
     """
 
     router: Tensor

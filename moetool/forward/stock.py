@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import companions
 from moetool.surgery.checkpoint import Checkpoint, read_json
@@ -64,7 +65,7 @@ def without_code(config: Any, *, trusted: bool = False) -> Any:
     return config
 
 
-def config(raw: Mapping[str, Any], folder: str) -> Any:
+def config(raw: JsonMapping, folder: str) -> Any:
     """The config object of a family that transformers knows; MoetoolError for other ones, and for
     values that it refuses.
     """
@@ -81,7 +82,7 @@ def config(raw: Mapping[str, Any], folder: str) -> Any:
         return transformers.CONFIG_MAPPING[kind].from_dict(without_code(dict(raw)))
 
 
-def empty_model(raw: Mapping[str, Any], folder: str) -> Any:
+def empty_model(raw: JsonMapping, folder: str) -> Any:
     """The checkpoint's class in float32, with parameters on the meta device and real buffers
     (rotary tables are computed, not stored). Errors as in `config`.
     """
@@ -99,7 +100,7 @@ def empty_model(raw: Mapping[str, Any], folder: str) -> Any:
         return make(made, dtype=torch.float32, experts_implementation="eager")
 
 
-def load(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
     """(the model in float32, loading info), as stock transformers loads it from the files that
     `checkpoint` was read from. Raises whatever transformers raises.
     """
@@ -145,7 +146,7 @@ def tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
-def _class(raw: Mapping[str, Any]) -> Any:
+def _class(raw: JsonMapping) -> Any:
     """The class that the config names, if it is a model of transformers; else the causal one."""
     transformers = library()
     named = raw.get("architectures")
@@ -156,7 +157,7 @@ def _class(raw: Mapping[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def attends_eagerly(raw: Mapping[str, Any], folder: str) -> bool:
+def attends_eagerly(raw: JsonMapping, folder: str) -> bool:
     """Whether the class of this config computes attention as matrices [heads, length, length] that
     are held whole: it has no other way.
     """
@@ -169,7 +170,7 @@ def attends_eagerly(raw: Mapping[str, Any], folder: str) -> bool:
 
 @contextmanager
 def _view(
-    folder: str | Path, raw: Mapping[str, Any], checkpoint: Checkpoint | None = None
+    folder: str | Path, raw: JsonMapping, checkpoint: Checkpoint | None = None
 ) -> Iterator[Path]:
     """A folder for transformers: the config, and links to companions, or to weights with an index
     of what they hold.

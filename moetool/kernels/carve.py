@@ -30,7 +30,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Change:
+class Variation:
     """What makes copies differ, and by which streams of random numbers. permute: the stream of
     orders; noise: its deviation, in units of the matrix's own; redraw: the share of neurons drawn
     anew; same: an index stream that gate, up and down share (whole neurons are re-drawn), None for
@@ -49,11 +49,11 @@ class Change:
         return self.permute is not None or self.noise is not None or self.redraw is not None
 
 
-PLAIN = Change()
+PLAIN = Variation()
 
 
 def experts(
-    matrix: Tensor, count: int, share: Share, change: Change = PLAIN, scale: float = 1.0
+    matrix: Tensor, count: int, share: Share, change: Variation = PLAIN, scale: float = 1.0
 ) -> Iterator[Tensor]:
     """Yield `count` expert matrices of one FFN matrix. `scale` multiplies last. Arithmetic in
     float32 (float64 for float64 sources), one cast at the end.
@@ -71,7 +71,7 @@ def experts(
         yield piece
 
 
-def _changed(piece: Tensor, axis: int, change: Change, scale: float, expert: int) -> Tensor:
+def _changed(piece: Tensor, axis: int, change: Variation, scale: float, expert: int) -> Tensor:
     """Permuted, then drawn anew, then noise, then scale."""
     if change.permute is not None:
         stream = f"{change.permute}/{expert}/permute"
@@ -102,7 +102,7 @@ def _index(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device)
 
 
-def redrawn(work: Tensor, axis: int, change: Change, expert: int) -> Tensor:
+def redrawn(work: Tensor, axis: int, change: Variation, expert: int) -> Tensor:
     """Re-draw (in place) floor(change.redraw * neurons) neurons from N(mean, std) of the entries
     they replace (Drop-Upcycling, arXiv 2502.19261).
     """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 from moetool.errors import MoetoolError
 
@@ -26,13 +29,14 @@ _TORCH = {
 }
 
 
-def torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; MoetoolError when moetool computes with none."""
     import torch
 
     if name not in _TORCH:
         raise _unknown(name, _TORCH)
-    return getattr(torch, _TORCH[name])
+    found: torch.dtype = getattr(torch, _TORCH[name])
+    return found
 
 
 def _unknown(name: str, known: Iterable[str]) -> MoetoolError:
@@ -44,7 +48,9 @@ def _unknown(name: str, known: Iterable[str]) -> MoetoolError:
     )
 
 
-def decode(data: bytearray, dtype: str, shape: tuple[int, ...], device: str = "cpu") -> Any:
+def decode(
+    data: bytearray, dtype: str, shape: tuple[int, ...], device: str = "cpu"
+) -> torch.Tensor:
     """Bytes -> torch tensor [*shape], sharing memory on the CPU."""
     import torch
 
@@ -53,21 +59,21 @@ def decode(data: bytearray, dtype: str, shape: tuple[int, ...], device: str = "c
     return torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(shape).to(device)
 
 
-def meta(shape: tuple[int, ...], dtype: str) -> Any:
+def meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """A tensor without memory, for rehearsals."""
     import torch
 
     return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
 
 
-def encode(value: Any, dtype: str) -> memoryview:
+def encode(value: torch.Tensor | np.ndarray, dtype: str) -> memoryview:
     """torch tensor or float32 numpy array -> bytes in a safetensors dtype."""
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(_numpy_bytes(value, dtype)).data.cast("B")
     import torch
 
     flat = value.to(torch_dtype(dtype)).contiguous().cpu()
-    return memoryview(flat.reshape(-1).view(torch.uint8).numpy())
+    return flat.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _numpy_bytes(value: np.ndarray, dtype: str) -> np.ndarray:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -103,11 +103,11 @@ class Runs(Protocol):
     def out(self, h: Tensor, expert: int) -> Tensor: ...
 
 
-def activation(name: str, *, alpha: float = 1.702, limit: float = 7.0) -> Any:
+def activation(name: str, *, alpha: float = 1.702, limit: float = 7.0) -> Callable[..., Tensor]:
     """The function of a config's `hidden_act`; KeyError for one that is not known.
     `clamped-swiglu` (gpt-oss) takes gate and up together.
     """
-    return {
+    known: dict[str, Callable[..., Tensor]] = {
         "silu": functional.silu,
         "swish": functional.silu,
         "gelu": functional.gelu,
@@ -116,7 +116,8 @@ def activation(name: str, *, alpha: float = 1.702, limit: float = 7.0) -> Any:
         "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
         "relu2": lambda x: functional.relu(x) ** 2,
         "clamped-swiglu": ClampedSwiglu(alpha, limit),
-    }[name]
+    }
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class ClampedSwiglu:
         return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
 
 
-def glu(act: Any, gate: Tensor, up: Tensor) -> Tensor:
+def glu(act: Callable[..., Tensor], gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, or the two-argument form."""
     if isinstance(act, ClampedSwiglu):
         return act(gate, up)
@@ -141,7 +142,7 @@ def glu(act: Any, gate: Tensor, up: Tensor) -> Tensor:
     return made
 
 
-def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Any) -> Tensor:
+def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Callable[..., Tensor]) -> Tensor:
     """x [tokens, hidden] -> [tokens, hidden]; gate, up [width, hidden], down [hidden, width]."""
     hidden: Tensor = glu(act, x @ gate.T, x @ up.T)
     return hidden @ down.T

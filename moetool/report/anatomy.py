@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, Matched, any_text_model
@@ -25,7 +25,7 @@ class _Layer:
     router_bias: bool = False
 
 
-def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
+def anatomy(checkpoint: Checkpoint) -> JsonObject:
     """Family, parameters (total and active), each layer's FFN, experts and router, dtypes, shards,
     ties, unknown names.
     """
@@ -61,7 +61,7 @@ def anatomy(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _files(checkpoint: Checkpoint) -> dict[str, Any]:
+def _files(checkpoint: Checkpoint) -> JsonObject:
     """What the files hold."""
     forms = Counter(t.parts.form for t in checkpoint.tensors.values() if t.parts)
     return {
@@ -103,7 +103,7 @@ def _note(layer: _Layer, found: Matched, stored: Stored, count: int) -> None:
         layer.router_bias = True
 
 
-def _row(number: int, layer: _Layer) -> dict[str, Any]:
+def _row(number: int, layer: _Layer) -> JsonObject:
     return {
         "layer": number,
         "ffn": layer.ffn,

@@ -12,9 +12,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetool.data import JsonMapping
 from moetool.errors import MoetoolError
 from moetool.surgery.layout import text_model
 
@@ -81,7 +83,7 @@ _OBJECT = re.compile(r"_config$|^rope_(parameters|scaling)$")
 _TEXT = re.compile(r"^model_type$|^architectures$|^hidden_act(ivation)?$")
 
 
-def check(config: Mapping[str, Any], file: Path) -> None:
+def check(config: JsonMapping, file: Path) -> None:
     """MoetoolError naming the field that cannot be; families without a layout are looked at by
     their fields' names alone.
     """
@@ -106,7 +108,7 @@ def check(config: Mapping[str, Any], file: Path) -> None:
     _check_sites(at, str(file))
 
 
-def _walk(part: Mapping[str, Any], file: str, path: str, depth: int) -> None:
+def _walk(part: JsonMapping, file: str, path: str, depth: int) -> None:
     if depth > DEEP:
         raise _wrong(path, "an object", f"more than {DEEP} objects in one another", file)
     for name, value in part.items():
@@ -139,8 +141,9 @@ def _rules(at: TextModel) -> Iterator[tuple[str, _Rule]]:
         if name:
             yield name, _Rule("number")
     known = set(layout.fields.values())
-    shapes = (s for slot in layout.tensors for s in slot.shape or () if s)
-    for name in sorted({w for s in shapes for w in re.findall(r"[A-Za-z_]\w*", s)} - known):
+    sizes = chain.from_iterable(slot.shape or () for slot in layout.tensors)
+    words = chain.from_iterable(re.findall(r"[A-Za-z_]\w*", size) for size in sizes if size)
+    for name in sorted(set(words) - known):
         yield name, _COUNT
     for name in _sites(at):
         if name not in known:

@@ -16,9 +16,10 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moetool import strict_json
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.reading import opened
 from moetool.surgery import bounds, companions, forms, header, weights
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
+class Extent(NamedTuple):
+    """Bytes of a file: `size` of them from `start` on."""
+
+    path: str
+    start: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk. `files` maps each weight file to (bytes, sha256 of its header).
@@ -41,11 +50,11 @@ class Checkpoint:
     """
 
     folder: str
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, Stored]
     files: dict[str, tuple[int, str]]
     lying: dict[str, Stored] = field(default_factory=dict, repr=False)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    told: dict[str, JsonObject] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -92,7 +101,7 @@ class Checkpoint:
         return cls._seen(str(folder), config, tensors, files)
 
     @classmethod
-    def staged(cls, folder: str, shards: list[str], config: dict[str, Any]) -> Checkpoint:
+    def staged(cls, folder: str, shards: list[str], config: JsonObject) -> Checkpoint:
         """Finished shards of an output that has no config.json yet."""
         tensors: dict[str, Stored] = {}
         files: dict[str, tuple[int, str]] = {}
@@ -106,7 +115,7 @@ class Checkpoint:
     def _seen(
         cls,
         folder: str,
-        config: dict[str, Any],
+        config: JsonObject,
         tensors: dict[str, Stored],
         files: dict[str, tuple[int, str]],
     ) -> Checkpoint:
@@ -171,7 +180,7 @@ class Checkpoint:
         """
         return companions.travelling(self.folder)
 
-    def range_of(self, piece: Piece) -> tuple[str, int, int]:
+    def range_of(self, piece: Piece) -> Extent:
         """(file, first byte, byte count) of a piece of a tensor as it lies in a file."""
         stored = self.part(piece.name)
         bits = DTYPE_BITS[stored.dtype]
@@ -184,7 +193,7 @@ class Checkpoint:
                 found=start + count,
                 hint="report this as a bug of moetool",
             )
-        return os.path.join(self.folder, stored.file), stored.start + start, count
+        return Extent(os.path.join(self.folder, stored.file), stored.start + start, count)
 
     def read(self, piece: Piece) -> bytearray:
         """The bytes of a piece as they lie in a file, by pread (no mapping stays behind)."""
@@ -228,10 +237,16 @@ def read_range(path: str, start: int, count: int) -> bytearray:
     return buffer
 
 
-def read_header(path: Path) -> tuple[list[Stored], str, int]:
-    """(tensors in file order, sha256 of the header, file size); every claim of the header is
-    checked.
-    """
+class Header(NamedTuple):
+    """What a weight file says of itself: tensors in file order, sha256 of the header, file size."""
+
+    tensors: list[Stored]
+    seal: str
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file; every claim of it is checked."""
     try:
         with opened(path, "weight file") as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -266,7 +281,8 @@ def read_header(path: Path) -> tuple[list[Stored], str, int]:
             file=path,
             hint="check the path and its permissions",
         ) from None
-    return _parse_header(path, body, 8 + length, size), hashlib.sha256(raw + body).hexdigest(), size
+    seal = hashlib.sha256(raw + body).hexdigest()
+    return Header(_parse_header(path, body, 8 + length, size), seal, size)
 
 
 def _parse_header(path: Path, body: bytes, base: int, size: int) -> list[Stored]:
@@ -342,6 +358,6 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
     return Stored(name, dtype, shape, path.name, base + start, base + stop)
 
 
-def read_json(path: Path, *, what: str) -> dict[str, Any]:
+def read_json(path: Path, *, what: str) -> JsonObject:
     """A JSON object from a file; MoetoolError otherwise."""
     return strict_json.load(path, what)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from moetool.errors import MoetoolError
@@ -109,7 +109,8 @@ def _is_stacked(checkpoint: Checkpoint, at: TextModel) -> bool:
     """Whether the experts are stacked though the family's files have a tensor an expert."""
     own = {slot.name for slot in at.layout.tensors}
     fused = [template for template in at.layout.fused().values() if template not in own]
-    return any(at.name(t, layer=i) in checkpoint.tensors for t in fused for i in at.moe_layers())
+    places = product(fused, at.moe_layers())
+    return any(at.name(template, layer=i) in checkpoint.tensors for template, i in places)
 
 
 def _is_tied(checkpoint: Checkpoint, layout: Layout, needed: Needed) -> bool:

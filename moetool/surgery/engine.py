@@ -21,7 +21,7 @@ from typing import Any
 from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
 from moetool.surgery import ops, scan
-from moetool.surgery.checkpoint import Checkpoint, read_range
+from moetool.surgery.checkpoint import Checkpoint, Extent, read_range
 from moetool.surgery.plan import Plan, Shard, elements
 from moetool.surgery.scan import Suspect
 from moetool.surgery.spec import Piece, Task
@@ -63,9 +63,7 @@ class Job:
     tasks: tuple[Task, ...]
     dtypes: dict[str, str]
     starts: dict[str, int]  # where each tensor begins in the file
-    ranges: tuple[
-        tuple[tuple[str, int, int, str], ...], ...
-    ]  # per task and input: file, from, count, dtype
+    ranges: tuple[tuple[tuple[Extent, str], ...], ...]  # per task and input, with its dtype
     tables: dict[str, list[int]]
     device: str
     threads: int
@@ -115,10 +113,10 @@ def jobs_of(
         )
 
 
-def _ranges(task: Task, sources: Sequence[Checkpoint]) -> tuple[tuple[str, int, int, str], ...]:
-    """Where a task's inputs lie: file, from, count, dtype."""
+def _ranges(task: Task, sources: Sequence[Checkpoint]) -> tuple[tuple[Extent, str], ...]:
+    """Where a task's inputs lie, and their dtypes."""
     return tuple(
-        (*sources[p.source].range_of(p), sources[p.source].part(p.name).dtype) for p in task.inputs
+        (sources[p.source].range_of(p), sources[p.source].part(p.name).dtype) for p in task.inputs
     )
 
 
@@ -317,8 +315,8 @@ def computed(job: Job, number: int, task: Task) -> Iterator[tuple[Piece, Any]]:
     from moetool.kernels import codec
 
     inputs = [
-        codec.decode(read_range(path, start, count), dtype, piece.shape, job.device)
-        for (path, start, count, dtype), piece in zip(job.ranges[number], task.inputs, strict=True)
+        codec.decode(read_range(*where), dtype, piece.shape, job.device)
+        for (where, dtype), piece in zip(job.ranges[number], task.inputs, strict=True)
     ]
     for piece, value in ops.run_task(task, inputs, job.dtypes, job.tables):
         yield piece, codec.encode(value, job.dtypes[piece.name])

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.counted import Counted, Finder
@@ -89,7 +89,7 @@ class Mixture:
         return self.text_model.layout
 
     @cached_property
-    def text(self) -> dict[str, Any]:
+    def text(self) -> JsonObject:
         """The text part of the config, defaults filled in."""
         return self.layout.text(self.text_model.config)
 
@@ -171,7 +171,7 @@ class Mixture:
             if c.kind == "expert"
         ) and not self.source.config.get("quantization_config")
 
-    def orientation(self, layer: int) -> dict[str, Any]:
+    def orientation(self, layer: int) -> JsonObject:
         """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides
         where the two sides differ.
         """
@@ -197,7 +197,7 @@ class Mixture:
             "hidden": hidden,
         }
 
-    def law(self) -> dict[str, Any]:
+    def law(self) -> JsonObject:
         """The fields of kernels.moe.Law for this config. Raises MoetoolError for a family whose
         routing is not described.
         """
@@ -227,7 +227,7 @@ class Mixture:
             "least_sum": float(text.get(rule.least_sum, 0.0) or 0.0),
         }
 
-    def act(self) -> dict[str, Any]:
+    def act(self) -> JsonObject:
         """The activation: {name} and, for gpt-oss, {alpha, limit}."""
         text = self.text
         if self.layout.overlay.law.act == "clamped-swiglu":
@@ -245,7 +245,7 @@ class Mixture:
             )
         }
 
-    def fields(self, experts: int) -> dict[str, Any]:
+    def fields(self, experts: int) -> JsonObject:
         """The config fields that say how many experts there are: the family's own and its known
         spellings, all with one value.
         """
@@ -256,10 +256,10 @@ class Mixture:
             if real == own and alias in ALIASES
         }
 
-    def config_with(self, changed: dict[str, Any]) -> dict[str, Any]:
+    def config_with(self, changed: JsonObject) -> JsonObject:
         """The checkpoint's whole config with fields of its text part changed."""
         path = self.text_model.path
-        whole_config: dict[str, Any] = {**self.source.config}
+        whole_config: JsonObject = {**self.source.config}
         inner = whole_config
         for part in path:
             inner[part] = {**inner.get(part, {})}

@@ -1,7 +1,7 @@
 """The JSON of a safetensors header, read as strictly as the safetensors library reads it.
 
-What is accepted here, `safetensors.safe_open` opens as well (tests/surgery/test_headers.py holds the
-two against each other); a name that stands twice, which it takes, is refused.
+What is accepted here, `safetensors.safe_open` opens as well (tests/surgery/test_headers.py holds
+the two against each other); a name that stands twice, which it takes, is refused.
 """
 
 from __future__ import annotations

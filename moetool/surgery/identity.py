@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.spec import Stored
@@ -52,14 +53,22 @@ def touched_since(checkpoint: Checkpoint, record: Path) -> bool:
     )
 
 
-def _stamp(path: str | Path) -> tuple[int, int, int]:
+class _Stamp(NamedTuple):
+    """What changes with a file's bytes."""
+
+    size: int
+    written: int
+    changed: int
+
+
+def _stamp(path: str | Path) -> _Stamp:
     made = os.stat(path)
-    return made.st_size, made.st_mtime_ns, made.st_ctime_ns
+    return _Stamp(made.st_size, made.st_mtime_ns, made.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _sealed(path: str, stamp: tuple[int, int, int], header: str, stored: Sequence[Stored]) -> str:
-    size = stamp[0]
+def _sealed(path: str, stamp: _Stamp, header: str, stored: Sequence[Stored]) -> str:
+    size = stamp.size
     if size <= WHOLE:
         return _whole(path, size)
     seal = hashlib.blake2b(header.encode(), digest_size=16)

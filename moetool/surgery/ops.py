@@ -14,7 +14,7 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms
 from moetool.surgery.spec import Piece, Shape, Task, size_of
@@ -44,7 +44,7 @@ class Call:
 
     inputs: Sequence[Tensor]
     shapes: Sequence[Shape]
-    params: Mapping[str, Any]
+    params: JsonMapping
     tables: Tables
 
 
@@ -75,7 +75,7 @@ def _neurons(call: Call) -> Iterator[Tensor]:
         call.params["axis"], call.params.get("parts", 1), order, call.params.get("first", 0)
     )
     redraw = call.params.get("redraw") or {}
-    change = carve.Change(
+    change = carve.Variation(
         call.params.get("permute"),
         (call.params.get("noise") or {}).get("sigma"),
         redraw.get("ratio"),

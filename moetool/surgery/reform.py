@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moetool.data import JsonObject
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan, Wanted
@@ -167,12 +168,12 @@ class _Reform:
                 yield Task(op, own[number : number + 1], (piece,))
 
     def _computed(
-        self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], params: dict[str, Any]
+        self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], params: JsonObject
     ) -> Task:
         """An operation with what is decoded before it and encoded behind it."""
         split = [forms.split(self._matrix(p), p) for p in inputs]
         decode = [how for _, how in split]
-        encode: list[dict[str, Any] | None] = []
+        encode: list[JsonObject | None] = []
         outs: list[Piece] = []
         for out in outputs:
             like = self.chosen.get(out.name)
@@ -206,10 +207,10 @@ class _Reform:
             made |= {n: why for n in names if n not in used}
         return made
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> JsonObject:
         """The config, with every form that is still there told to a loader."""
         config = self.wanted.config
-        told: dict[str, dict[str, Any]] = {}
+        told: dict[str, JsonObject] = {}
         known: set[str] = set()
         for source in reversed(self.sources):
             told |= source.told

@@ -6,13 +6,12 @@ take part; their names decide the class. A family without one has experts in eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 
-Text = Mapping[str, Any]  # the text part of a config, the class's defaults filled in
+Text = JsonMapping  # the text part of a config, the class's defaults filled in
 Fields = JsonObject
 
 
@@ -160,7 +159,7 @@ _WAYS: dict[str, Callable[..., Sites]] = {
 }
 
 
-def read(data: Mapping[str, Any] | None) -> Sites:
+def read(data: JsonMapping | None) -> Sites:
     """The way of a family from its overlay; TypeError for keys that are no way's."""
     if data is None:
         return Sites()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 
 # Bits per element, by safetensors dtype name.
@@ -59,7 +60,7 @@ class InParts:
 
     form: str
     tensors: tuple[Stored, ...]
-    params: dict[str, Any] = field(default_factory=dict)
+    params: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Task:
     op: str
     inputs: tuple[Piece, ...]
     outputs: tuple[Piece, ...]
-    params: dict[str, Any] = field(default_factory=dict)
+    params: JsonObject = field(default_factory=dict)
 
     def as_json(self) -> list[Any]:
         return [

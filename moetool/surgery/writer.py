@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import atomic
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
@@ -180,7 +181,7 @@ class Writer:
         atomic.publish(Path(temporary))
 
     def finish(
-        self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: dict[str, Any]
+        self, files: Mapping[str, bytes], travelling: Mapping[str, str], config: JsonObject
     ) -> None:
         """Write index and small files, then config.json, then move the whole folder to its place."""
         missing = [s.name for s in self.plan.shards if not self.is_done(s)]

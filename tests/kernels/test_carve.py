@@ -19,7 +19,7 @@ def cut(count: int, matrix: torch.Tensor = MATRIX, **options: object) -> list[to
     scale = options.pop("scale", 1.0)
     shared = {k: v for k, v in options.items() if k in ("axis", "parts", "order", "first")}
     rest = {k: v for k, v in options.items() if k not in shared}
-    share, change = carve.Share(**{"axis": 0, **shared}), carve.Change(**rest)  # type: ignore[arg-type]
+    share, change = carve.Share(**{"axis": 0, **shared}), carve.Variation(**rest)  # type: ignore[arg-type]
     return list(carve.experts(matrix, count, share, change, scale))  # type: ignore[arg-type]
 
 
@@ -128,7 +128,7 @@ def test_all_changes_in_their_order() -> None:
         name="n",
     )
     work = MATRIX.bfloat16().float()[draw.permutation(WIDTH, 3, "p/0/permute")]
-    work = carve.redrawn(work, 0, carve.Change(redraw=0.25, same="p", seed=3, name="n"), 0)
+    work = carve.redrawn(work, 0, carve.Variation(redraw=0.25, same="p", seed=3, name="n"), 0)
     work = carve.noisy(work, 0.1, seed=3, name="n/0/noise")
     assert torch.equal(piece, (work * 2.0).bfloat16())
 

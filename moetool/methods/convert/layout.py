@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.methods.contract import (
     Builder,
@@ -154,7 +154,7 @@ class PlainExperts:
 
     source: Checkpoint
     layout: Layout
-    config: dict[str, Any]
+    config: JsonObject
     prefix: str
     stacked: bool
 

@@ -4,9 +4,10 @@ form, or full matrices again. Whole here: what is decided, how it is planned, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Line
 from moetool.methods.merge.way import MergeParts, MergeWay
@@ -103,7 +104,7 @@ class D2Moe(MergeWay):
             None,
         )
 
-    def facts(self, mixture: Mixture) -> dict[str, Any]:
+    def facts(self, mixture: Mixture) -> JsonObject:
         return {
             "router": "unchanged",
             "form": self._stored,
@@ -112,7 +113,7 @@ class D2Moe(MergeWay):
         }
 
     @classmethod
-    def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
+    def lines(cls, facts: JsonMapping) -> list[Line]:
         shown = ", ".join(f"{m} {r}" for m, r in facts["rank"].items())
         saved = f"{facts['saved_share']:.0%} of expert weights saved, ranks {shown}"
         return [Line("base + delta", f"{saved}, {facts['form']}")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
@@ -161,7 +162,7 @@ class MergeWay(Way):
             for n, decision in layers.items()
         }
 
-    def how(self) -> dict[str, Any]:
+    def how(self) -> JsonObject:
         """Parameters of kernels/merge.py."""
         combine = COMBINE[self.chosen.combine]
         whitened = {"whiten": True} if self.chosen.whiten and combine.whitens else {}
@@ -191,10 +192,10 @@ class MergeWay(Way):
             None,
         )
 
-    def facts(self, mixture: Mixture) -> dict[str, Any]:
+    def facts(self, mixture: Mixture) -> JsonObject:
         return {"router": self.router, "parts": self.chosen.as_json()}
 
     @classmethod
-    def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
+    def lines(cls, facts: JsonMapping) -> list[Line]:
         shown = ", ".join(f"{part} {value}" for part, value in facts["parts"].items())
         return [Line("parts", f"{shown}, router {facts['router']}")]

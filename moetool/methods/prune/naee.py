@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetool.methods.prune.way import PruneWay
 from moetool.methods.reduce.way import Needs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moetool.forward.block import Block
     from moetool.methods.reduce.view import View
 
 HELD = 512 << 20  # bytes of all experts' outputs on the sample; more tokens are left out
@@ -64,7 +67,7 @@ class Trial:
     are computed once.
     """
 
-    def __init__(self, x: Any, block: Any) -> None:
+    def __init__(self, x: Tensor, block: Block) -> None:
         import torch
 
         self.block, self.x = block, x.to(block.router.device)
@@ -78,9 +81,9 @@ class Trial:
             )
         self.out[:, block.experts.count :] = self.x[:, None]
         self.full = self._mix(slice(None), list(range(block.experts.count)))[0]
-        self.now: tuple[Any, Any] | None = None
+        self.now: tuple[Tensor, Tensor] | None = None
 
-    def _mix(self, rows: Any, kept: list[int]) -> tuple[Any, Any]:
+    def _mix(self, rows: slice | Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
         """(output, chosen experts) of these tokens with only these experts."""
         import torch
 
@@ -98,7 +101,7 @@ class Trial:
             1
         ), routing.index
 
-    def errors(self, kept: list[int]) -> Any:
+    def errors(self, kept: list[int]) -> Tensor:
         """Squared distance from the full layer's output, [tokens]."""
         return (self._mix(slice(None), kept)[0] - self.full).pow(2).sum(-1).double()
 

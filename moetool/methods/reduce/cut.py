@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder
 from moetool.methods.reduce import router_rows
@@ -110,7 +111,7 @@ class Cutter:
             )
         return max(counts)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> JsonObject:
         changed = self.mixture.fields(self.uniform)
         if self.uneven == "ragged":
             own = self.mixture.layout.fields["experts"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 from moetool.methods.reduce.decided import Decided
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
@@ -95,7 +95,7 @@ class Reduced:
     removed_share: float
     decided: Decided
     found: Found
-    own: Mapping[str, Any] = field(default_factory=dict)
+    own: JsonMapping = field(default_factory=dict)
 
     @property
     def target_type(self) -> str:
@@ -135,7 +135,7 @@ class Reduced:
         }
 
 
-def of(writing: Writing, written: Planned, found: Found, own: Mapping[str, Any]) -> Reduced:
+def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Reduced:
     """The facts of a planned model."""
     mixture, decided = writing.mixture, writing.decided
     layers = [decided.layers[n] for n in mixture.layers]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from moetool.data import JsonObject
 from moetool.forward import profile as profiling
 from moetool.forward.batches import Batches
 from moetool.forward.block import Block
@@ -42,7 +43,7 @@ class Done:
     tokens: list[int]
     refit: Refitted | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "layer": self.decision.as_json(),
             "refit": asdict(self.refit) if self.refit else None,

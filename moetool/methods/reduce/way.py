@@ -13,6 +13,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
 from moetool.methods import discover
 from moetool.methods.contract import Certificate, Line
@@ -168,12 +169,12 @@ class Way:
         """How the result relates to its source."""
         raise NotImplementedError
 
-    def facts(self, mixture: Mixture) -> dict[str, Any]:
+    def facts(self, mixture: Mixture) -> JsonObject:
         """What the report says of this way alone."""
         return {}
 
     @classmethod
-    def lines(cls, facts: Mapping[str, Any]) -> list[Line]:
+    def lines(cls, facts: JsonMapping) -> list[Line]:
         """What the screen says of those facts."""
         return []
 

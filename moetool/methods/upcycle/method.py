@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import (
     Builder,
@@ -80,7 +81,7 @@ class Upcycle(Method):
         chosen = self._conversion(sources[0])
         kind, _ = carve.parse(self.options.carve, self.options.split)
         needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
-        report: dict[str, Any] = {}
+        report: JsonObject = {}
         if len(sources) > 1:
             names = [n for n in sources[0].tensors if not is_ffn(chosen, n)]
             report["trunks"] = assemble.trunk_report(sources, names)

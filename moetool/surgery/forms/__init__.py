@@ -115,7 +115,8 @@ def _replaced(tensors: dict[str, Stored], matrices: Mapping[str, Stored]) -> dic
 
 def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> list[Tensor]:
     """An operation's inputs as matrices. `how` says for each whether it is one tensor (None) or
-    some parts: {form, parts, params, shape} and, where only a piece is wanted, its offset in a matrix of shape `of`.
+    some parts: {form, parts, params, shape} and, where only a piece is wanted, its offset in a
+    matrix of shape `of`.
     """
     if how is None:
         return list(inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.forms.form import (
     Config,
@@ -101,7 +102,7 @@ class Fp8Block(Form):
     def config(
         self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
     ) -> Config:
-        said: dict[str, Any] = dict(told["quantization_config"])
+        said: JsonObject = dict(told["quantization_config"])
         named = [
             t.name.removesuffix(".weight")
             for t in new

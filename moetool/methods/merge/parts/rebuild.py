@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any
 
 import torch
 
+from moetool.data import JsonObject
 from moetool.forward.block import Block
 from moetool.forward.stats import LayerStats
 from moetool.kernels import codec, merge
@@ -24,7 +24,7 @@ class Rule:
     when they are stored, where that is not only their rounding to `dtype`.
     """
 
-    how: dict[str, Any]
+    how: JsonObject
     router: str
     dtype: str
     held: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
