@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moetool.errors import MoetoolError
 from moetool.kernels import codec
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -49,9 +50,9 @@ def test_integers(dtype: str) -> None:
     assert codec.decode(bytearray(made), dtype, (len(values),)).tolist() == values
 
 
-def test_an_unknown_dtype_is_a_key_error() -> None:
+def test_a_dtype_that_nobody_computes_with() -> None:
     for dtype in ("C64", "F4", "U64", "what"):
-        with pytest.raises(KeyError):
+        with pytest.raises(MoetoolError, match=f"none to compute with: {dtype}"):
             codec.torch_dtype(dtype)
 
 
