@@ -477,18 +477,97 @@ def test_extra_tensor_is_not_dropped_silently(llama: Path, tmp_path: Path) -> No
         moetool.upcycle(str(source), str(tmp_path / "out"))
 
 
+def test_a_whole_model_without_a_target_is_refused(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    import transformers
+
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=160, n_positions=64)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(MoetoolError, match="no conversion"):
+        moetool.upcycle(str(tmp_path / "gpt2"), str(tmp_path / "out"))
+    with pytest.raises(MoetoolError, match="already has experts"):
+        moetool.upcycle(str(models("mixtral")), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"hidden_size": 32, "head_dim": 8}, "hidden_size"),
+        ({"intermediate_size": 64}, "intermediate_size"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers"),
+        ({"vocab_size": 200}, "vocab_size"),
+        ({"dtype": "bfloat16"}, "float32|F32|BF16"),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope"),
+    ],
+)
+def test_sources_that_differ(
+    change: dict[str, Any], word: str, models: Callable[..., Path], llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MoetoolError, match=word) as refused:
+        moetool.upcycle(
+            str(llama),
+            str(tmp_path / "out"),
+            experts_from=[str(models("llama", **change))],
+            experts=2,
+        )
+    assert (
+        "expected" in refused.value.where
+        and "found" in refused.value.where
+        and not (tmp_path / "out").exists()
+    )
+
+
+def test_another_family_is_refused(
+    models: Callable[..., Path], llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MoetoolError, match="same architecture"):
+        moetool.upcycle(
+            str(llama), str(tmp_path / "out"), experts_from=[str(models("mistral"))], experts=2
+        )
+
+
+# --- what is refused about a source
+# -----------------------------------------------------------------------------------
+
+
+def test_extra_tensor_is_not_dropped_silently(llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoetoolError, match="lora_A"):
+        moetool.upcycle(str(source), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("family", "word"), [("mixtral", "already has experts"), ("gpt2", "no conversion")]
+)
+def test_a_whole_model_without_a_target_is_refused(
+    family: str, word: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MoetoolError, match=word):
+        moetool.upcycle(str(models(family)), str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         ({"num_hidden_layers": 3}, "layer that the config does not have"),
         ({"num_hidden_layers": 5}, "missing"),
-        ({"hidden_size": 128}, "does not fit"),
-        ({"vocab_size": 161}, "does not fit"),
+        ({"hidden_size": 128}, "wrong shape"),
+        ({"vocab_size": 161}, "wrong shape"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"model_type": "nonesuch"}, "no layout"),
-        ({"model_type": "gpt2"}, "no conversion"),
-        ({"model_type": "mixtral"}, "already has experts"),
-        ({"num_key_value_heads": 4}, "does not fit"),
+        ({"model_type": "gpt2"}, "missing"),
+        ({"model_type": "mixtral"}, "missing"),
+        ({"num_key_value_heads": 4}, "wrong shape"),
         ({"model_type": None}, "model_type"),
     ],
 )

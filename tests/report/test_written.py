@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import moetool
+from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 
 
@@ -88,7 +89,11 @@ def test_a_record_is_enough_to_check_the_output(name: str, made: Path) -> None:
     source = Checkpoint.open(made / "moe") if name != "moe" else None
     if source is not None:
         assert record["sources"] == [
-            {"name": str(made / "moe"), "files": [list(f) for f in source.fingerprint()]}
+            {
+                "name": str(made / "moe"),
+                "files": [list(f) for f in source.fingerprint()],
+                "content": identity.content(source),
+            }
         ]
     weights = Checkpoint.open(made / name)
     assert record["report"]["tensors"] == len(weights.tensors)
