@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import current
 from moetool.lock import Lock
@@ -266,7 +266,7 @@ def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
     return Shards(len(plan.shards) - len(todo), findings, tuple(nodes))
 
 
-def measure(prepared: Prepared, writer: Writer, caller: Caller) -> dict[str, Any] | None:
+def measure(prepared: Prepared, writer: Writer, caller: Caller) -> JsonObject | None:
     """Hold what was written against its source, before anything can load it; a missed gate removes
     it and raises VerificationFailed. None: nobody asked.
     """
@@ -303,7 +303,7 @@ def staged(prepared: Prepared, writer: Writer) -> Checkpoint:
 
 
 def _report(
-    prepared: Prepared, written: Shards, times: Times, quality: dict[str, Any] | None
+    prepared: Prepared, written: Shards, times: Times, quality: JsonObject | None
 ) -> Report:
     """Where deciding takes long, its seconds count, and each stage has its own."""
     report = Report.of(

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
 from moetool.reading import SMALL, read
 
 
-def parse(data: bytes, path: str | Path, what: str, *, file_names: bool = False) -> dict[str, Any]:
+def parse(data: bytes, path: str | Path, what: str, *, file_names: bool = False) -> JsonObject:
     """The object that the bytes hold; MoetoolError that names `path` for anything else.
     `file_names`: names of files stand in it, which may be no text (see `text`).
     """
@@ -44,7 +45,7 @@ def parse(data: bytes, path: str | Path, what: str, *, file_names: bool = False)
     return found
 
 
-def load(path: Path, what: str, *, limit: int = SMALL, file_names: bool = False) -> dict[str, Any]:
+def load(path: Path, what: str, *, limit: int = SMALL, file_names: bool = False) -> JsonObject:
     """The object in a file; MoetoolError when it is not there, no regular file, or no object."""
     try:
         data = read(path, what, limit=limit)
@@ -63,10 +64,10 @@ def load(path: Path, what: str, *, limit: int = SMALL, file_names: bool = False)
     return parse(data, path, what, file_names=file_names)
 
 
-Shape = Mapping[str, Any]  # name -> type, or tuple of types, or the shape of an object
+Shape = JsonMapping  # name -> type, or tuple of types, or the shape of an object
 
 
-def check_shape(found: Mapping[str, Any], shape: Shape, path: str | Path, what: str) -> None:
+def check_shape(found: JsonMapping, shape: Shape, path: str | Path, what: str) -> None:
     """MoetoolError naming the first part of a file of ours that is missing, or not what moetool
     writes there.
     """
@@ -109,7 +110,7 @@ def finite(data: Any) -> Any:
     return data
 
 
-def lined(data: Mapping[str, Any], last: str) -> str:
+def lined(data: JsonMapping, last: str) -> str:
     """An object whose value under `last` is long: one part of that value on a line, so that it can
     be read, compared and edited.
     """

@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from moetool.cli.app import session
 from moetool.cli.options import Command, Given
+from moetool.data import JsonObject
 from moetool.methods.options import RUN, Field
 from moetool.units import show_bytes, show_count, show_seconds
 
 # What to show: a name, and the options of upcycle.
-SHOWN: tuple[tuple[str, dict[str, Any]], ...] = (
+SHOWN: tuple[tuple[str, JsonObject], ...] = (
     ("8 copies, top-2", {"experts": 8, "top_k": 2}),
     ("16 parts (4 groups of 4), top-4", {"experts": 16, "split": 4, "top_k": 4}),
     ("shared FFN + 8 routed from zero", {"experts": 8, "top_k": 2, "shared": True, "split": 4}),
@@ -65,7 +65,7 @@ COMMAND = Command(
 )
 
 
-def _cells(row: dict[str, Any]) -> list[object]:
+def _cells(row: JsonObject) -> list[object]:
     return [
         row["name"],
         row["family"],
@@ -83,7 +83,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1g}"
 
 
-def _one(name: str, options: dict[str, Any], source: Path, out: Path) -> dict[str, Any]:
+def _one(name: str, options: JsonObject, source: Path, out: Path) -> JsonObject:
     from moetool import pipeline
     from moetool.evaluate.verify import verify
     from moetool.methods.contract import ModelFacts, Options

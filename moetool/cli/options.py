@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from moetool.cli.app import SETTINGS, settled
 from moetool.cli.texts import everywhere, write_lines, write_panels
+from moetool.data import JsonObject
 from moetool.methods.options import PANELS, Field, Value
 from moetool.units import show_bytes
 
@@ -99,7 +100,7 @@ def _function(command: Command) -> Callable[..., int]:
     return call
 
 
-def _given(command: Command, given: dict[str, Any]) -> Given:
+def _given(command: Command, given: JsonObject) -> Given:
     values: dict[str, Value] = {}
     for field in command.fields:
         old, value = given.get(_OLD + field.was), given[field.name]
@@ -161,7 +162,7 @@ def _annotation(field: Field) -> Any:
     return plain | None if field.default is None else plain
 
 
-def _reader(field: Field) -> dict[str, Any]:
+def _reader(field: Field) -> JsonObject:
     """Sizes, shares, choices and numbers that must be finite are read by the field itself: the same
     words and the same errors as in recipes and in Python.
     """
@@ -169,7 +170,7 @@ def _reader(field: Field) -> dict[str, Any]:
         return {}
     if field.type is tuple:
         return {}
-    reader: dict[str, Any] = {"parser": field.read}
+    reader: JsonObject = {"parser": field.read}
     if field.choices:
         reader["autocompletion"] = _completion(field.choices)
     return reader

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moetool import methods
+from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
 from moetool.methods.options import Field
 from moetool.methods.options import fields as fields_of
@@ -45,7 +46,7 @@ class NamedWay:
         needs = getattr(self.cls, "needs", None)
         return bool(needs.text if needs is not None else self.cls.text)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """As a verb lists it."""
         return {"name": self.name, "text": self.needs_text, "about": self.about}
 
@@ -61,7 +62,7 @@ def every_way() -> Iterator[NamedWay]:
         yield from ways(verb)
 
 
-def listed() -> list[dict[str, Any]]:
+def listed() -> list[JsonObject]:
     """Every verb with a line, and a line for each of its ways."""
     return [
         {
@@ -73,7 +74,7 @@ def listed() -> list[dict[str, Any]]:
     ]
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> JsonObject:
     """A verb {name, about, options, examples, methods}, or a way of one {name, verb, about,
     papers, text, options, example}. UsageError with the nearest names.
     """
@@ -86,7 +87,7 @@ def describe(name: str) -> dict[str, Any]:
     return _way(found[0])
 
 
-def _verb(name: str) -> dict[str, Any]:
+def _verb(name: str) -> JsonObject:
     cls = methods.load(name)
     found = {
         "name": name,
@@ -98,7 +99,7 @@ def _verb(name: str) -> dict[str, Any]:
     return found | ({"methods": listed} if listed else {})
 
 
-def _way(way: NamedWay) -> dict[str, Any]:
+def _way(way: NamedWay) -> JsonObject:
     own = fields_of(way.cls.Options) if hasattr(way.cls, "Options") else ()
     text = " --calibrate TEXT" if way.needs_text else ""
     return {
@@ -112,9 +113,9 @@ def _way(way: NamedWay) -> dict[str, Any]:
     }
 
 
-def _option(field: Field) -> dict[str, Any]:
+def _option(field: Field) -> JsonObject:
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "name": field.spelled,
         "type": "list" if field.type is tuple else field.type.__name__,
         "default": default,
@@ -127,10 +128,10 @@ def _option(field: Field) -> dict[str, Any]:
 # --- the JSON Schema of a verb's recipe
 
 
-def schema(verb: str) -> dict[str, Any]:
+def schema(verb: str) -> JsonObject:
     """JSON Schema (draft 2020-12) of a recipe of this verb."""
     cls = methods.load(verb)
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     for field in cls.fields():
         options[field.spelled] = _property(field)
         if field.was:
@@ -162,13 +163,13 @@ def schema(verb: str) -> dict[str, Any]:
     }
 
 
-def _property(field: Field) -> dict[str, Any]:
-    found: dict[str, Any] = {"description": field.help, **_type(field)}
+def _property(field: Field) -> JsonObject:
+    found: JsonObject = {"description": field.help, **_type(field)}
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     return found | ({"default": default} if default is not None else {})
 
 
-def _type(field: Field) -> dict[str, Any]:
+def _type(field: Field) -> JsonObject:
     """What YAML may hold for a field."""
     least = {} if field.minimum is None else {"minimum": field.minimum}
     if field.choices:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetool import strict_json
+from moetool.data import JsonObject
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
@@ -76,7 +77,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _headers(source: Checkpoint) -> dict[str, Any]:
+def _headers(source: Checkpoint) -> JsonObject:
     """A source that does not travel with the output, by its headers alone."""
     tensors = [
         [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in source.tensors.values()

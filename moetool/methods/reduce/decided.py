@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import reading, strict_json
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.surgery import tables
@@ -30,7 +31,7 @@ class Decided:
     experts: int
     layers: Mapping[int, Decision]
 
-    def as_json(self, orders: str = ORDERS) -> dict[str, Any]:
+    def as_json(self, orders: str = ORDERS) -> JsonObject:
         """Plain data; `orders`: the file in which neuron orders stand, where there are any."""
         data = {
             "schema": SCHEMA,
@@ -158,7 +159,7 @@ def order_key(layer: int, expert: int) -> str:
     return f"{_ALIGN}.{layer}.{expert}"
 
 
-def render(decisions: dict[str, Any]) -> str:
+def render(decisions: JsonObject) -> str:
     """Decisions as JSON text, a layer on a line: short to read, easy to diff and edit."""
     return strict_json.lined(decisions, "layers") + "\n"
 
@@ -213,7 +214,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
     """An object whose keys are all different: Python would take the last of two."""
     made = dict(pairs)
     if len(made) < len(pairs):
