@@ -50,6 +50,7 @@ class Field:
     of: tuple[str, ...] = ()
     was: str = ""  # an older name, still taken
     old: tuple[tuple[str, str], ...] = ()  # words of before that are still taken, and today's
+    needs: tuple[str, ...] = ()  # it does something only beside one of these (`engine=ray`)
 
     @property
     def spelled(self) -> str:
@@ -145,7 +146,7 @@ def option(
     **more: Any,
 ) -> Any:
     """A field with its help; `text` and `choices` may be functions, so that a registry is asked
-    when somebody looks. `more`: unit, metavar, minimum, was, old of `Field`.
+    when somebody looks. `more`: unit, metavar, minimum, was, old, needs of `Field`.
     """
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}
@@ -201,7 +202,30 @@ def build(cls: type[Chosen], values: Mapping[str, object], what: str) -> Chosen:
     """An options dataclass from names and values of any origin; unknown names and values that do
     not fit are UsageErrors. `what` is who takes them, for the message.
     """
-    return cls(**read(fields(cls), values, what))
+    made = cls(**read(fields(cls), values, what))
+    check_partners(fields(cls), made)
+    return made
+
+
+def check_partners(known: Sequence[Field], made: object) -> None:
+    """Refuse an option that was told something and does nothing without another one."""
+    for one in known:
+        partners = [n for n in one.needs if hasattr(made, n.partition("=")[0])]
+        told = getattr(made, one.name) != one.default
+        if told and partners and not any(_is_told(made, n) for n in partners):
+            shown = " or ".join(f"--{n.replace('_', '-').replace('=', ' ')}" for n in partners)
+            raise UsageError(
+                f"--{one.spelled} does nothing without {shown}",
+                expected=shown,
+                found=f"--{one.spelled} alone",
+                hint=f"add it, or leave out --{one.spelled}",
+            )
+
+
+def _is_told(made: object, partner: str) -> bool:
+    name, _, value = partner.partition("=")
+    found = getattr(made, name)
+    return bool(found == value if value else found)
 
 
 def read(known: Sequence[Field], values: Mapping[str, object], what: str) -> dict[str, Value]:
@@ -253,7 +277,9 @@ class Common:
     engine: str = option(
         "local", "threads on this machine, or a Ray cluster", RUN, choices=("local", "ray")
     )
-    ray_address: str = option("", "Ray cluster; empty starts one here", RUN, metavar="ADDRESS")
+    ray_address: str = option(
+        "", "Ray cluster; empty starts one here", RUN, metavar="ADDRESS", needs=("engine=ray",)
+    )
 
 
 @dataclass(frozen=True)
@@ -265,18 +291,25 @@ class Text:
         "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, or - for standard input; "
         "repeat it",
         TEXT,
+        unit="whole",
         metavar="FILE[:SHARE]",
     )
     stats: str = option(
         "", "a profile made by `moetool profile`, instead of --calibrate", TEXT, metavar="DIR"
     )
-    tokens: int = option(262_144, "tokens of calibration text", TEXT, minimum=1)
+    tokens: int = option(
+        262_144, "tokens of calibration text", TEXT, minimum=1, needs=("calibrate", "text")
+    )
     seq_len: int = option(2048, "tokens of a sequence", TEXT, minimum=2)
     pack: bool = option(
         True, "join documents and cut them into whole sequences, or one sequence a document", TEXT
     )
     text_field: str = option(
-        "", "field of .jsonl and .parquet that holds the text", TEXT, metavar="NAME"
+        "",
+        "field of .jsonl and .parquet that holds the text",
+        TEXT,
+        metavar="NAME",
+        needs=("calibrate", "text"),
     )
     batch_tokens: int = option(4096, "tokens that go through a layer at once", TEXT, minimum=1)
     sample: int = option(
@@ -297,7 +330,9 @@ class Solving:
         "as it can",
         WHAT,
     )
-    refit_tokens: int = option(32_768, "tokens of a layer that --refit solves on", minimum=1)
+    refit_tokens: int = option(
+        32_768, "tokens of a layer that --refit solves on", minimum=1, needs=("refit",)
+    )
 
 
 @dataclass(frozen=True)
@@ -331,9 +366,16 @@ class Gate:
         "held-out text for the gate and the report; default for the gate: the calibration text; "
         "repeat it",
         GATE,
+        unit="whole",
         metavar="FILE",
     )
-    text_tokens: int = option(32_768, "tokens of --text", GATE, minimum=1)
+    text_tokens: int = option(
+        32_768,
+        "tokens of --text",
+        GATE,
+        minimum=1,
+        needs=("text", "max_kl", "max_perplexity_increase"),
+    )
 
     @property
     def gated(self) -> bool:

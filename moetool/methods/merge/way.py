@@ -11,6 +11,7 @@ from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
+from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce.way import Needs, Way, refuse_quantized, ways
 from moetool.methods.reduce.writing import Writing
 from moetool.surgery.reform import FORMS
@@ -109,6 +110,22 @@ class MergeWay(Way):
                 expected=", ".join((*FORMS, *self.forms)),
                 hint=f"leave out --form, or use --method {' or '.join(able)}",
             )
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters of a way of combining that this is not."""
+        chosen = COMBINE.get(self.chosen.combine)
+        used = set(chosen.parameters.values() if chosen else ())
+        for field in fields_of(type(self.verb)):
+            owners = [c for c, how in COMBINE.items() if field.name in how.parameters.values()]
+            told = getattr(self.verb, field.name) != field.default
+            if owners and told and field.name not in used:
+                raise UsageError(
+                    f"--{field.spelled} does nothing without --combine {' or '.join(owners)}",
+                    expected=f"--combine {owners[0]}",
+                    found=f"--combine {self.chosen.combine}",
+                    hint=f"leave out --{field.spelled}, or choose another way of combining",
+                )
 
     def check(self, mixture: Mixture) -> None:
         refuse_quantized(mixture, "merging")

@@ -78,6 +78,13 @@ class Upcycle(Method):
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Neuron orders of every MoE layer (as tables), and how far apart the sources' trunks are."""
         assemble.check_alike(sources)
+        if len(sources) == 1 and self.options.trunk != "base":
+            raise UsageError(
+                "--trunk does nothing without --from",
+                expected="--from MODEL",
+                found=f"--trunk {self.options.trunk[:40]} alone",
+                hint="give the models whose trunks are meant, or leave out --trunk",
+            )
         chosen = self._conversion(sources[0])
         kind, _ = carve.parse(self.options.carve, self.options.split)
         needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
