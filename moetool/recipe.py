@@ -75,7 +75,7 @@ def _load(path: str | Path) -> JsonObject:
         data = strict_yaml.load(reading.read(path, "recipe").decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            "no such recipe", file=path, hint="the recipes/ folder of moetool holds some"
+            "no such recipe", file=path, hint="moetool run --list shows those of moetool"
         ) from None
     except (OSError, ValueError) as problem:
         raise UsageError(

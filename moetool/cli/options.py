@@ -30,6 +30,7 @@ class Argument:
     name: str
     help: str
     metavar: str
+    needed: bool = True  # "" where it is not, and left out
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def _several(field: Field, texts: Sequence[str]) -> Value:
 
 
 def _argument(argument: Argument) -> inspect.Parameter:
-    told = typer.Argument(metavar=argument.metavar, help=argument.help)
-    return _parameter(argument.name, Annotated[str, told], inspect.Parameter.empty)
+    told = typer.Argument(metavar=argument.metavar, help=argument.help, show_default=False)
+    default = inspect.Parameter.empty if argument.needed else ""
+    return _parameter(argument.name, Annotated[str, told], default)
 
 
 def _option(field: Field) -> inspect.Parameter:

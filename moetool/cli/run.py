@@ -1,9 +1,10 @@
-"""`moetool run`: a recipe file."""
+"""`moetool run`: a recipe, by its name or as a file."""
 
 from __future__ import annotations
 
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.errors import UsageError
 from moetool.methods.options import RUN, WHAT, Common, Field, fields
 
 SET = Field(
@@ -16,6 +17,7 @@ SET = Field(
     metavar="KEY=VALUE",
 )
 SEED = Field("seed", int, None, "instead of the recipe's own", RUN)
+LIST = Field("list_", bool, False, "the recipes that come with moetool, a line each", WHAT)
 COMMON = tuple(f for f in fields(Common) if f.name != "seed")
 
 
@@ -23,21 +25,43 @@ def run(given: Given) -> int:
     """Read, check, and do what the recipe says."""
     from moetool.cli.write import write
     from moetool.recipe import read
+    from moetool.recipes import find
 
-    values = dict(given.values)
+    values, name = dict(given.values), given.arguments["recipe"]
+    if values.pop("list_", False):
+        return _list()
+    if not name:
+        raise UsageError(
+            "no recipe was named",
+            expected="a name, or a YAML file",
+            hint="moetool run --list shows the names",
+        )
     changes = values.pop("set_", ())
     assert isinstance(changes, tuple)
-    recipe = read(given.arguments["recipe"], list(changes))
+    recipe = read(find(name), list(changes))
     return write(recipe.options({"seed": recipe.seed, **values}, session.command))
+
+
+def _list() -> int:
+    """Every recipe of ours."""
+    from moetool.recipes import shipped
+
+    found, sink = shipped(), session.sink
+    sink.result({"recipes": [r._asdict() | {"file": str(r.file)} for r in found]})
+    sink.table(["name", "method", "paper"], [[r.name, r.method, r.paper] for r in found])
+    sink.line("\nnext: moetool run NAME --set source=SRC --set out=OUT")
+    return 0
 
 
 COMMAND = Command(
     "run",
     "Run a recipe: one method with its options, as a paper describes it.",
     run,
-    (Argument("recipe", "a YAML file; recipes/ has one for each paper", "RECIPE"),),
-    (SET, SEED, *COMMON),
+    (Argument("recipe", "a name that --list shows, or a YAML file", "RECIPE", needed=False),),
+    (LIST, SET, SEED, *COMMON),
     (
+        "moetool run --list",
+        "moetool run moe-llava --set source=SRC --set out=OUT",
         "moetool run recipes/upcycle/sparse-upcycling.yaml --set source=SRC --set out=OUT",
         "moetool run recipes/upcycle/btx.yaml --set source=SRC --set out=OUT --set from=A,B,C",
         "moetool run recipes/prune/reap.yaml --set source=SRC --set out=OUT --set calibrate=TEXT",
