@@ -185,9 +185,7 @@ def evaluate(
             opened,
             Calibration(how.text, cut, how.text_field),
             reference=reference,
-            memory=how.memory,
-            folder=Path(folder) if how.memory else None,
-            device=how.device,
+            room=perplexity.Room(how.memory, Path(folder) if how.memory else None, how.device),
             tell=tell,
             stop=stop,
         )

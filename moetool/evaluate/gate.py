@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError, VerificationFailed
-from moetool.evaluate.perplexity import LOGIT_BYTES, evaluate
+from moetool.evaluate.perplexity import LOGIT_BYTES, Room, evaluate
 from moetool.forward.batches import Cut
 from moetool.forward.needs import needs
 from moetool.forward.profile import Calibration
@@ -93,9 +93,7 @@ def measure(
         written,
         _text(prepared.method, said),
         reference=prepared.sources[0],
-        memory=said.memory,
-        folder=Path(prepared.work) / "gate" if said.memory else None,
-        device=said.device,
+        room=Room(said.memory, Path(prepared.work) / "gate" if said.memory else None, said.device),
         tell=tell,
         stop=stop,
     )

@@ -8,7 +8,7 @@ import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
@@ -17,7 +17,31 @@ from moetool.forward.profile import Calibration
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moetool.forward.walk import Budget, Walk
+
 LOGIT_BYTES = 256 << 20  # of logits held at once
+
+
+@dataclass(frozen=True)
+class Room:
+    """What measuring may hold, where it may spill, and where it runs."""
+
+    memory: int | None = None
+    folder: Path | None = None
+    device: str = "cpu"
+
+    def budget(self, name: str, held: int) -> Budget:
+        """Of the walk of this name, while `held` bytes are taken already."""
+        from moetool.forward.walk import Budget
+
+        at = None if self.folder is None else self.folder / name
+        return Budget(self.memory, at, self.device, extra=held)
+
+
+ANY_ROOM = Room()
 
 
 @dataclass
@@ -67,9 +91,7 @@ def evaluate(
     calibration: Calibration,
     *,
     reference: Checkpoint | None = None,
-    memory: int | None = None,
-    folder: Path | None = None,
-    device: str = "cpu",
+    room: Room = ANY_ROOM,
     tell: Progress = silent,
     stop: threading.Event | None = None,
 ) -> JsonObject:
@@ -77,34 +99,13 @@ def evaluate(
     Sequences are scored one by one from their second token on. Raises MoetoolError when the two
     models do not share a vocabulary.
     """
-    from moetool.forward.walk import Budget, Walk
-
     batches = calibration.read(model if reference is None else reference)
     walks: list[Walk] = []
     for name, checkpoint in (("reference", reference), ("model", model)):
         if checkpoint is not None:
-            at = None if folder is None else folder / name
             held = 2 * LOGIT_BYTES + sum(w.retained for w in walks)
-            walks.append(
-                Walk(
-                    checkpoint,
-                    batches,
-                    Budget(memory, at, device, extra=held),
-                    tell=tell,
-                    stop=stop,
-                    name=f"eval {name}",
-                )
-            )
-            walks[-1].run()
-    sums = [Sums() for _ in batches.files]
-    total = sum(b.ids.size for b in batches.batches)
-    done = 0
-    for number, batch in enumerate(batches.batches):
-        if stop is not None and stop.is_set():
-            walks[-1]._maybe_stop()
-        sums[batch.file].add(_batch(walks, number))
-        done += batch.ids.size
-        tell(Stage("eval head", "tokens"), done, total)
+            walks.append(_walked(name, checkpoint, batches, room.budget(name, held), tell, stop))
+    sums = _sums(walks, batches, tell, stop)
     everything = Sums()
     for s in sums:
         everything.add(s)
@@ -123,6 +124,38 @@ def evaluate(
     }
 
 
+def _walked(
+    name: str,
+    checkpoint: Checkpoint,
+    batches: Batches,
+    budget: Budget,
+    tell: Progress,
+    stop: threading.Event | None,
+) -> Walk:
+    """A model through which all text has gone."""
+    from moetool.forward.walk import Walk
+
+    walk = Walk(checkpoint, batches, budget, tell=tell, stop=stop, name=f"eval {name}")
+    walk.run()
+    return walk
+
+
+def _sums(
+    walks: list[Walk], batches: Batches, tell: Progress, stop: threading.Event | None
+) -> list[Sums]:
+    """The sums of each file, batch after batch through the heads."""
+    sums = [Sums() for _ in batches.files]
+    total = sum(b.ids.size for b in batches.batches)
+    done = 0
+    for number, batch in enumerate(batches.batches):
+        if stop is not None and stop.is_set():
+            walks[-1]._maybe_stop()
+        sums[batch.file].add(_batch(walks, number))
+        done += batch.ids.size
+        tell(Stage("eval head", "tokens"), done, total)
+    return sums
+
+
 def _check_finite(sums: Sums, model: Checkpoint, reference: Checkpoint | None) -> None:
     """A model whose answers are no numbers has no perplexity, and no gate could hold it back."""
     for at, losses in ((reference, (sums.reference_loss,)), (model, (sums.loss, sums.kl))):
@@ -136,12 +169,11 @@ def _check_finite(sums: Sums, model: Checkpoint, reference: Checkpoint | None) -
             )
 
 
-def _batch(walks: list[Any], number: int) -> Sums:
+def _batch(walks: list[Walk], number: int) -> Sums:
     """All predictions of a batch, as many places of the sequences at a time as LOGIT_BYTES allow."""
     import torch
 
-    batches: Batches = walks[-1].batches
-    batch = batches.batches[number]
+    batch = walks[-1].batches.batches[number]
     count, length = batch.ids.shape
     vocab = walks[-1].shell.model.get_output_embeddings().weight.shape[0]
     step = max(1, LOGIT_BYTES // (4 * 3 * len(walks) * vocab * count))
@@ -164,7 +196,7 @@ def _batch(walks: list[Any], number: int) -> Sums:
     return sums
 
 
-def vocab_of(walk: Any, expected: int) -> int:
+def vocab_of(walk: Walk, expected: int) -> int:
     """A model's number of logits; MoetoolError when it is not the other's."""
     found = int(walk.shell.model.get_output_embeddings().weight.shape[0])
     if found != expected:
@@ -178,7 +210,7 @@ def vocab_of(walk: Any, expected: int) -> int:
     return found
 
 
-def _compare(answers: list[Any], right: Any) -> Sums:
+def _compare(answers: list[Tensor], right: Tensor) -> Sums:
     mine = answers[-1]
     top = mine.argmax(-1)
     hit = top == right

@@ -13,6 +13,7 @@ import torch
 from moetool.errors import MoetoolError
 from moetool.kernels import form, moe
 from moetool.surgery import reform
+from moetool.surgery.counted import Counted
 from moetool.surgery.experts import Mixture
 
 Tensor = torch.Tensor
@@ -121,22 +122,7 @@ def read(
 
     Raises MoetoolError for quantized experts and for families whose experts are no gated FFNs.
     """
-    if not mixture.plain:
-        raise MoetoolError(
-            f"the experts of {mixture.layout.model_type} here cannot be computed with",
-            file=mixture.source.folder,
-            expected="gate, up and down in floating point",
-            found=sorted({c.role for c in mixture.counted.values() if c.kind == "expert"})[:6],
-            hint="methods that need no text work: --method router-distance or random",
-        )
-    router = mixture.side(layer, "router")
-    if router is None:
-        raise MoetoolError(
-            "a MoE layer has no router",
-            file=mixture.source.folder,
-            tensor=f"layer {layer}",
-            hint="the checkpoint is incomplete: download it again",
-        )
+    router = _router(mixture, layer)
     bias = mixture.side(layer, "router.bias")
     act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
 
@@ -158,6 +144,27 @@ def read(
         shared={r: whole(s.name) for r, s in mixture.shared(layer).items()},
         zero_experts=mixture.zero_experts,
     )
+
+
+def _router(mixture: Mixture, layer: int) -> Counted:
+    """The layer's router, where there is one and its experts can be computed with."""
+    if not mixture.plain:
+        raise MoetoolError(
+            f"the experts of {mixture.layout.model_type} here cannot be computed with",
+            file=mixture.source.folder,
+            expected="gate, up and down in floating point",
+            found=sorted({c.role for c in mixture.counted.values() if c.kind == "expert"})[:6],
+            hint="methods that need no text work: --method router-distance or random",
+        )
+    router = mixture.side(layer, "router")
+    if router is None:
+        raise MoetoolError(
+            "a MoE layer has no router",
+            file=mixture.source.folder,
+            tensor=f"layer {layer}",
+            hint="the checkpoint is incomplete: download it again",
+        )
+    return router
 
 
 def _experts(

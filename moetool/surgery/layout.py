@@ -374,6 +374,13 @@ def _kinds() -> dict[str, str]:
     return known
 
 
+def _near(model_type: str) -> str:
+    """What to do when there is no layout of this name."""
+    if not model_type:
+        return "the config names no model_type"
+    return did_you_mean(str(model_type), list(_kinds()))
+
+
 @lru_cache(maxsize=64)
 def _load(model_type: str) -> Layout:
     path = DATA / "families" / f"{model_type}.json"
@@ -381,9 +388,7 @@ def _load(model_type: str) -> Layout:
         raise MoetoolError(
             f"no layout for model type {model_type!r}",
             expected="a family that `moetool archs list` shows",
-            hint=did_you_mean(str(model_type), list(_kinds()))
-            if model_type
-            else "the config names no model_type",
+            hint=_near(model_type),
         )
     data = json.loads(path.read_text())
     overlays = json.loads((DATA / "overlay.json").read_text())

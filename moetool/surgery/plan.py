@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Outputs:
     """What is to be written: in terms of matrices (surgery/reform.py), or of what lies in files."""
 
     config: JsonObject
@@ -68,7 +68,7 @@ class Plan:
     def build(
         cls,
         sources: list[list[list[Any]]],
-        wanted: Wanted,
+        wanted: Outputs,
         *,
         max_shard: int,
         tables: dict[str, list[int]] | None = None,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from moetool.data import JsonObject
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, InParts, Piece, Stored, Target, Task
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Makers = list[tuple[Task, Piece]]  # the tasks that make a target, each with the
 
 def plan(
     sources: Sequence[Checkpoint],
-    wanted: Wanted,
+    wanted: Outputs,
     *,
     max_shard: int,
     tables: dict[str, list[int]] | None = None,
@@ -47,7 +47,7 @@ def plan(
 class _Reform:
     """Decides every target's form, then rewrites targets, tasks, drops and config."""
 
-    def __init__(self, sources: Sequence[Checkpoint], wanted: Wanted, form: str) -> None:
+    def __init__(self, sources: Sequence[Checkpoint], wanted: Outputs, form: str) -> None:
         self.sources, self.wanted = sources, wanted
         makers: dict[str, Makers] = {}
         for task in wanted.tasks:
@@ -126,7 +126,7 @@ class _Reform:
         form = forms.named(like.form)
         return form.pieces(form.parts(target, like.params), target.shape, out, like.params)
 
-    def lowered(self) -> Wanted:
+    def lowered(self) -> Outputs:
         """Targets, tasks, drops and config in terms of what lies in files."""
         targets: dict[str, Target] = {}
         for target in self.wanted.targets:
@@ -134,7 +134,7 @@ class _Reform:
             parts = forms.named(like.form).parts(target, like.params) if like else (target,)
             targets |= {p.name: p for p in parts if p.name not in targets}
         tasks = list(chain.from_iterable(map(self._task, self.wanted.tasks)))
-        return Wanted(self._config(), list(targets.values()), tasks, self._dropped(tasks))
+        return Outputs(self._config(), list(targets.values()), tasks, self._dropped(tasks))
 
     def _task(self, task: Task) -> Iterator[Task]:
         if task.op in ("copy", "zeros"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Target, Task
 
 
@@ -45,7 +45,7 @@ def planned(
     source: Checkpoint, targets: list[Target], tasks: list[Task], *, max_shard: int = 10**9
 ) -> Plan:
     """A plan that reads one source."""
-    wanted = Wanted({"model_type": "llama"}, targets, tasks, {})
+    wanted = Outputs({"model_type": "llama"}, targets, tasks, {})
     return Plan.build([source.fingerprint()], wanted, max_shard=max_shard)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import moetool
 from moetool.errors import MoetoolError
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Target, Task, rows, size_of, whole
 
 A, B = Target("a", "BF16", (4, 8)), Target("b", "F32", (6,))
@@ -21,7 +21,7 @@ def copy(target: Target) -> Task:
 
 
 def build(*tasks: Task, targets: tuple[Target, ...] = (A, B), max_shard: int = 10**9) -> Plan:
-    wanted = Wanted({"model_type": "t"}, targets, tasks, {})
+    wanted = Outputs({"model_type": "t"}, targets, tasks, {})
     return Plan.build([[["f", 1, "x"]]], wanted, max_shard=max_shard)
 
 
@@ -76,7 +76,7 @@ def test_packing_keeps_tasks_together() -> None:
     targets = tuple(Target(f"t{i}", "U8", (100,)) for i in range(10))
     both = Task("x", (), (whole(targets[3]), whole(targets[4])))
     tasks = [copy(t) for t in targets[:3]] + [both] + [copy(t) for t in targets[5:]]
-    plan = Plan.build([], Wanted({}, targets, tasks, {}), max_shard=250)
+    plan = Plan.build([], Outputs({}, targets, tasks, {}), max_shard=250)
     homes = {n: s.name for s in plan.shards for n in s.offsets}
     assert homes["t3"] == homes["t4"] and len(homes) == 10
     assert (

@@ -22,7 +22,7 @@ from moetool.methods.options import WHAT, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, text_model
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Stored, whole
 
 MATRICES = ("gate", "up", "down")
@@ -81,7 +81,7 @@ class ConvertLayout(Method):
             elif layer not in done:
                 done.add(layer)
                 self._write(build, experts, layer)
-        wanted = Wanted(source.config, build.targets, build.tasks, {})
+        wanted = Outputs(source.config, build.targets, build.tasks, {})
         plan = reform.plan([source], wanted, max_shard=settings.max_shard)
         certificate = Certificate("exact", "only names and places change")
         return Made(plan, certificate, plan.config, {}, self._facts(experts, plan))

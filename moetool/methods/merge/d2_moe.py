@@ -15,7 +15,7 @@ from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Planned, Writing
 from moetool.surgery import reform
 from moetool.surgery.forms.factored import Factored, wrapped
-from moetool.surgery.plan import Wanted
+from moetool.surgery.plan import Outputs
 from moetool.surgery.spec import Piece, Target, whole
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class D2Moe(MergeWay):
         config = wrapped(source.config, factors.ranks) if factors.kept else source.config
         plan = reform.plan(
             [source, *writing.extra],
-            Wanted(config, factors.build.targets, factors.build.tasks, {}),
+            Outputs(config, factors.build.targets, factors.build.tasks, {}),
             max_shard=writing.settings.max_shard,
             form="full" if factors.kept else form,
         )

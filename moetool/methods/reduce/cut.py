@@ -20,7 +20,7 @@ from moetool.methods.reduce.writing import Cluster, Maker, Writing
 from moetool.surgery import reform
 from moetool.surgery.counted import Counted
 from moetool.surgery.experts import strays
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, Piece, Target, Task, whole
 
 ROUTERS = ("centroid", "mean", "logsumexp")
@@ -68,7 +68,7 @@ class Cutter:
         config = self._config()
         plan = reform.plan(
             [source, *self.extra],
-            Wanted(config, self.build.targets, self.build.tasks, self._dropped()),
+            Outputs(config, self.build.targets, self.build.tasks, self._dropped()),
             max_shard=self.writing.settings.max_shard,
             tables={**self.tables, **self.writing.tables},
             form=form,

@@ -17,9 +17,9 @@ _KEYS = {"keep", "groups", "weights", "scores", "protected", "constant", "sparsi
 
 @dataclass(frozen=True)
 class Decision:
-    """A layer: new expert j is made from the old experts groups[j] with weights[j] (their sum is 1);
-    the first of a group leads: its name order and, by default, its router row. `constant`: experts
-    that stay as constants (MoNE).
+    """A layer: new expert j is made from the old experts groups[j] with weights[j] (their sum is
+    1); the first of a group leads: its name order and, by default, its router row. `constant`:
+    experts that stay as constants (MoNE).
     """
 
     groups: tuple[tuple[int, ...], ...]

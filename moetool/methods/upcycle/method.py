@@ -31,7 +31,7 @@ from moetool.methods.upcycle.targets import Conversion, Wish, candidates, choose
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan, Wanted
+from moetool.surgery.plan import Outputs, Plan
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
@@ -133,7 +133,7 @@ class Upcycle(Method):
             layer = self._layer(reading, number, order, factor, settings.seed)
             write_moe(build, sources, chosen, layer)
         trunk.write(build, "after")
-        wanted = Wanted(config.value, build.targets, build.tasks, trunk.dropped)
+        wanted = Outputs(config.value, build.targets, build.tasks, trunk.dropped)
         plan = reform.plan(
             sources,
             wanted,
@@ -215,7 +215,7 @@ class Upcycle(Method):
         build, trunk = Builder(), Trunk.of(sources, chosen, weights)
         for place in ("before", *range(chosen.source.field("layers", chosen.config) or 0), "after"):
             trunk.write(build, place)
-        wanted = Wanted(sources[0].config, build.targets, build.tasks, trunk.dropped)
+        wanted = Outputs(sources[0].config, build.targets, build.tasks, trunk.dropped)
         plan = reform.plan(sources, wanted, max_shard=settings.max_shard, form=self.options.form)
         same = weights is None or weights == [1.0] + [0.0] * (len(sources) - 1)
         mixed = "trunks of several models are mixed: there is no single function to keep"
