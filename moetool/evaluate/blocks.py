@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import TextModel, text_model
+from moetool.surgery.text_model import TextModel, text_model
 
 if TYPE_CHECKING:
     import torch

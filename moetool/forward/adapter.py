@@ -20,8 +20,9 @@ from moetool.errors import MoetoolError
 from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import Layout, text_model
+from moetool.surgery.layout import Layout
 from moetool.surgery.spec import rows
+from moetool.surgery.text_model import text_model
 
 # Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
 # weights, so the shell needs none of it.

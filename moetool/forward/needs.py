@@ -11,7 +11,7 @@ from moetool.forward import stock
 from moetool.forward.batches import Batches
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import TextModel, text_model
+from moetool.surgery.text_model import TextModel, text_model
 
 # python, numpy, torch, transformers and accelerate imported and a model built, measured
 RESERVE = 460_000_000

@@ -24,7 +24,7 @@ from moetool.progress import Progress, silent
 from moetool.surgery import identity
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import text_model
+from moetool.surgery.text_model import text_model
 
 FEW = 64  # an expert that saw fewer tokens than this is named in a warning
 

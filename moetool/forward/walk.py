@@ -32,7 +32,7 @@ from moetool.forward.needs import compared_experts, needs
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import text_model
+from moetool.surgery.text_model import text_model
 
 Tensor = torch.Tensor
 COMPARED = 256  # tokens on which the family's own block is asked

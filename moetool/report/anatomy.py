@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, Matched, any_text_model
+from moetool.surgery.layout import Layout, Matched
 from moetool.surgery.spec import Stored
+from moetool.surgery.text_model import any_text_model
 
 
 @dataclass

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.data import JsonMapping
 from moetool.errors import MoetoolError
-from moetool.surgery.layout import text_model
+from moetool.surgery.text_model import text_model
 
 if TYPE_CHECKING:
-    from moetool.surgery.layout import TextModel
+    from moetool.surgery.text_model import TextModel
 
 LAYERS = 4096
 EXPERTS = 1 << 15  # of a layer

@@ -14,8 +14,9 @@ from typing import Any
 
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, Needed, Shape, TextModel, any_text_model, text_model
+from moetool.surgery.layout import Layout, Needed, Shape
 from moetool.surgery.spec import Stored
+from moetool.surgery.text_model import TextModel, any_text_model, text_model
 
 MISSING = "a tensor that the family needs is missing"
 SHAPED = "a tensor has a wrong shape"

@@ -14,8 +14,9 @@ from math import prod
 
 from moetool.errors import MoetoolError
 from moetool.surgery.family import Slot
-from moetool.surgery.layout import TextModel, words
+from moetool.surgery.layout import words
 from moetool.surgery.spec import Piece, Stored, rows, whole
+from moetool.surgery.text_model import TextModel
 
 _SIDE = {"router", "router.bias", "router.scale"}
 

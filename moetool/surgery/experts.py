@@ -13,8 +13,9 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.counted import Counted, Finder
-from moetool.surgery.layout import Layout, TextModel, text_model
+from moetool.surgery.layout import Layout
 from moetool.surgery.spec import FLOATS, Piece, Stored
+from moetool.surgery.text_model import TextModel, text_model
 
 ALIASES = ("num_experts", "num_local_experts")
 

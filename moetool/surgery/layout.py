@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -259,95 +258,6 @@ def _holds(slot: Slot, moe: bool) -> bool:
     return slot.layers == "all" or slot.layers == ("moe" if moe else "dense")
 
 
-@dataclass(frozen=True)
-class TextModel:
-    """The part of a checkpoint that is a text model: its layout, the config to read with it, the
-    prefix of its names, and the path to the fields inside the whole config.
-    """
-
-    layout: Layout
-    config: JsonObject
-    prefix: str = ""
-    path: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> JsonObject:
-        """The text part of the config, defaults filled in."""
-        return self.layout.text(self.config)
-
-    def field(self, meaning: str) -> Any:
-        """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None."""
-        return self.layout.field(meaning, self.config)
-
-    def moe_layers(self) -> list[int]:
-        """Numbers of the layers that hold experts, as the config says."""
-        return sorted(self.layout.moe_layers(self.config))
-
-    def name(self, template: str, **numbers: int | None) -> str:
-        """A tensor's name in the file."""
-        return self.prefix + filled(template, **numbers)
-
-    def inner(self, name: str) -> str | None:
-        """A name in the file as the layout has it; None outside the text model."""
-        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
-
-    def match(self, name: str) -> Matched | None:
-        """Which slot a name in the file fills, stacked experts included; None for any other."""
-        inner = self.inner(name)
-        if inner is None:
-            return None
-        return self.layout.match(inner) or self._stacked(inner)
-
-    def _stacked(self, inner: str) -> Matched | None:
-        """A stacked tensor of a family whose files have one tensor an expert."""
-        for role, template in self.layout.fused().items():
-            slot = Slot(template, None, f"expert.{role}", "moe")
-            found = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), inner)
-            if found:
-                return Matched(slot, {"layer": int(found[1])})
-        return None
-
-
-def text_model(config: JsonObject) -> TextModel:
-    """Where the text model of this config is described: the family itself, or, in a multimodal
-    family that only wraps a model of another family, that one.
-    """
-    layout = Layout.load(str(config.get("model_type")))
-    path = tuple(filter(None, layout.text_config.split(".")))
-    text, known = config, layout.defaults
-    for part in path:
-        text, known = text.get(part) or {}, known.get(part) or {}
-    inner = text.get("model_type") or known.get("model_type")
-    if layout.kind == "dense" and path and inner in _kinds():
-        wrapped = Layout.load(inner)
-        head = layout.stem.removesuffix(wrapped.stem)
-        if wrapped.stack and layout.stem == head + wrapped.stem and head.endswith("."):
-            return TextModel(wrapped, text, head, path)
-    return TextModel(layout, config, "", path)
-
-
-def any_text_model(config: JsonObject, names: Iterable[str]) -> TextModel | None:
-    """The text model of a checkpoint whose family may be unknown: then that of its text part,
-    under the prefix that its names have. None where that is unknown too.
-    """
-    with suppress(MoetoolError):
-        return text_model(config)
-    text = config.get("text_config") or {}
-    if text.get("model_type") not in _kinds():
-        return None
-    layout = Layout.load(text["model_type"])
-    heads = (h for n in names if (h := _head(layout, n)) is not None)
-    return TextModel(layout, text, next(heads, ""), ("text_config",))
-
-
-def _head(layout: Layout, name: str) -> str | None:
-    """What stands before a name that the layout knows: `a.b.` of `a.b.model.norm.weight`."""
-    parts = name.split(".")
-    cuts = (n for n in range(len(parts)) if layout.match(".".join(parts[n:])))
-    cut = next(cuts, None)
-    return None if cut is None else "".join(f"{p}." for p in parts[:cut])
-
-
 @lru_cache(maxsize=1)
 def words() -> Names:
     """What holds in the names of every family."""
@@ -366,7 +276,7 @@ def families() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1)
-def _kinds() -> dict[str, str]:
+def kinds() -> dict[str, str]:
     """model type -> moe | dense."""
     known: dict[str, str] = {}
     for kind, names in families().items():
@@ -378,7 +288,7 @@ def _near(model_type: str) -> str:
     """What to do when there is no layout of this name."""
     if not model_type:
         return "the config names no model_type"
-    return did_you_mean(str(model_type), list(_kinds()))
+    return did_you_mean(str(model_type), list(kinds()))
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from moetool.forward import block as reading
 from moetool.kernels import moe
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.layout import text_model
+from moetool.surgery.text_model import text_model
 
 MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "copies": ("llama", {"experts": 4}),

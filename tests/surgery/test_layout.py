@@ -24,16 +24,9 @@ from moetool.surgery.family import (
     StackedExperts,
     filled,
 )
-from moetool.surgery.layout import (
-    DATA,
-    Layout,
-    any_text_model,
-    families,
-    is_dead,
-    text_model,
-    words,
-)
+from moetool.surgery.layout import DATA, Layout, families, is_dead, words
 from moetool.surgery.pair import Condition, Pair, Piecewise, pairs
+from moetool.surgery.text_model import any_text_model, text_model
 
 PACKAGE = Path(moetool.__file__).parent
 ALL = [n for kind in ("moe", "dense") for n in families()[kind]]

@@ -21,9 +21,10 @@ from moetool.methods.contract import (
 from moetool.methods.options import WHAT, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, text_model
+from moetool.surgery.layout import Layout
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Stored, whole
+from moetool.surgery.text_model import text_model
 
 MATRICES = ("gate", "up", "down")
 

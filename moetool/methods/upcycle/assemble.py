@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.layout import Layout, text_model
+from moetool.surgery.layout import Layout
 from moetool.surgery.spec import FLOATS, Piece
+from moetool.surgery.text_model import text_model
 from moetool.units import STRENGTH
 
 # Fields in which fine-tunes of one base may differ without changing what their tensors mean.

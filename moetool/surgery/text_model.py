@@ -1,0 +1,105 @@
+"""Where in a checkpoint the text model is: its layout, its part of the config, the prefix of its
+names. The one finder; every verb, the walk and all checks ask it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.surgery.family import Slot, filled
+from moetool.surgery.layout import Layout, Matched, kinds
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The part of a checkpoint that is a text model: its layout, the config to read with it, the
+    prefix of its names, and the path to the fields inside the whole config.
+    """
+
+    layout: Layout
+    config: JsonObject
+    prefix: str = ""
+    path: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> JsonObject:
+        """The text part of the config, defaults filled in."""
+        return self.layout.text(self.config)
+
+    def field(self, meaning: str) -> Any:
+        """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None."""
+        return self.layout.field(meaning, self.config)
+
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that hold experts, as the config says."""
+        return sorted(self.layout.moe_layers(self.config))
+
+    def name(self, template: str, **numbers: int | None) -> str:
+        """A tensor's name in the file."""
+        return self.prefix + filled(template, **numbers)
+
+    def inner(self, name: str) -> str | None:
+        """A name in the file as the layout has it; None outside the text model."""
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
+
+    def match(self, name: str) -> Matched | None:
+        """Which slot a name in the file fills, stacked experts included; None for any other."""
+        inner = self.inner(name)
+        if inner is None:
+            return None
+        return self.layout.match(inner) or self._stacked(inner)
+
+    def _stacked(self, inner: str) -> Matched | None:
+        """A stacked tensor of a family whose files have one tensor an expert."""
+        for role, template in self.layout.fused().items():
+            slot = Slot(template, None, f"expert.{role}", "moe")
+            found = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), inner)
+            if found:
+                return Matched(slot, {"layer": int(found[1])})
+        return None
+
+
+def text_model(config: JsonObject) -> TextModel:
+    """Where the text model of this config is described: the family itself, or, in a multimodal
+    family that only wraps a model of another family, that one.
+    """
+    layout = Layout.load(str(config.get("model_type")))
+    path = tuple(filter(None, layout.text_config.split(".")))
+    text, known = config, layout.defaults
+    for part in path:
+        text, known = text.get(part) or {}, known.get(part) or {}
+    inner = text.get("model_type") or known.get("model_type")
+    if layout.kind == "dense" and path and inner in kinds():
+        wrapped = Layout.load(inner)
+        head = layout.stem.removesuffix(wrapped.stem)
+        if wrapped.stack and layout.stem == head + wrapped.stem and head.endswith("."):
+            return TextModel(wrapped, text, head, path)
+    return TextModel(layout, config, "", path)
+
+
+def any_text_model(config: JsonObject, names: Iterable[str]) -> TextModel | None:
+    """The text model of a checkpoint whose family may be unknown: then that of its text part,
+    under the prefix that its names have. None where that is unknown too.
+    """
+    with suppress(MoetoolError):
+        return text_model(config)
+    text = config.get("text_config") or {}
+    if text.get("model_type") not in kinds():
+        return None
+    layout = Layout.load(text["model_type"])
+    heads = (h for n in names if (h := _head(layout, n)) is not None)
+    return TextModel(layout, text, next(heads, ""), ("text_config",))
+
+
+def _head(layout: Layout, name: str) -> str | None:
+    """What stands before a name that the layout knows: `a.b.` of `a.b.model.norm.weight`."""
+    parts = name.split(".")
+    cuts = (n for n in range(len(parts)) if layout.match(".".join(parts[n:])))
+    cut = next(cuts, None)
+    return None if cut is None else "".join(f"{p}." for p in parts[:cut])
