@@ -9,6 +9,8 @@ from moetool.errors import MoetoolError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moetool.kernels.moe import Experts
+
 
 def check(folder: str, layer: int, **tensors: Tensor) -> None:
     """MoetoolError when one of the tensors (`input=`, `output=` of a block) holds NaN or inf."""
@@ -22,3 +24,12 @@ def check(folder: str, layer: int, **tensors: Tensor) -> None:
                 hint="a weight in this layer or below it is NaN or inf, or too large: --strict "
                 "names the tensor",
             )
+
+
+def check_experts(folder: str, layer: int, experts: Experts) -> None:
+    """The same for the weights of a layer's experts, one expert at a time: what compares weights
+    would go wrong on them without saying why.
+    """
+    for tensor in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias):
+        for own in () if tensor is None else tensor:
+            check(folder, layer, weights=own)

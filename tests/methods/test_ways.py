@@ -5,6 +5,7 @@ its own. A new way is a new file, and is tried here by itself.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from methods.test_profiles import ids
+from safetensors.torch import load_file, save_file
 
 import moetool as api
 from moetool import methods
+from moetool.errors import MoetoolError
 from moetool.methods.merge.combine import COMBINE
 from moetool.methods.merge.way import MergeWay
 from moetool.methods.options import PANELS
@@ -52,6 +55,33 @@ def family(way: type[Way]) -> str:
 
 def text_of(tmp_path: Path, way: type[Way]) -> dict[str, Any]:
     return {"calibrate": [str(ids(tmp_path))]} if way.needs.text else {}
+
+
+@pytest.mark.parametrize(
+    ("verb", "told", "spoiled", "said"),
+    [
+        ("prune", {}, "1.mlp.gate.weight", "rows of a router"),
+        ("merge", {"features": "router"}, "1.mlp.gate.weight", "rows of a router"),
+        ("merge", {}, "2.mlp.experts.3.down_proj.weight", "weights of layer 2"),
+        (
+            "merge",
+            {"features": "router", "align": "weights"},
+            "2.mlp.experts.3.up_proj.weight",
+            "weights of layer 2",
+        ),
+    ],
+)
+def test_what_compares_weights_says_which_are_none(
+    models: Any, tmp_path: Path, verb: str, told: dict[str, Any], spoiled: str, said: str
+) -> None:
+    source = shutil.copytree(models("qwen3_moe"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"model.layers.{spoiled}"].view(-1)[5] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(MoetoolError, match=said) as error:
+        getattr(api, verb)(str(source), str(tmp_path / "out"), **told)
+    assert error.value.hint and "layer" in str(error.value.where["tensor"])
+    assert not (tmp_path / "out").exists()
 
 
 @NAMED

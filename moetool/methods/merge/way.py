@@ -151,8 +151,12 @@ class MergeWay(Way):
         return []
 
     def choose(self, view: View, count: int) -> Decision:
+        from moetool.forward import finite
         from moetool.methods.merge.parts import align, features, group
 
+        if self.needs.weights:
+            folder = view.mixture.source.folder
+            finite.check_experts(folder, view.layer, view.block.experts)
         points = features.points(self.chosen.features, view)
         kind, weigh = self.chosen.cluster, self.chosen.weigh
         decision = group.decide(view, count, kind=kind, points=points, weigh=weigh)

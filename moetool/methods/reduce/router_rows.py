@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from moetool.errors import MoetoolError
@@ -24,5 +25,13 @@ def read(mixture: Mixture, layer: int) -> np.ndarray:
             tensor=f"layer {layer}",
             hint="this family cannot be cut yet",
         )
-    rows: np.ndarray = mixture.source.numbers(whole(router.stored))
-    return rows[: mixture.experts]
+    rows: np.ndarray = mixture.source.numbers(whole(router.stored))[: mixture.experts]
+    if not math.isfinite(rows.sum()):
+        raise MoetoolError(
+            "the rows of a router are NaN or infinite",
+            file=mixture.source.folder,
+            tensor=router.stored.name,
+            expected="finite numbers",
+            hint="repair the checkpoint: experts are compared by these rows",
+        )
+    return rows
