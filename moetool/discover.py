@@ -7,12 +7,14 @@ import pkgutil
 from types import ModuleType
 from typing import TypeVar
 
+from moetool.errors import MoetoolError
+
 Kind = TypeVar("Kind")
 
 
 def classes(package: ModuleType, base: type[Kind]) -> dict[str, type[Kind]]:
     """name -> class, for every subclass of `base` with a `name` in the package's files, in name
-    order. A file that does not import is an error.
+    order. A file that does not import is an error, and so are two classes of one name.
     """
     found: dict[str, type[Kind]] = {}
     for info in pkgutil.iter_modules(package.__path__):
@@ -24,5 +26,11 @@ def classes(package: ModuleType, base: type[Kind]) -> dict[str, type[Kind]]:
                 and thing.__module__ == module.__name__
                 and (name := getattr(thing, "name", ""))
             ):
+                if name in found:
+                    raise MoetoolError(
+                        f"two classes are called {name!r}",
+                        found=f"{found[name].__module__}, {thing.__module__}",
+                        hint="give one of them another name",
+                    )
                 found[name] = thing
     return dict(sorted(found.items()))

@@ -13,9 +13,9 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from moetool import discover
 from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
-from moetool.methods import discover
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.reduce.options import Reducing
 
