@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetool import methods
 from moetool.data import JsonObject
@@ -16,6 +16,8 @@ from moetool.methods.options import fields as fields_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from moetool.methods.reduce.way import Way
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 _SIZE = r"^\s*\d+(\.\d+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"
@@ -28,12 +30,12 @@ class NamedWay:
 
     verb: str
     name: str
-    cls: type[Any]
+    cls: type[Way]
 
     @property
     def about(self) -> str:
         """Its docstring, on one line."""
-        return " ".join((self.cls.__doc__ or "").split())
+        return self.cls.about()
 
     @property
     def line(self) -> str:
@@ -43,8 +45,7 @@ class NamedWay:
     @property
     def needs_text(self) -> bool:
         """Whether it cannot do without."""
-        needs = getattr(self.cls, "needs", None)
-        return bool(needs.text if needs is not None else self.cls.text)
+        return self.cls.needs.text
 
     def as_json(self) -> JsonObject:
         """As a verb lists it."""
@@ -100,7 +101,6 @@ def _verb(name: str) -> JsonObject:
 
 
 def _way(way: NamedWay) -> JsonObject:
-    own = fields_of(way.cls.Options) if hasattr(way.cls, "Options") else ()
     text = " --calibrate TEXT" if way.needs_text else ""
     return {
         "name": way.name,
@@ -108,7 +108,7 @@ def _way(way: NamedWay) -> JsonObject:
         "about": way.about,
         "papers": [f"arXiv {number}" for number in re.findall(r"\d{4}\.\d{5}", way.about)],
         "text": way.needs_text,
-        "options": [_option(f) for f in own],
+        "options": [_option(f) for f in fields_of(way.cls.Options)],
         "example": f"moetool {way.verb} SRC OUT --method {way.name}{text}",
     }
 

@@ -23,7 +23,6 @@ from moetool.surgery.experts import strays
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, Piece, Target, Task, whole
 
-ROUTERS = ("centroid", "mean", "logsumexp")
 NEVER = -1e30  # a selection bias that no score overcomes
 
 
@@ -36,7 +35,8 @@ class Out(NamedTuple):
 
 class Cutter:
     """Builds the plan. `uneven`: how layers with other numbers of experts are written; `router`:
-    one of ROUTERS; `maker` plans experts that are no copies.
+    which row a new expert gets (centroid, mean, logsumexp); `maker` plans experts that are no
+    copies.
     """
 
     def __init__(self, writing: Writing, uneven: str, router: str, maker: Maker | None) -> None:
