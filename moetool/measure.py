@@ -68,7 +68,11 @@ class Evaluating:
     pack: bool = same(Text, "pack")
     text_field: str = same(Text, "text_field")
     batch_tokens: int = same(Text, "batch_tokens")
-    max_kl: float = same(Gate, "max_kl")
+    max_kl: float = same(
+        Gate,
+        "max_kl",
+        help="exit code 4 when the KL divergence from --reference is larger (0: no gate)",
+    )
     max_perplexity_increase: float | None = same(Gate, "max_perplexity_increase")
     memory: int | None = same(Common, "memory")
     device: str = same(Common, "device")

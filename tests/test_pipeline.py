@@ -267,6 +267,8 @@ def test_the_screen_says_the_plan_and_the_run() -> None:
     report = Report.of(summary(), seconds=2.0, resumed_shards=1)
     finished = shown(method, report, report)
     assert "done         2.0s, 5 B/s, 1 files were there already" in finished
+    already = Report.of(summary(), resumed_shards=1)
+    assert "done         0.0s, 1 files were there already" in shown(method, already, already)
     quality = {
         "kl": 0.5,
         "perplexity": 3.0,

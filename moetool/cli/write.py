@@ -127,6 +127,6 @@ def _done(report: Report) -> list[Line]:
         on = f"on {q['tokens']:,} predictions{held}"
         found.append(Line("quality", f"KL {q['kl']:.4g}, perplexity {change} {on}"))
     rate = report.output_bytes / max(report.seconds, 1e-9)
-    pace = "" if report.stages else f", {show_bytes(rate)}/s"
+    pace = "" if report.stages or not report.seconds else f", {show_bytes(rate)}/s"
     there = f", {report.resumed_shards} files were there already" if report.resumed_shards else ""
     return [*found, Line("done", f"{show_seconds(report.seconds)}{pace}{there}")]
