@@ -5,6 +5,7 @@ fields that the command line has.
 from __future__ import annotations
 
 import inspect as introspection
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields as dataclass_fields
@@ -85,7 +86,7 @@ def _run() -> Callable[..., Report]:
 
         common = {f.name for f in _COMMON} | {f.was for f in _COMMON if f.was}
         own = {k: v for k, v in changes.items() if k not in common}
-        found = read(recipe, [f"{k.rstrip('_')}={_text(v)}" for k, v in own.items()])
+        found = read(recipe, [f"{k.rstrip('_')}={_text(k, v)}" for k, v in own.items()])
         said = found.options({k: v for k, v in changes.items() if k in common})
         prepared = pipeline.prepare(said)
         if said.common.dry_run:
@@ -208,5 +209,8 @@ def _options(verb: str, sources: tuple[str, ...], out: str, options: JsonMapping
     return Options(out, sources, verb, own, common)
 
 
-def _text(value: object) -> object:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+def _text(name: str, value: object) -> object:
+    """As `--set NAME=` takes it: fine-tunes joined by commas, other lists as YAML has them."""
+    if not isinstance(value, list | tuple):
+        return value
+    return ",".join(map(str, value)) if name == "from_" else json.dumps(list(map(str, value)))

@@ -154,3 +154,16 @@ def test_run_takes_changes_and_what_every_command_takes(llama: Path, tmp_path: P
     assert (changed["seed"], changed["options"]["experts"]) == (5, 8)
     with pytest.raises(api.UsageError, match="mistake"):
         api.run(str(recipe), out=out)
+
+
+def test_run_takes_lists_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text of a list is one text, whatever stands in its name."""
+    said: list[Any] = []
+    monkeypatch.setattr("moetool.pipeline.prepare", lambda options: said.append(options) or 1 / 0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: prune\noptions: {method: reap}\n")
+    texts = ["one.txt", "two, too: x.txt:0.5"]
+    with pytest.raises(ZeroDivisionError):
+        api.run(str(recipe), source="demo", out=str(tmp_path / "out"), calibrate=texts)
+    (options,) = said
+    assert methods.make(options.method, options.values).options.calibrate == tuple(texts)

@@ -9,6 +9,7 @@ imported here: `--help` reads this file.
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -34,7 +35,8 @@ Chosen = TypeVar("Chosen")
 class Field:
     """One option as everybody sees it. `type` is bool, int, float, str, or tuple for an option that
     is repeated; `unit` says how text is read: "share" (0.25 or 25%), "bytes" (2GB), "whole" (one
-    text, commas and all, of an option that is repeated) or "".
+    text, commas and all, of an option that is repeated), "files" (the same where a file of that
+    name is there, otherwise cut at commas) or "".
     `of` names the ways it belongs to (empty: the whole verb).
     """
 
@@ -71,7 +73,8 @@ class Field:
 
     def _several(self, value: object) -> tuple[str, ...]:
         if isinstance(value, str):
-            return (value,) if self.unit == "whole" else tuple(filter(None, value.split(",")))
+            whole = self.unit == "whole" or (self.unit == "files" and _is_there(value))
+            return (value,) if whole else tuple(filter(None, value.split(",")))
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
             return tuple(value)
         raise self._refused(value, "text, or a list of texts")
@@ -135,6 +138,11 @@ class Field:
         return UsageError(
             f"--{self.spelled}={value!r} cannot be", expected=expected, hint=self.help
         )
+
+
+def _is_there(text: str) -> bool:
+    """Whether FILE, or FILE:SHARE, names a file."""
+    return os.path.exists(text) or os.path.exists(text.rpartition(":")[0])
 
 
 def option(
@@ -291,7 +299,7 @@ class Text:
         "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, or - for standard input; "
         "repeat it",
         TEXT,
-        unit="whole",
+        unit="files",
         metavar="FILE[:SHARE]",
     )
     stats: str = option(
@@ -366,7 +374,7 @@ class Gate:
         "held-out text for the gate and the report; default for the gate: the calibration text; "
         "repeat it",
         GATE,
-        unit="whole",
+        unit="files",
         metavar="FILE",
     )
     text_tokens: int = option(

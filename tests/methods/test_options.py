@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -70,6 +71,18 @@ def test_what_fields_read(field: Field, given: object, value: object) -> None:
     found = field.read(given)
     assert found == value and type(found) is type(value)
     assert field.read(found) == found  # what was read is read again as it is
+
+
+def test_a_comma_in_the_name_of_a_file_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise texts are joined by commas, as in 0.2.0."""
+    files = Field("calibrate", tuple, (), "texts", unit="files")
+    monkeypatch.chdir(tmp_path)
+    assert files.read("a,b.txt") == ("a", "b.txt")
+    (tmp_path / "a,b.txt").write_text("one text")
+    assert files.read("a,b.txt") == ("a,b.txt",) == files.read(["a,b.txt"])
+    assert files.read("a,b.txt:0.3") == ("a,b.txt:0.3",)
 
 
 @pytest.mark.parametrize("field", [FLAG, COUNT, REAL, SHARE, WORD, CHOICE, TEXTS])
