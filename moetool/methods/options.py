@@ -305,9 +305,7 @@ class Text:
     stats: str = option(
         "", "a profile made by `moetool profile`, instead of --calibrate", TEXT, metavar="DIR"
     )
-    tokens: int = option(
-        262_144, "tokens of calibration text", TEXT, minimum=1, needs=("calibrate", "text")
-    )
+    tokens: int = option(262_144, "tokens of calibration text", TEXT, minimum=1)
     seq_len: int = option(2048, "tokens of a sequence", TEXT, minimum=2)
     pack: bool = option(
         True, "join documents and cut them into whole sequences, or one sequence a document", TEXT
