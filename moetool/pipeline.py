@@ -8,9 +8,7 @@ everything finished kept.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +29,6 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.device import check_device, check_engine
 from moetool.surgery.place import check_target, check_work, existing, resolved
 from moetool.surgery.plan import Shard
-from moetool.surgery.spec import Task, whole
 from moetool.surgery.writer import Writer
 
 
@@ -53,6 +50,7 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     """
     from moetool import methods
 
+    caller = caller or Caller()
     method = methods.make(options.method, options.values)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
     uncounted = complete.check(sources)
@@ -60,11 +58,13 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     check_engine(options.common.engine)
     overwrite = options.common.overwrite or _ours(options.out)
     check_target(resolved(options.out), [s.folder for s in sources], overwrite=overwrite)
-    settings = _settings(options, caller or Caller())
+    settings = _settings(options, caller)
     check_work(Path(settings.work))
     measuring = _measuring(sources[0], method, options.common)
     if options.common.strict and method.interruptible:
-        _strictly_finite(sources, _copies(sources), 1, caller or Caller())  # before text is sent
+        scan.check_finite(
+            sources, scan.everything(sources), caller.tell, caller.stop
+        )  # before text is sent
     held = None
     if method.interruptible and not options.common.dry_run:
         held = Lock.take(Path(settings.work), f"this output ({options.out})")
@@ -208,7 +208,8 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
         return _already(prepared)
     begun = time.perf_counter()
     if prepared.options.common.strict:
-        _strictly_finite(prepared.sources, prepared.plan.tasks, prepared.jobs, caller)
+        tasks, workers = prepared.plan.tasks, prepared.jobs
+        scan.check_finite(prepared.sources, tasks, caller.tell, caller.stop, workers=workers)
     out, overwrite = prepared.options.out, prepared.options.common.overwrite
     with Writer(out, prepared.plan, overwrite=overwrite, sources=prepared.sources) as writer:
         written = make(prepared, writer, caller)
@@ -324,7 +325,7 @@ def _report(
             "write": round(times.made, 3),
             "measure": round(times.all - times.made, 3),
         },
-        peak_rss=peak_rss(),
+        peak_rss=promise.peak_rss(),
     )
 
 
@@ -338,12 +339,6 @@ def _already(prepared: Prepared) -> Report:
     said = "the output was already there, whole, from this very plan: nothing was written"
     shards = len(prepared.plan.shards)
     return Report.of(summary(prepared), warnings=(said,), resumed_shards=shards)
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 class _Counter:
@@ -387,32 +382,6 @@ def _run(
             hint="finished shards are kept: mend the cause and run the same command again",
         ) from None
     return []
-
-
-def _copies(sources: Sequence[Checkpoint]) -> list[Task]:
-    """Tasks that read all there is."""
-    numbered = enumerate(sources)
-    return [
-        Task("copy", tuple(whole(t, number) for t in source.stored.values()), ())
-        for number, source in numbered
-    ]
-
-
-def _strictly_finite(
-    sources: Sequence[Checkpoint], tasks: Sequence[Task], workers: int, caller: Caller
-) -> None:
-    """With --strict everything that is read is looked at before a byte is written."""
-    found = scan.suspects(sources, tasks, workers=workers, tell=caller.tell, stop=caller.stop)
-    bad = scan.named(sources, tasks, found) if found else []
-    if bad:
-        raise MoetoolError(
-            "weights are not finite",
-            file=bad[0].file,
-            tensor=bad[0].name,
-            found=f"{bad[0].what}, in {len(bad)} tensors",
-            expected="finite values",
-            hint="repair the checkpoint, or leave out --strict",
-        )
 
 
 def _look(prepared: Prepared, todo: Sequence[Shard], caller: Caller) -> list[scan.Suspect]:

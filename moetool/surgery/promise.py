@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,3 +54,9 @@ def _costs(plan: Plan, sources: Sequence[Checkpoint]) -> list[int]:
     dtypes = {n: t.dtype for n, t in plan.targets.items()}
     size = lambda p: sources[p.source].range_of(p)[2]  # noqa: E731
     return sorted((ops.task_memory(t, dtypes, size) for t in plan.tasks), reverse=True) or [0]
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

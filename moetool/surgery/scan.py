@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from moetool.errors import MoetoolError
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.spec import Task
+from moetool.surgery.spec import Task, whole
 
 Suspect = tuple[str, int, int, str]  # (path, start, stop, dtype)
 _BLOCK = 1 << 19
@@ -147,3 +148,34 @@ def named(
         if touched and _has_bad(path, tensor.start, tensor.stop, tensor.dtype):
             found.append(Bad(path, name, "NaN or inf"))
     return found
+
+
+def everything(sources: Sequence[Checkpoint]) -> list[Task]:
+    """Tasks that read all there is."""
+    numbered = enumerate(sources)
+    return [
+        Task("copy", tuple(whole(t, number) for t in source.stored.values()), ())
+        for number, source in numbered
+    ]
+
+
+def check_finite(
+    sources: Sequence[Checkpoint],
+    tasks: Sequence[Task],
+    tell: Progress,
+    stop: threading.Event,
+    *,
+    workers: int = 1,
+) -> None:
+    """With --strict everything that is read is looked at before a byte is written."""
+    found = suspects(sources, tasks, workers=workers, tell=tell, stop=stop)
+    bad = named(sources, tasks, found) if found else []
+    if bad:
+        raise MoetoolError(
+            "weights are not finite",
+            file=bad[0].file,
+            tensor=bad[0].name,
+            found=f"{bad[0].what}, in {len(bad)} tensors",
+            expected="finite values",
+            hint="repair the checkpoint, or leave out --strict",
+        )
