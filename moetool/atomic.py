@@ -20,6 +20,25 @@ from moetool.errors import MoetoolError
 SUFFIX = ".tmp"
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names, before anything is built on them: a
+    rename may reach the disk before what it names. OSError is what the disk says.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Every file of a folder, then the folder."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            sync(path)
+    sync(folder)
+
+
 def beside(path: Path) -> Path:
     """Where a file is written before it gets its name: `x.json` -> `x.json.tmp`."""
     return path.with_name(path.name + SUFFIX)

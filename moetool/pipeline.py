@@ -210,8 +210,14 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
     if prepared.options.common.strict:
         tasks, workers = prepared.plan.tasks, prepared.jobs
         scan.check_finite(prepared.sources, tasks, caller.tell, caller.stop, workers=workers)
-    out, overwrite = prepared.options.out, prepared.options.common.overwrite
-    with Writer(out, prepared.plan, overwrite=overwrite, sources=prepared.sources) as writer:
+    said = prepared.options.common
+    with Writer(
+        prepared.options.out,
+        prepared.plan,
+        overwrite=said.overwrite,
+        sources=prepared.sources,
+        sync=said.sync,
+    ) as writer:
         written = make(prepared, writer, caller)
         made_in = time.perf_counter() - begun
         quality = measure(prepared, writer, caller)
@@ -309,7 +315,11 @@ def _report(
     """Where deciding takes long, its seconds count, and each stage has its own."""
     report = Report.of(
         summary(prepared),
-        warnings=(*prepared.made.warnings, *written.findings, *_left_behind(prepared)),
+        warnings=(
+            *prepared.made.warnings,
+            *written.findings,
+            *filter(None, [companions.left_behind(prepared.sources[0].folder)]),
+        ),
         resumed_shards=written.resumed,
         seconds=round(times.made, 3),
         ray_nodes=written.nodes,
@@ -327,12 +337,6 @@ def _report(
         },
         peak_rss=promise.peak_rss(),
     )
-
-
-def _left_behind(prepared: Prepared) -> list[str]:
-    """Files beside the source that do not travel."""
-    line = companions.left_behind(prepared.sources[0].folder)
-    return [line] if line else []
 
 
 def _already(prepared: Prepared) -> Report:

@@ -277,6 +277,11 @@ class Common:
         5_000_000_000, "largest output file", RUN, unit="bytes", metavar="SIZE", was="max_shard"
     )
     overwrite: bool = option(False, "replace OUT, and an unfinished other output in its place", RUN)
+    sync: bool = option(
+        True,
+        "wait until the disk holds the output before it gets its name; --no-sync is faster",
+        RUN,
+    )
     strict: bool = option(False, "refuse sources with NaN or inf instead of warning", RUN)
     dry_run: bool = option(False, "say what would be written, and write nothing", RUN)
     device: str = option(

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ class Writer:
         *,
         overwrite: bool = False,
         sources: Sequence[Checkpoint] = (),
+        sync: bool = True,
     ) -> None:
         self.out, self.plan, self.overwrite = resolved(out), plan, overwrite
         self.staging = self.out.parent / f".{self.out.name}.moetool"
-        self.sources = sources
+        self.sources, self.sync = sources, sync
         self._lock: int | None = None
 
     def finished(self) -> bool:
@@ -177,7 +178,9 @@ class Writer:
             return False
 
     def publish(self, temporary: str) -> None:
-        """Give a finished shard its final name."""
+        """Give a finished shard its final name, once the disk holds it."""
+        if self.sync:
+            atomic.sync(Path(temporary))
         atomic.publish(Path(temporary))
 
     def finish(
@@ -203,7 +206,21 @@ class Writer:
         for folder in (self.out, atomic.aside(self.out)):
             if folder.is_dir() and any(folder.iterdir()):
                 check_replaceable(folder)  # somebody may have put something there meanwhile
+        self._synced(atomic.sync_all, self.staging)
         atomic.publish_folder(self.staging, self.out, overwrite=self.overwrite)
+        self._synced(atomic.sync, self.out.parent)
+
+    def _synced(self, how: Callable[[Path], None], folder: Path) -> None:
+        if not self.sync:
+            return
+        try:
+            how(folder)
+        except OSError as problem:
+            raise MoetoolError(
+                f"the disk does not take what was written: {problem.strerror or problem}",
+                file=folder,
+                hint="look after the disk, then run the same command again",
+            ) from None
 
 
 def as_json(data: Any) -> bytes:
