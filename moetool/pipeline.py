@@ -210,14 +210,9 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
     if prepared.options.common.strict:
         tasks, workers = prepared.plan.tasks, prepared.jobs
         scan.check_finite(prepared.sources, tasks, caller.tell, caller.stop, workers=workers)
-    said = prepared.options.common
-    with Writer(
-        prepared.options.out,
-        prepared.plan,
-        overwrite=said.overwrite,
-        sources=prepared.sources,
-        sync=said.sync,
-    ) as writer:
+    out, said, sources = prepared.options.out, prepared.options.common, prepared.sources
+    how = {"overwrite": said.overwrite, "sync": said.sync}
+    with Writer(out, prepared.plan, sources=sources, **how) as writer:
         written = make(prepared, writer, caller)
         made_in = time.perf_counter() - begun
         quality = measure(prepared, writer, caller)
