@@ -269,8 +269,12 @@ class Mixture:
         return whole_config
 
     def expert_bytes(self) -> int:
-        """Bytes of all routed experts."""
-        return sum(c.stored.size for c in self.counted.values() if c.kind == "expert")
+        """Bytes of all routed experts; what several share counts once."""
+        lying: dict[str, int] = {}
+        for counted in self.counted.values():
+            if counted.kind == "expert":
+                lying |= {part.name: part.size for part in counted.stored.lying}
+        return sum(lying.values())
 
     def expert_elements(self, layer: int) -> int:
         """Elements of one expert of a layer."""

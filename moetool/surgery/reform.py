@@ -17,6 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
+from moetool.errors import MoetoolError
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Outputs, Plan
@@ -100,7 +101,7 @@ class _Reform:
             return to is not None
         piece = task.inputs[task.outputs.index(out)]
         own = forms.named(like.form).pieces(
-            like_tensors(self._matrix(piece)), self._matrix(piece).shape, piece, like.params
+            self._matrix(piece).lying, self._matrix(piece).shape, piece, like.params
         )
         return own is not None and [p.count for p in own] == [p.count for p in to]
 
@@ -112,6 +113,15 @@ class _Reform:
         like = self._one_of([p for p in likes if p] or [self._namesake(target)])
         if like is None or not forms.named(like.form).fits(target, like.params):
             return None
+        if not forms.named(like.form).alone and self._kept(target, made) is None:
+            raise MoetoolError(
+                f"{like.form} matrices that are computed cannot be written in that form again",
+                file=self.sources[0].folder,
+                tensor=target.name,
+                expected="--form full",
+                found="--form same",
+                hint="leave out --form: everything is then written in full",
+            )
         fits = all(self._pieces_of(target, out, like) is not None for _, out in made)
         return like if fits else None
 
@@ -203,7 +213,7 @@ class _Reform:
         made: dict[str, str] = {}
         for name, why in self.wanted.dropped.items():
             stored = self.sources[0].tensors.get(name)
-            names = [p.name for p in like_tensors(stored)] if stored else [name]
+            names = [p.name for p in stored.lying] if stored else [name]
             made |= {n: why for n in names if n not in used}
         return made
 
@@ -243,8 +253,3 @@ def held(stored: Stored, matrix: Tensor, form: str) -> Tensor:
         return matrix.to(codec.torch_dtype(stored.dtype))
     kept = forms.named(stored.parts.form)
     return kept.decode(kept.encode(matrix, stored.parts.params), stored.parts.params)
-
-
-def like_tensors(stored: Stored) -> tuple[Stored, ...]:
-    """The tensors that a matrix is made of: itself, where it is full."""
-    return stored.parts.tensors if stored.parts else (stored,)

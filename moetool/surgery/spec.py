@@ -81,6 +81,11 @@ class Stored:
     parts: InParts | None = None
 
     @property
+    def lying(self) -> tuple[Stored, ...]:
+        """What lies in the files for it: its parts, or itself where it is full."""
+        return self.parts.tensors if self.parts else (self,)
+
+    @property
     def size(self) -> int:
         """Bytes in the files, all parts together."""
         return sum(p.size for p in self.parts.tensors) if self.parts else self.stop - self.start

@@ -401,6 +401,22 @@ def test_factored_is_a_form_like_any_other(models: Made, tmp_path: Path) -> None
     tiny.load(tmp_path / "merged")
 
 
+def test_what_only_all_experts_together_can_be_is_not_written_again(
+    models: Made, tmp_path: Path
+) -> None:
+    """A base that experts share counts once; and --form same keeps what is only moved."""
+    base, kept = tmp_path / "base", tmp_path / "kept"
+    options = {"method": "d2-moe", "form": "factored", "ratio": 0.25}
+    made = api.merge(str(models("qwen3_moe")), str(base), **options, **text(tmp_path))
+    pruned = api.prune(str(base), str(kept), method="random", ratio=0.5, form="same")
+    assert pruned["expert_bytes_before"] == made["expert_bytes_after"]
+    assert api.inspect(str(kept))["forms"] == {"factored": 36}
+    with pytest.raises(MoetoolError, match="factored matrices that are computed") as error:
+        api.merge(str(base), str(tmp_path / "out"), method="alike", ratio=0.5, form="same")
+    assert error.value.where["expected"] == "--form full"
+    assert not (tmp_path / "out").exists()
+
+
 def test_moving_imports_no_torch(quantized: Made, tmp_path: Path) -> None:
     """Pruning by router rows reads headers, and moves bytes."""
     run = (
