@@ -158,8 +158,16 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Learned numbers of all tensors; the scales of quantized matrices are none."""
+        return forms.count(self._seen().tensors.values())
+
+    @property
+    def stored_as(self) -> frozenset[str]:
+        """The forms in which its matrices are stored, full aside."""
+        return frozenset(self._seen().told)
+
+    def _seen(self) -> forms.Known:
         lying = {n: Stored(n, t.dtype, t.shape, "", 0, t.size) for n, t in self.targets.items()}
-        return forms.count(forms.seen(lying, self.config).tensors.values())
+        return forms.seen(lying, self.config)
 
     def header(self, shard: Shard) -> bytes:
         """The safetensors header of a shard, final: it is written before the first tensor."""

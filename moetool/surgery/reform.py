@@ -253,3 +253,15 @@ def held(stored: Stored, matrix: Tensor, form: str) -> Tensor:
         return matrix.to(codec.torch_dtype(stored.dtype))
     kept = forms.named(stored.parts.form)
     return kept.decode(kept.encode(matrix, stored.parts.params), stored.parts.params)
+
+
+def widened(sources: Sequence[Checkpoint], made: Plan, form: str) -> list[str]:
+    """What `auto` must say: the matrices of a source that the output holds in full."""
+    if form != "auto":
+        return []
+    lost = sorted(set(chain.from_iterable(s.told for s in sources)) - made.stored_as)
+    again = {n: " (--form same rounds them to it again)" for n in lost if forms.named(n).alone}
+    return [
+        f"matrices stored as {n} are written in full, since some are computed{again.get(n, '')}"
+        for n in lost
+    ]

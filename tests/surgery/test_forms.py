@@ -283,6 +283,19 @@ def test_the_same_form_again(family: str, verb: str, quantized: Made, tmp_path: 
 
 
 @pytest.mark.parametrize("family", QUANTIZED)
+def test_what_is_no_longer_quantized_is_said(family: str, quantized: Made, tmp_path: Path) -> None:
+    """A merged output may be larger than its source: why, and what to do about it."""
+    said: dict[str, list[str]] = {}
+    for form in ("auto", "same", "full"):
+        made = api.merge(str(quantized(family)), str(tmp_path / form), ratio=0.5, form=form)
+        said[form] = [w for w in made["warnings"] if "written in full" in w]
+    assert len(said["auto"]) == 1 and "--form same" in said["auto"][0]
+    assert not said["same"] and not said["full"]
+    moved = api.prune(str(quantized(family)), str(tmp_path / "moved"), method="random")
+    assert not any("written in full" in w for w in moved["warnings"])
+
+
+@pytest.mark.parametrize("family", QUANTIZED)
 def test_a_walk_goes_on_with_what_will_be_written(
     family: str, quantized: Made, tmp_path: Path
 ) -> None:

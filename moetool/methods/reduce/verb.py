@@ -95,6 +95,7 @@ class Reduce(Method):
         from moetool.methods.reduce.decide import Chosen
         from moetool.methods.reduce.decided import ORDERS, Decided, experts_lists
         from moetool.methods.reduce.writing import Writing
+        from moetool.surgery import reform
         from moetool.surgery.experts import Mixture
 
         mixture, tables = Mixture.of(sources[0]), decisions.tables
@@ -110,7 +111,7 @@ class Reduce(Method):
             written.plan.config,
             {},
             reduced,
-            found.warnings,
+            (*found.warnings, *reform.widened(sources[:1], written.plan, self.options.form)),
             files,
             dict.fromkeys(decided.tables(), ORDERS),
         )

@@ -142,7 +142,8 @@ class Upcycle(Method):
             form=self.options.form,
         )
         facts = self._facts(plan, chosen, reading, decisions)
-        return Made(plan, certificate, plan.config, config.dropped, facts)
+        told = tuple(reform.widened(sources, plan, self.options.form))
+        return Made(plan, certificate, plan.config, config.dropped, facts, told)
 
     def _reading(self, chosen: Conversion, sources: Sequence[Checkpoint]) -> Reading:
         said = self.options
@@ -225,7 +226,8 @@ class Upcycle(Method):
         family, count = chosen.source.model_type, plan.parameters
         trunks = tuple(decisions.report.get("trunks", ()))
         facts = ModelFacts(family, family, (), 0, 0, 0, "dense", count, count, trunks=trunks)
-        return Made(plan, certificate, plan.config, {}, facts)
+        told = tuple(reform.widened(sources, plan, self.options.form))
+        return Made(plan, certificate, plan.config, {}, facts, told)
 
     def _conversion(self, base: Checkpoint) -> Conversion:
         said = self.options
