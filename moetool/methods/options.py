@@ -341,9 +341,7 @@ class Solving:
         "as it can",
         WHAT,
     )
-    refit_tokens: int = option(
-        32_768, "tokens of a layer that --refit solves on", minimum=1, needs=("refit",)
-    )
+    refit_tokens: int = option(32_768, "tokens of a layer that --refit solves on", minimum=1)
 
 
 @dataclass(frozen=True)

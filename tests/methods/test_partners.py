@@ -13,7 +13,6 @@ from moetool.methods.options import Common, Gate, Solving, Text, fields
 
 ALONE = {
     "text_field": ("prune", "--text-field", "body"),
-    "refit_tokens": ("prune", "--refit-tokens", "100"),
     "text_tokens": ("prune", "--text-tokens", "100"),
     "ray_address": ("prune", "--ray-address", "auto"),
 }
