@@ -305,5 +305,5 @@ def test_no_help_text_is_written_twice() -> None:
         for field in built(name).fields:
             texts.setdefault((field.name, str(field.default)), set()).add(field.help)
     several = {key for key, found in texts.items() if len(found) > 1}
-    purposes = {"device", "seed", "memory", "sample", "router", "method", "text", "form"}
+    purposes = {"device", "form", "max_kl", "memory", "method", "router", "sample", "seed", "text"}
     assert {name for name, _ in several} <= purposes
