@@ -460,3 +460,13 @@ def test_facts_are_returned_and_no_state_is_left(reap: Asked, tmp_path: Path) ->
     one, two = decide(reap), decide(reap)
     assert one.found == two.found and one.chosen == two.chosen and one.memory == two.memory
     assert {k: v for k, v in vars(reap).items() if k in before} == before
+
+
+@pytest.mark.parametrize("told", [{"whiten": "yes"}, {"weigh": "frequency"}, {"joint": "2"}])
+def test_a_way_without_text_whose_options_need_some(
+    told: dict[str, str], models: Any, tmp_path: Path
+) -> None:
+    """The hint does not name the very way that was asked for."""
+    with pytest.raises(api.UsageError, match="needs text") as error:
+        api.merge(str(models("mixtral")), str(tmp_path / "out"), method="alike", **told)
+    assert "alike" not in (error.value.hint or "") and "options" in (error.value.hint or "")

@@ -235,12 +235,7 @@ def _check_text(asked: Asked, replay: Decided | None) -> None:
     o = asked.options
     wants = asked.way.needs.text or (replay is not None and _reads_more(asked, replay))
     if wants and not o.has_text:
-        raise UsageError(
-            f"method {asked.way.called!r} needs text",
-            expected="--calibrate FILE or --stats DIR",
-            found="neither",
-            hint=f"or a method without text: {', '.join(asked.textless)}",
-        )
+        raise asked.eye.without_text()
     if o.walks and not o.calibrate:
         raise UsageError(
             "--propagate sends text through the model again",

@@ -33,6 +33,18 @@ class Eye:
     seed: int = 0
     device: str = "cpu"
 
+    def without_text(self) -> UsageError:
+        """The refusal where text is needed and there is none."""
+        hint = f"or a method without text: {', '.join(self.textless)}"
+        if self.method in self.textless:  # alone it needs none: an option does
+            hint = "or leave out the options that look at text"
+        return UsageError(
+            f"method {self.method!r} needs text",
+            expected="--calibrate FILE or --stats DIR",
+            found="neither",
+            hint=hint,
+        )
+
 
 @dataclass
 class View:
@@ -75,12 +87,7 @@ class View:
     def seen(self) -> LayerStats:
         """The statistics; UsageError when no text was given."""
         if self.stats is None:
-            raise UsageError(
-                f"method {self.eye.method!r} needs text",
-                expected="--calibrate FILE or --stats DIR",
-                found="neither",
-                hint=f"or a method without text: {', '.join(self.eye.textless)}",
-            )
+            raise self.eye.without_text()
         return self.stats
 
     @cached_property
