@@ -104,12 +104,13 @@ def _lines(found: JsonObject) -> list[str]:
     if found["comes_from"]:
         lines.append(f"<- {', '.join(found['comes_from'])}")
     if found["law"]:
-        lines.append(f"routing: {found['law']}")
+        law = ", ".join(f"{name} {value}" for name, value in found["law"].items())
+        lines.append(f"routing: {law}")
     return lines
 
 
 def _row(tensor: JsonObject) -> list[str]:
-    shape = " x ".join(map(str, tensor["shape"] or ["?"]))
+    shape = " x ".join(size or "?" for size in tensor["shape"] or [None])
     return [tensor["name"], shape, *(tensor[k] or "" for k in ("role", "layers", "when"))]
 
 

@@ -432,4 +432,5 @@ def test_archs_show_names_tensors_in_full(family: str) -> None:
     for slot in Layout.load(family).tensors:
         assert slot.name in said
     assert "…" not in said and not re.search(r"\w\.(md|py|json)\b", said)
+    assert "None" not in said and "{'" not in said  # nothing as Python prints it
     assert "exact" in on_terminal(40, "archs", "show", "llama")
