@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.methods.options import FINE, WHAT, Common, Gate, Text, option, same
+from moetool.methods.field import FINE, WHAT
+from moetool.methods.options import Common, Gate, Text, option, same
 from moetool.progress import Progress, silent
 from moetool.surgery.device import check_device
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from moetool import methods
 from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError
-from moetool.methods.options import Checking, Common, Field, build, fields
+from moetool.methods.field import Field
+from moetool.methods.options import Checking, Common, build, fields
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Options

@@ -14,7 +14,8 @@ import pytest
 import moetool as api
 from moetool import methods
 from moetool.measure import Evaluating, Profiling
-from moetool.methods.options import Checking, Common, Field, fields
+from moetool.methods.field import Field
+from moetool.methods.options import Checking, Common, fields
 from moetool.surgery.plan import Plan
 
 WRITING = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from moetool.cli.app import session
 from moetool.cli.options import Command, Given
 from moetool.data import JsonObject
-from moetool.methods.options import RUN, Field
+from moetool.methods.field import RUN, Field
 from moetool.units import show_bytes, show_count, show_seconds
 
 # What to show: a name, and the options of upcycle.

@@ -13,7 +13,8 @@ from typer.core import TyperCommand
 from moetool.cli.app import SETTINGS, settled
 from moetool.cli.texts import everywhere, write_lines, write_panels
 from moetool.data import JsonObject
-from moetool.methods.options import PANELS, Field, Value
+from moetool.methods.field import Field, Value
+from moetool.methods.options import PANELS
 from moetool.units import show_bytes
 
 if TYPE_CHECKING:

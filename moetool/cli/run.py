@@ -5,7 +5,8 @@ from __future__ import annotations
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
 from moetool.errors import UsageError
-from moetool.methods.options import RUN, WHAT, Common, Field, fields
+from moetool.methods.field import RUN, WHAT, Field
+from moetool.methods.options import Common, fields
 
 SET = Field(
     "set_",

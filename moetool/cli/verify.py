@@ -5,7 +5,8 @@ from __future__ import annotations
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
 from moetool.data import JsonObject
-from moetool.methods.options import WHAT, Checking, Field, build, fields
+from moetool.methods.field import WHAT, Field
+from moetool.methods.options import Checking, build, fields
 from moetool.units import show_bytes
 
 AGAINST = Field(

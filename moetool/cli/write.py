@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from moetool import methods
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
-from moetool.methods.options import WHAT, Common, Field, Value, build, fields
+from moetool.methods.field import WHAT, Field, Value
+from moetool.methods.options import Common, build, fields
 from moetool.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 from moetool.data import JsonObject
 from moetool.lock import Lock
-from moetool.methods.options import Common, Field, Gate, Text, Value, build
+from moetool.methods.field import Field, Value
+from moetool.methods.options import Common, Gate, Text, build
 from moetool.methods.options import fields as fields_of
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint

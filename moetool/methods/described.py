@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moetool import methods
 from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
-from moetool.methods.options import Field
+from moetool.methods.field import Field
 from moetool.methods.options import fields as fields_of
 
 if TYPE_CHECKING:

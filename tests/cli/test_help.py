@@ -20,7 +20,8 @@ from moetool import methods
 from moetool.cli.commands import GROUPS, READING
 from moetool.cli.options import Command, helped, metavar
 from moetool.cli.write import command as written
-from moetool.methods.options import PANELS, RUN, WHAT, Field
+from moetool.methods.field import RUN, WHAT, Field
+from moetool.methods.options import PANELS
 
 WRITING = tuple(methods.METHODS)
 PLAIN = tuple(module.COMMAND.name for module in READING)

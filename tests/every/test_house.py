@@ -24,8 +24,9 @@ README = ROOT / "README.md"
         ["ruff", "format", "--check", "."],
         ["mypy"],
         ["importlinter.cli", "lint"],
+        ["tests.bench.house", "--check"],
     ],
-    ids=["ruff", "ruff-format", "mypy", "import-linter"],
+    ids=["ruff", "ruff-format", "mypy", "import-linter", "house"],
 )
 def test_tools(tool: list[str]) -> None:
     command = (

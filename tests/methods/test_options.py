@@ -9,20 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from moetool.errors import UsageError
-from moetool.methods.options import (
-    FINE,
-    WHAT,
-    Common,
-    Field,
-    Gate,
-    Solving,
-    Text,
-    build,
-    fields,
-    option,
-    read,
-    same,
-)
+from moetool.methods.field import FINE, WHAT, Field
+from moetool.methods.options import Common, Gate, Solving, Text, build, fields, option, read, same
 
 FLAG = Field("flag", bool, False, "a switch")
 COUNT = Field("count", int, 3, "a number", minimum=1)

@@ -184,7 +184,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import moetool.methods.prune.way as base
-from moetool.methods.options import WHAT, option
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
 from moetool.methods.reduce.way import Needs
 
 

@@ -18,7 +18,8 @@ from moetool.methods.contract import (
     Settings,
     Summary,
 )
-from moetool.methods.options import WHAT, option
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moetool.methods.field import WHAT
 from moetool.methods.merge.combine import COMBINE
 from moetool.methods.merge.options import Merging
 from moetool.methods.merge.way import MergeWay
-from moetool.methods.options import WHAT, option
+from moetool.methods.options import option
 from moetool.methods.reduce.verb import Reduce
 from moetool.methods.reduce.way import auto_help
 

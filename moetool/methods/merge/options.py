@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import FINE, WHAT, option
+from moetool.methods.field import FINE, WHAT
+from moetool.methods.options import option
 from moetool.methods.reduce.options import Reducing
 from moetool.surgery import forms
 from moetool.surgery.reform import FORMS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moetool.methods.options import WHAT, option
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
 from moetool.methods.prune.way import PruneWay
 from moetool.methods.reduce.options import Reducing
 from moetool.methods.reduce.verb import Reduce

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, option
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
 from moetool.methods.prune.router_distance import RouterDistance
 from moetool.methods.reduce.way import Needs
 from moetool.methods.reduce.writing import Writing

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, Field, Gate, Solving, Storing, Text, option
+from moetool.methods.field import WHAT, Field
+from moetool.methods.options import Gate, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")

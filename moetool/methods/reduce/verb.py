@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Decisions, Line, Made, Method, Report, Settings, Summary
-from moetool.methods.options import Field, Gate, Value, build
+from moetool.methods.field import Field, Value
+from moetool.methods.options import Gate, build
 from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce.options import Reducing, renamed
 from moetool.methods.reduce.way import Way, meant_by_auto

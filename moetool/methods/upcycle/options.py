@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
-from moetool.methods.options import WHAT, Storing, option
+from moetool.methods.field import WHAT
+from moetool.methods.options import Storing, option
 from moetool.methods.upcycle import carve, site
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
