@@ -31,6 +31,7 @@ class Profiling:
     pack: bool = same(Text, "pack")
     text_field: str = same(Text, "text_field")
     batch_tokens: int = same(Text, "batch_tokens")
+    trust_remote_code: bool = same(Text, "trust_remote_code")
     sample: int = option(
         2048,
         "tokens of a layer on which all experts run, and whose inputs are kept",
@@ -69,6 +70,7 @@ class Evaluating:
     pack: bool = same(Text, "pack")
     text_field: str = same(Text, "text_field")
     batch_tokens: int = same(Text, "batch_tokens")
+    trust_remote_code: bool = same(Text, "trust_remote_code")
     max_kl: float = same(
         Gate,
         "max_kl",
@@ -106,7 +108,7 @@ def profile(
     made = profiling.make(
         checkpoint,
         moe,
-        profiling.Calibration(how.calibrate, cut, how.text_field),
+        profiling.Calibration(how.calibrate, cut, how.text_field, how.trust_remote_code),
         Wanted(1, how.sample, how.sample > 0, how.covariance),
         profiling.Making(Path(stats), memory=how.memory, device=how.device, tell=tell, stop=stop),
     )
@@ -188,7 +190,7 @@ def evaluate(
     ) as folder:
         found = perplexity.evaluate(
             opened,
-            Calibration(how.text, cut, how.text_field),
+            Calibration(how.text, cut, how.text_field, how.trust_remote_code),
             reference=reference,
             room=perplexity.Room(how.memory, Path(folder) if how.memory else None, how.device),
             tell=tell,

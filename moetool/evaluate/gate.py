@@ -77,7 +77,7 @@ def _text(method: Method, common: Common) -> Calibration:
             hint="give held-out text: --text test.jsonl",
         )
     cut = Cut(gate.text_tokens, text.seq_len, True, False, common.seed, text.batch_tokens)
-    return Calibration(files, cut, text.text_field)
+    return Calibration(files, cut, text.text_field, text.trust_remote_code)
 
 
 def measure(

@@ -72,10 +72,16 @@ class Cut:
 
 
 def make(
-    corpora: Sequence[Corpus], model: str | Path, cut: Cut, *, vocab: int, longest: int | None
+    corpora: Sequence[Corpus],
+    model: str | Path,
+    cut: Cut,
+    *,
+    vocab: int,
+    longest: int | None,
+    trusted: bool = False,
 ) -> Batches:
     """Tokenise with the model's own tokenizer and cut. `longest`: positions the model has; a
-    longer seq_len is lowered, and said.
+    longer seq_len is lowered, and said. `trusted`: code that comes with the model may run.
 
     Raises MoetoolError when there is no tokenizer for text, an id is outside the vocabulary, or
     nothing remains.
@@ -87,7 +93,7 @@ def make(
             f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used"
         )
         seq_len = longest
-    words = _Words(Path(model))
+    words = _Words(Path(model), trusted)
     batches: list[Batch] = []
     counts, seal = [], hashlib.sha256()
     for number, corpus in enumerate(corpora):
@@ -114,7 +120,7 @@ def make(
         tuple(counts),
         seq_len,
         seal.hexdigest(),
-        tuple(notes),
+        (*words.notes, *notes),
     )
 
 
@@ -172,8 +178,8 @@ def _group(rows: list[np.ndarray], file: int, size: int) -> Iterator[Batch]:
 class _Words:
     """The model's tokenizer, loaded when the first text comes."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, trusted: bool) -> None:
+        self._folder, self._trusted = folder, trusted
         self._tokenizer: Any = None
         self.between = np.empty(0, np.int64)
 
@@ -195,9 +201,16 @@ class _Words:
                 break
         return np.array(found, np.int64)
 
+    @property
+    def notes(self) -> list[str]:
+        """That the model's own code was let in, where a tokenizer was needed."""
+        if self._tokenizer is None or not self._trusted:
+            return []
+        return [f"--trust-remote-code: code of {self._folder} may have run for its tokenizer"]
+
     def _load(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = stock.tokenizer(self._folder)
+            self._tokenizer = stock.tokenizer(self._folder, trust_remote_code=self._trusted)
             ends = self._tokenizer.eos_token_id
             self.between = np.array([ends] if isinstance(ends, int) else [], np.int64)
         return self._tokenizer

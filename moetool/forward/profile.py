@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetool import atomic, lock
+from moetool import atomic, lock, strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
@@ -31,11 +31,14 @@ FEW = 64  # an expert that saw fewer tokens than this is named in a warning
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text and how it is cut: what decides a profile's numbers."""
+    """The text and how it is cut: what decides a profile's numbers. trusted: code that comes with
+    the model may run for its tokenizer.
+    """
 
     specs: tuple[str, ...]
     cut: batching.Cut
     field: str = ""
+    trusted: bool = False
 
     def read(self, source: Checkpoint) -> batching.Batches:
         """Token batches for this model. Raises for bad files before anything is computed."""
@@ -48,6 +51,7 @@ class Calibration:
             self.cut,
             vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31),
             longest=longest if isinstance(longest, int) else None,
+            trusted=self.trusted,
         )
 
 
@@ -136,7 +140,7 @@ def _finish(folder: Path, mixture: Mixture, facts: JsonObject, batches: batching
     files = {str(n): identity.of_file(folder / layer_file(n)) for n in mixture.layers}
     warnings = [*batches.notes, *few_tokens(mixture, Profile(folder, {}).layer)]
     done = facts | {"layer_files": files, "warnings": warnings}
-    atomic.write(folder / "profile.json", json.dumps(done, indent=1) + "\n")
+    atomic.write(folder / "profile.json", strict_json.text(done, indent=1, ascii=True) + "\n")
     for left in folder.glob("hidden-*"):
         left.unlink()
 

@@ -206,6 +206,13 @@ class Text:
         needs=("calibrate", "text"),
     )
     batch_tokens: int = option(4096, "tokens that go through a layer at once", TEXT, minimum=1)
+    trust_remote_code: bool = option(
+        False,
+        "run the Python code that comes with the model, where its tokenizer needs it: it can do "
+        "whatever you can, so read it first",
+        TEXT,
+        needs=("calibrate", "text"),
+    )
     sample: int = option(
         2048, "tokens of a layer kept for methods that run all experts", TEXT, minimum=0
     )

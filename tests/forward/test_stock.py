@@ -153,6 +153,46 @@ def test_code_runs_when_the_caller_says_so(model: Path) -> None:
     assert (model.parent / RAN).exists()
 
 
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+open({!r}, "w").close()
+class Tok(PreTrainedTokenizerFast): pass
+"""
+
+
+def needing_code(folder: Path) -> None:
+    """A model whose tokenizer is a class of its own, which works."""
+    mark = str(folder.parent / RAN)
+    (folder / "own.py").write_text(TOKENIZER.format(mark))
+    words = folder / "tokenizer_config.json"
+    change(words, tokenizer_class="Tok", auto_map={"AutoTokenizer": [None, "own.Tok"]})
+
+
+def test_trust_remote_code_is_the_only_way_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a yes at the keyboard; and what ran is said, in what is measured and in the record."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    moetool.upcycle(str(model), str(tmp_path / "moe"))
+    needing_code(tmp_path / "moe")
+    (tmp_path / "t.txt").write_text("some words\n" * 9)
+    text, out = [str(tmp_path / "t.txt")], tmp_path / "out"
+    moe, given = str(tmp_path / "moe"), {"trust_remote_code": True}
+    plain = moetool.eval(moe, text=text)
+    assert not (tmp_path / RAN).exists()
+    assert not any("--trust-remote-code" in note for note in plain["notes"])
+    said = (
+        moetool.eval(moe, text=text, **given)["notes"],
+        moetool.profile(moe, str(tmp_path / "stats"), calibrate=text, **given)["warnings"],
+        moetool.prune(moe, str(out), calibrate=text, **given)["warnings"],
+    )
+    assert (tmp_path / RAN).exists()
+    for found in said:
+        assert any("--trust-remote-code" in line and moe in line for line in found), found
+    assert json.loads((out / "moetool.json").read_text())["options"]["trust_remote_code"] is True
+    assert not (out / "own.py").exists()
+
+
 @pytest.mark.parametrize("command", ["eval", "profile"])
 def test_text_does_not_run_code_either(command: str, model: Path, tmp_path: Path) -> None:
     from moetool.cli import main

@@ -13,6 +13,7 @@ from moetool.methods.options import Common, Gate, Solving, Text, fields
 
 ALONE = {
     "text_field": ("prune", "--text-field", "body"),
+    "trust_remote_code": ("prune", "--trust-remote-code"),
     "text_tokens": ("prune", "--text-tokens", "100"),
     "ray_address": ("prune", "--ray-address", "auto"),
 }

@@ -78,7 +78,7 @@ class Asked:
 
         o = self.options
         cut = Cut(o.tokens, o.seq_len, o.pack, True, self.settings.seed, o.batch_tokens)
-        return Calibration(o.calibrate, cut, o.text_field)
+        return Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
 
 
 @dataclass(frozen=True)
