@@ -114,6 +114,6 @@ def lined(data: JsonMapping, last: str) -> str:
     """An object whose value under `last` is long: one part of that value on a line, so that it can
     be read, compared and edited.
     """
-    head = json.dumps({k: v for k, v in data.items() if k != last})[1:-1]
-    parts = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data[last].items())
+    head = text({k: v for k, v in data.items() if k != last}, ascii=True)[1:-1]
+    parts = ",\n  ".join(f"{json.dumps(k)}: {text(v, ascii=True)}" for k, v in data[last].items())
     return f"{{{head},\n {json.dumps(last)}: {{\n  {parts}\n }}\n}}"

@@ -44,7 +44,7 @@ def compare(source: Checkpoint, out: Checkpoint, *, seed: int = 0) -> Iterator[D
     if text_model(out.config).layout.kind != "moe":
         return
     dense, mixture = text_model(source.config), Mixture.of(out)
-    act = moe.activation(**mixture.act())
+    act = blocks.activation(mixture)
     for layer in mixture.layers:
         ffn = DenseFfn.read(source, dense, layer)
         x = torch.randn(

@@ -25,6 +25,7 @@ _RECORD = {
     "report": {
         "plan_digest": str,
         "tensors": int,
+        "parameters": int,
         "certificate": {"level": str, "why": str},
     },
 }

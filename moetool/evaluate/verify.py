@@ -154,15 +154,25 @@ def _tables(record: JsonObject, folder: str) -> dict[str, list[int]]:
 
 def _extra(record: JsonObject) -> tuple[Checkpoint, ...]:
     """Sources that did not travel with the output, by their headers alone."""
-    return tuple(
-        Checkpoint(
+    return tuple(map(_unseen, record.get("extra", ())))
+
+
+def _unseen(said: JsonObject) -> Checkpoint:
+    try:
+        tensors = [Stored(n, d, tuple(s), f, a, b) for n, d, s, f, a, b in said["tensors"]]
+        return Checkpoint(
             "",
             {},
-            {n: Stored(n, d, tuple(s), f, a, b) for n, d, s, f, a, b in e["tensors"]},
-            {name: (size, seal) for name, size, seal in e["files"]},
+            {t.name: t.checked() for t in tensors},
+            {name: (size, seal) for name, size, seal in said["files"]},
         )
-        for e in record.get("extra", ())
-    )
+    except (KeyError, TypeError, ValueError, MoetoolError) as problem:
+        raise VerificationFailed(
+            "the record of moetool does not say which solved tensors there were",
+            file="moetool.json",
+            found=str(problem)[:80],
+            hint="restore moetool.json, or make the output again",
+        ) from None
 
 
 def _account(sources: Sequence[Checkpoint], made: Made) -> dict[str, int]:

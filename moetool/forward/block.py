@@ -107,6 +107,23 @@ class OnDemand:
         return self._one(expert).out(h, 0)
 
 
+def activation(mixture: Mixture) -> Callable[..., Tensor]:
+    """What the experts compute between their matrices; MoetoolError for a word nobody knows."""
+    said = mixture.act()
+    try:
+        return moe.activation(**said)
+    except KeyError:
+        raise MoetoolError(
+            "experts with this activation cannot be run",
+            file=f"{mixture.source.folder}/config.json",
+            field="hidden_act",
+            expected="an activation that moetool computes, silu for example",
+            found=said["name"],
+            hint="restore config.json from the original model; `prune --method random` and "
+            "router-distance run no experts",
+        ) from None
+
+
 def read(
     mixture: Mixture,
     layer: int,
@@ -124,7 +141,7 @@ def read(
     """
     router = _router(mixture, layer)
     bias = mixture.side(layer, "router.bias")
-    act, count = moe.activation(**mixture.act()), mixture.count_in(layer)
+    act, count = activation(mixture), mixture.count_in(layer)
 
     def whole(name: str) -> Tensor:
         return mixture.source.matrix(name, device).float()

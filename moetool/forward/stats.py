@@ -29,11 +29,14 @@ FACTS = {
     "model": {"name": str, "files": list},
     "layers": list,
     "files": list,
+    "experts": int,
+    "top_k": int,
     "tokens": int,
     "seq_len": int,
     "data_sha256": str,
     "warnings": list,
     "peak_memory": int,
+    "seconds": (int, float),
 }
 DENSE_BYTES = 128 << 20  # of expert outputs held at once while all experts run on the sample
 
@@ -178,6 +181,11 @@ class Profile:
             strict_json.check_shape(
                 part, {"name": str, "tokens": int}, folder / "profile.json", "profile"
             )
+        for name, kind in (("warnings", str), ("layers", int)):
+            for part in facts[name]:
+                strict_json.check_shape(
+                    {name: part}, {name: kind}, folder / "profile.json", "profile"
+                )
         return cls(folder, facts)
 
     def check_model(self, source: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from moetool.surgery.text_model import TextModel, any_text_model, text_model
 
 MISSING = "a tensor that the family needs is missing"
 SHAPED = "a tensor has a wrong shape"
+PLACELESS = "an expert that the config has no place for"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def _checked(source: Checkpoint) -> list[str]:
         return [f"{source.folder}: {family!r} is no family moetool knows: no tensor was counted"]
     if at.path and at.layout.model_type != source.config.get("model_type") and not at.prefix:
         return []  # the text part of a family without data, under names that are its own
-    fault = next((f for f in _answers(source, at) if isinstance(f, Fault)), None)
+    answers = chain(_answers(source, at), _placeless(source, at))
+    fault = next((f for f in answers if isinstance(f, Fault)), None)
     if fault is not None:
         raise MoetoolError(
             fault.what,
@@ -104,6 +106,27 @@ def _answers(checkpoint: Checkpoint, at: TextModel) -> Iterator[int | Fault]:
             continue
         if not _is_tied(checkpoint, layout, needed):
             yield _answer(checkpoint, at, needed) or 1
+
+
+def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
+    """Experts in a dense layer, or beyond the last: cut with the others they would be lost, copied
+    they would be tensors that nobody loads.
+    """
+    layers, experts = at.field("layers") or 0, at.field("experts") or 0
+    places = set(at.moe_layers())
+    for name, stored in checkpoint.tensors.items():
+        found = at.match(name)
+        if found is None or not str(found.slot.role).startswith("expert."):
+            continue
+        layer, expert = found.numbers.get("layer", layers), found.numbers.get("expert", 0)
+        wanted = ""
+        if layer < layers and layer not in places:
+            wanted = f"no experts in layer {layer}"
+        elif expert >= experts:
+            wanted = f"experts 0 to {experts - 1}"
+        if wanted:
+            file = f"{checkpoint.folder}/{stored.file}"
+            yield Fault(PLACELESS, file, name, wanted, "one more")
 
 
 def _is_stacked(checkpoint: Checkpoint, at: TextModel) -> bool:

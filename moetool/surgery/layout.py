@@ -191,7 +191,8 @@ class Layout:
                 text.get(self.fields.get("hidden", "")),
                 text.get(self.fields.get("heads", "")),
             )
-            value = hidden // heads if hidden and heads else None
+            if isinstance(hidden, int) and isinstance(heads, int) and heads:
+                value = hidden // heads
         if name == self.fields.get("kv_heads") and value is None:
             value = text.get(self.fields.get("heads", ""))
         return value if isinstance(value, int) else None

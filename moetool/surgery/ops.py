@@ -8,7 +8,7 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -251,7 +251,7 @@ def run_task(
     whole = forms.decoded(inputs, task.params.get("decode"))
     results = op.run(Call(whole, _shapes(task), params, tables))
     results = forms.encoded(results, task.params.get("encode"))
-    for piece, value in zip(task.outputs, results, strict=True):
+    for piece, value in zip(task.outputs, _converging(results, task), strict=True):
         if tuple(value.shape) != piece.shape:
             raise MoetoolError(
                 "an operation made a wrong shape",
@@ -261,6 +261,23 @@ def run_task(
                 hint="report this as a bug of moetool",
             )
         yield piece, value
+
+
+def _converging(results: Iterable[Array], task: Task) -> Iterator[Array]:
+    """The results; where an algorithm finds none (a matrix holds NaN), a MoetoolError that names
+    the output.
+    """
+    import torch
+
+    try:
+        yield from results
+    except (torch.linalg.LinAlgError, ArithmeticError) as problem:  # type: ignore[attr-defined]
+        raise MoetoolError(
+            f"a tensor cannot be computed: {str(problem).partition(chr(10))[0][:120]}",
+            tensor=task.outputs[0].name,
+            expected="finite weights",
+            hint="a weight is NaN or inf, or too large: --strict names the tensor",
+        ) from None
 
 
 def _shapes(task: Task) -> list[tuple[int, ...]]:

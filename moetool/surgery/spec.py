@@ -80,6 +80,20 @@ class Stored:
     stop: int
     parts: InParts | None = None
 
+    def checked(self) -> Stored:
+        """Itself; ValueError where its parts, read from a file that people edit, do not hold
+        together.
+        """
+        numbers = (*self.shape, self.start, self.stop)
+        words = (self.name, self.dtype, self.file)
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{self.name}: {numbers}")
+        if not all(isinstance(w, str) for w in words):
+            raise ValueError(str(words))
+        if self.stop - self.start != size_of(self.dtype, self.shape):
+            raise ValueError(f"{self.name}: {self.dtype} {self.shape} is not as long as said")
+        return self
+
     @property
     def lying(self) -> tuple[Stored, ...]:
         """What lies in the files for it: its parts, or itself where it is full."""

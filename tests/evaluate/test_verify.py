@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import moetool
 from moetool import VerificationFailed
 from moetool.evaluate import gate, structure
+from moetool.evaluate import verify as verifying
 from moetool.methods.options import Gate
 from moetool.surgery.checkpoint import Checkpoint
 
@@ -43,6 +44,40 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def copy(outputs: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """An output of a kind, to be damaged."""
     return lambda kind: Path(shutil.copytree(outputs(kind), tmp_path / kind))
+
+
+GREEDY = {"relative": 1e-6, "max_logit": 5.0, "greedy_tokens": 40}
+WORDS = [
+    # certificate, the limit, the same words, a tie: whether it fails
+    ("exact", verifying.EXACT, False, False, True),
+    ("exact", verifying.EXACT, False, True, False),
+    ("exact", verifying.EXACT, True, False, False),
+    ("exact", verifying.ROUNDED, False, False, False),
+    ("exact_if", verifying.EXACT, False, False, False),
+    ("none", verifying.EXACT, False, False, False),
+]
+
+
+@pytest.mark.parametrize(("level", "limit", "same", "tie", "fails"), WORDS)
+def test_other_greedy_tokens_fail_where_the_certificate_is_exact(
+    level: str,
+    limit: float,
+    same: bool,
+    tie: bool,
+    fails: bool,
+    copy: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = GREEDY | {"same_greedy": same, "greedy_tie": tie}
+    out = Checkpoint.open(copy("copies"))
+    if not fails:
+        verifying._check_logits(found, out, limit, level)
+        return
+    with pytest.raises(VerificationFailed, match="other words"):
+        verifying._check_logits(found, out, limit, level)
+    monkeypatch.setattr(verifying.logits, "compare_logits", lambda *a, **k: found)
+    with pytest.raises(VerificationFailed, match="other words"):
+        moetool.verify(out.folder, against=["demo"], load=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:

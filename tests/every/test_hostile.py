@@ -304,6 +304,7 @@ def test_pipes_among_our_own_files(dense: Path, moe: Path, text: Path, tmp_path:
 RECORD = [
     *("method", "options", "seed", "max_shard", "sources", "tables", "config_sha256", "report"),
     *("report.plan_digest", "report.tensors", "report.certificate", "report.certificate.level"),
+    "report.parameters",
 ]
 
 

@@ -101,6 +101,7 @@ class Reduce(Method):
 
         mixture, tables = Mixture.of(sources[0]), decisions.tables
         decided = Decided.from_json(decisions.chosen).with_orders(tables)
+        decided.check(mixture, "decisions")
         writing = Writing(mixture, decided, tables, decisions.extra, settings)
         written = self.way.writer(decided).write(writing)
         found = decisions.found if isinstance(decisions, Chosen) else facts.Found()
