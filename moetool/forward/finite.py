@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from moetool.errors import MoetoolError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from moetool.kernels.moe import Experts
@@ -34,20 +33,3 @@ def check_experts(folder: str, layer: int, experts: Experts) -> None:
     for tensor in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias):
         for own in () if tensor is None else tensor:
             check(folder, layer, weights=own)
-
-
-def weights(folder: str, layer: int, what: str, values: np.ndarray) -> np.ndarray:
-    """The values, made of weights alone; MoetoolError when NaN or inf is among them: nothing can
-    be compared with it.
-    """
-    import numpy as np
-
-    if np.isfinite(values).all():
-        return values
-    raise MoetoolError(
-        f"weights are NaN or infinite: {what} of layer {layer}",
-        file=folder,
-        tensor=f"layer {layer}",
-        expected="finite numbers",
-        hint="--strict names the tensor; restore it from the original model",
-    )

@@ -39,7 +39,7 @@ def test_experts_that_are_no_numbers_cannot_be_compared(
 def test_a_router_that_is_no_number_chooses_nobody(moe: Path, tmp_path: Path) -> None:
     spoil(moe / "model.safetensors", ROUTER, float("nan"))
     words = ["prune", moe, tmp_path / "out", "--method", "router-distance"]
-    assert "the router of layer 1" in refused(1, *words)
+    assert ROUTER in refused(1, *words)
 
 
 @pytest.mark.parametrize("combine", ["svd", "ties", "mean"])

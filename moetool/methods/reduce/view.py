@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moetool.errors import MoetoolError, UsageError
-from moetool.forward import finite
 from moetool.methods.reduce import router_rows
 from moetool.surgery.experts import Mixture
 
@@ -70,9 +69,8 @@ class View:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Router rows [experts, hidden], float64; MoetoolError where they are no numbers."""
-        rows = router_rows.read(self.mixture, self.layer)
-        return finite.weights(self.mixture.source.folder, self.layer, "the router", rows)
+        """Router rows [experts, hidden], float64."""
+        return router_rows.read(self.mixture, self.layer)
 
     @cached_property
     def block(self) -> Block:
