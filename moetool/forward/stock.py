@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -223,3 +224,32 @@ def _guarded(message: str, file: object, **where: str) -> Iterator[None]:
     except BaseException as problem:  # noqa: BLE001
         reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
         raise MoetoolError(f"{message}: {reason[:200]}", file=file, **where) from None
+
+
+@contextmanager
+def running(folder: str) -> Iterator[None]:
+    """What a model's class makes of a config that it cannot compute with, as a MoetoolError; a
+    fault of our own, which calls it or is called by it, stays what it is.
+    """
+    try:
+        yield
+    except (*_PASSED, OSError):
+        raise
+    except Exception as problem:
+        if "can't allocate memory" in str(problem) or not _is_theirs(problem):
+            raise
+        reason = str(problem).strip().partition("\n")[0][:160]
+        raise MoetoolError(
+            f"transformers cannot run this model: {type(problem).__name__}: {reason}",
+            file=f"{folder}/config.json",
+            expected="a config that its class computes with",
+            hint="restore config.json from the original model, or upgrade transformers",
+        ) from None
+
+
+def _is_theirs(problem: BaseException) -> bool:
+    """Whether it was raised below a line of transformers, and not below one of ours."""
+    named = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(problem.__traceback__)]
+    packages = [name.partition(".")[0] for name in named]
+    last = [package for package in packages if package in ("moetool", "transformers")]
+    return last[-1:] == ["transformers"]

@@ -20,7 +20,7 @@ import torch
 
 from moetool.errors import MoetoolError, Stopped
 from moetool.forward import block as blocks
-from moetool.forward import finite
+from moetool.forward import finite, stock
 from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch, Batches
 from moetool.forward.block import Block
@@ -142,7 +142,8 @@ class Walk:
         walk goes on where an earlier one stopped.
         """
         try:
-            self._run(Eyes(look, change, watch))
+            with stock.running(self.source.folder):
+                self._run(Eyes(look, change, watch))
         except OSError as problem:
             raise MoetoolError(
                 f"a walk cannot go on: {problem.strerror or problem}",
@@ -333,4 +334,5 @@ class Walk:
             .to(self.budget.device)
             .reshape(*batch.ids.shape, self.width)
         )
-        return self.calls.leave(batch, x, torch.arange(start, stop))
+        with stock.running(self.source.folder):
+            return self.calls.leave(batch, x, torch.arange(start, stop))

@@ -99,6 +99,9 @@ def check(config: JsonMapping, file: Path) -> None:
             raise _wrong(name, _MEANINGS[meaning].expected, "null", str(file))
     for name, rule in _rules(at):
         _check(rule, name, text.get(name), str(file))
+    for name, rule in _singles(at):
+        if text.get(name) is not None and not rule.fits(text[name]):
+            raise _wrong(name, rule.expected, text[name], str(file))
     own = text.get("per_layer_config") or {}
     for layer, fields in own.items():
         _object(f"per_layer_config.{layer}", fields, str(file))
@@ -151,6 +154,15 @@ def _rules(at: TextModel) -> Iterator[tuple[str, _Rule]]:
                 name,
                 _Rule("text") if name == getattr(layout.overlay.sites, "types", "") else _LAYER,
             )
+
+
+def _singles(at: TextModel) -> Iterator[tuple[str, _Rule]]:
+    """(field, rule) of numbers that are one for all layers."""
+    law, scale = at.layout.overlay.law, at.layout.fields.get("routed_scale")
+    yield "topk_group", _Rule(_COUNT.kind, 0, EXPERTS)
+    for name in (scale, law.least_sum, "swiglu_alpha", "swiglu_limit"):
+        if name:
+            yield name, _Rule("number")
 
 
 def _sites(at: TextModel) -> Iterator[str]:

@@ -113,6 +113,7 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
     they would be tensors that nobody loads.
     """
     layers, experts = at.field("layers") or 0, at.field("experts") or 0
+    experts += int(at.text.get(at.layout.overlay.law.zero) or 0)  # some files hold those too
     places = set(at.moe_layers())
     for name, stored in checkpoint.tensors.items():
         found = at.match(name)

@@ -232,11 +232,10 @@ class Mixture:
         """The activation: {name} and, for gpt-oss, {alpha, limit}."""
         text = self.text
         if self.layout.overlay.law.act == "clamped-swiglu":
-            return {
-                "name": "clamped-swiglu",
-                "alpha": float(text.get("swiglu_alpha", 1.702)),
-                "limit": float(text.get("swiglu_limit", 7.0)),
-            }
+            usual = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+            said = usual | {k: v for k, v in text.items() if k in usual and v is not None}
+            alpha, limit = (float(said[name]) for name in usual)
+            return {"name": "clamped-swiglu", "alpha": alpha, "limit": limit}
         return {
             "name": str(
                 text.get("hidden_act")

@@ -6,6 +6,7 @@ is kept here.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import packed
 import pytest
 from safetensors.torch import load_file, save_file
 from test_hostile import change, refused, run, spoil
+
+from moetool import MoetoolError
+from moetool.forward import stock
 
 __all__ = ["moe", "text"]
 from test_hostile import moe, text
@@ -107,6 +111,34 @@ def test_heads_without_number(moe: Path, tmp_path: Path) -> None:
     for value in ([None], [], [4, 2], "4"):
         (moe / "config.json").write_text(json.dumps(plain | {"num_attention_heads": value}))
         run("prune", moe, tmp_path / "out", "--method", "random", "--dry-run")
+
+
+BROKEN = {
+    "gpt_oss": [{"swiglu_limit": []}, {"swiglu_limit": None}, {"swiglu_alpha": [1.7]}],
+    "deepseek_v3": [{"n_group": None}, {"topk_group": [1]}, {"routed_scaling_factor": []}],
+    "qwen3_moe": [{"rms_norm_eps": None}, {"layer_types": ["x"] * 4}, {"sliding_window": "x"}],
+}
+
+
+@pytest.mark.parametrize("family", BROKEN)
+def test_configs_that_the_class_cannot_compute_with(
+    family: str, models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(models(family), tmp_path / "source"))
+    plain = json.loads((source / "config.json").read_text())
+    for fields in BROKEN[family]:
+        (source / "config.json").write_text(json.dumps(plain | fields))
+        run("eval", source, "--text", text)
+        run("merge", source, tmp_path / "out", "--method", "alike", "--dry-run")
+
+
+def test_a_fault_of_ours_is_not_put_on_transformers() -> None:
+    from transformers.activations import SiLUActivation
+
+    with pytest.raises(ZeroDivisionError), stock.running("model"):
+        raise ZeroDivisionError
+    with pytest.raises(MoetoolError, match="transformers cannot run"), stock.running("model"):
+        SiLUActivation()("no tensor")
 
 
 FACTS: list[tuple[str, Any]] = [
