@@ -41,6 +41,7 @@ _CODE = {
     "trust_remote_code",
     "custom_generate",
 }
+_SPECIAL = 64  # tokens that a tokenizer may have without any vocabulary
 _PASSED = (KeyboardInterrupt, SystemExit, MemoryError, MoetoolError)
 
 
@@ -142,9 +143,20 @@ def tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
             )
         )
         at: Path = Path(folder) if trust_remote_code else stack.enter_context(_view(folder, raw))
-        return transformers.AutoTokenizer.from_pretrained(
+        made = transformers.AutoTokenizer.from_pretrained(
             at, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        if not _has_words(made, Path(folder)):
+            # transformers makes an empty one of the config alone, which gives no token, ever
+            raise ValueError("no file here holds its vocabulary")
+        return made
+
+
+def _has_words(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer that reads a vocabulary from files could find one."""
+    names = set(tokenizer.vocab_files_names.values())
+    found = {path.name for path in folder.iterdir()}
+    return not names or bool(names & found) or len(tokenizer) > _SPECIAL
 
 
 def _class(raw: JsonMapping) -> Any:

@@ -141,6 +141,16 @@ def test_a_fault_of_ours_is_not_put_on_transformers() -> None:
         SiLUActivation()("no tensor")
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_tokenizer_that_is_not_there(
+    family: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers makes an empty one for some families; a long text was then read to its end."""
+    (tmp_path / "t.txt").write_text("words " * 9)
+    said = refused(1, "eval", models(family), "--text", tmp_path / "t.txt")
+    assert "no tokenizer" in said
+
+
 FACTS: list[tuple[str, Any]] = [
     *(("experts", "gone"), ("experts", "8"), ("top_k", "gone"), ("top_k", None)),
     *(("seconds", ""), ("warnings", [{"a": 1}]), ("warnings", [None]), ("layers", [1.5])),
