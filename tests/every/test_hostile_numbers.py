@@ -13,14 +13,15 @@ from typing import Any
 
 import packed
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hostile import change, refused, run, spoil
 
-from moetool import MoetoolError
+from moetool import MoetoolError, strict_json
 from moetool.forward import stock
 
-__all__ = ["moe", "text"]
-from test_hostile import moe, text
+__all__ = ["dense", "moe", "text"]
+from test_hostile import dense, moe, text
 
 EXPERT = "model.layers.1.mlp.experts.5.{}.weight"
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -189,3 +190,49 @@ def test_solved_tensors_of_an_edited_record(moe: Path, text: Path, tmp_path: Pat
     del data["decisions"]["layers"]["1"]
     (out / "moetool.json").write_text(json.dumps(data))
     assert "another model" in refused(2, "verify", out, "--against", moe)
+
+
+WRITTEN: dict[str, list[str]] = {
+    "upcycle": ["--experts", "4", "--split", "4", "--max-shard-size", "300KB"],
+    "prune": ["--calibrate", "TEXT", "--refit"],
+    "merge": ["--calibrate", "TEXT", "--method", "d2-moe"],
+    "convert-layout": ["--to", "fused"],
+    "profile": ["--calibrate", "TEXT", "--covariance"],
+}
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_safetensors_opens_what_we_write_and_json_is_json(
+    verb: str, dense: Path, moe: Path, text: Path, tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", dense if verb == "upcycle" else moe
+    words = [str(text) if word == "TEXT" else word for word in WRITTEN[verb]]
+    assert run(verb, source, out, *words).code == 0
+    files = sorted(out.glob("*.safetensors"))
+    for path in files:
+        with safe_open(path, "np") as handle:
+            assert all(handle.get_slice(n).get_shape() is not None for n in handle.keys())  # noqa: SIM118
+    said = [p for p in out.glob("*.json") if p.name != "walk.json"]  # a seal alone
+    parsed = [json.loads(p.read_text(), parse_constant=pytest.fail) for p in said]
+    assert files and parsed
+
+
+@pytest.mark.parametrize("device", ["x", "cuda:99", "meta", "\u00e9"])
+def test_every_other_command_looks_at_its_device_first(
+    device: str, dense: Path, tmp_path: Path
+) -> None:
+    """`verify` and `run`; tests/every/test_before.py tries those that take a model."""
+    assert run("upcycle", dense, tmp_path / "out").code == 0
+    words = ["verify", tmp_path / "out", "--against", dense]
+    assert "--device" in refused(2, *words, "--device", device)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"method": "upcycle", "source": str(dense), "out": "new"}))
+    assert "--device" in refused(2, "run", recipe, "--device", device)
+
+
+def test_numbers_that_are_none_are_null_in_every_file_of_ours() -> None:
+    values = {"a": float("nan"), "b": [float("inf"), 1.5]}
+    lined = strict_json.lined({"schema": 1, "layers": {"0": values}}, "layers")
+    for made in (lined, strict_json.text(values), strict_json.text(values, ascii=True)):
+        assert "NaN" not in made and "Infinity" not in made
+        json.loads(made, parse_constant=pytest.fail)
