@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from moetool.errors import MoetoolError
 from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch
 from moetool.forward.block import Block
@@ -95,12 +96,10 @@ class Linears:
         for name, module in self.module.named_modules():
             if not isinstance(module, nn.Linear) or _within(name, inside):
                 continue
-            disk = shell.disk.get(f"{shell.stack}.{self.layer}.{name}.weight")
-            if disk is not None:
-                shape = (module.out_features, module.in_features)
-                read = partial(_weight, module)
-                piece = whole(shell.source.tensor(disk))
-                found[name] = Linear(self.layer, disk, piece, shape, _read=read)
+            disk = _on_disk(shell, f"{shell.stack}.{self.layer}.{name}.weight")
+            shape = (module.out_features, module.in_features)
+            piece, read = whole(shell.source.tensor(disk)), partial(_weight, module)
+            found[name] = Linear(self.layer, disk, piece, shape, _read=read)
         return found
 
     def _shared(self) -> dict[str, Linear]:
@@ -229,6 +228,22 @@ class _Real:
 
 def _within(name: str, inside: str | None) -> bool:
     return inside is not None and (name == inside or name.startswith(inside + "."))
+
+
+def _on_disk(shell: Shell, parameter: str) -> str:
+    """The name in the files of a linear's weight; MoetoolError where it has none of its own, for
+    then nothing that is solved for it could be written.
+    """
+    if parameter not in shell.disk:
+        raise MoetoolError(
+            "a linear of the model is no tensor of its own in the files, so it cannot be solved for",
+            file=shell.source.folder,
+            tensor=parameter,
+            expected="one tensor for each linear",
+            found="none of this name, or one that transformers converts while it loads",
+            hint="use a method that does not solve for the linears of a layer: `moetool methods list`",
+        )
+    return shell.disk[parameter]
 
 
 def _weight(module: nn.Linear) -> Tensor:

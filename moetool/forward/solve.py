@@ -113,10 +113,20 @@ def solve(source: Checkpoint, batches: Batches, work: Work, solver: Solver) -> L
             walking.run(solver.look, kept.block, kept)
         else:
             walking.run(solver.look, kept.change)
-        atomic.write(finished, json.dumps({"peak": walking.peak}))
+        layers = list(range(len(walking.shell.layers))) if solver.linears else walking.mixtures
+        atomic.write(finished, json.dumps({"peak": walking.peak, "layers": layers}))
         walking.hidden.clear()
-    peak = int(json.loads(finished.read_text())["peak"])
-    return Layers(_notes(work.folder), peak)
+    peak, layers = _done(work.folder, finished)
+    return Layers(_notes(work.folder, layers), peak)
+
+
+def _done(folder: Path, file: Path) -> tuple[int, list[int]]:
+    """The promised peak, and the layers that were solved."""
+    try:
+        said = json.loads(file.read_text())
+        return int(said["peak"]), [int(layer) for layer in said["layers"]]
+    except (ValueError, TypeError, KeyError):
+        raise _damaged(folder, file, "an object with peak and layers") from None
 
 
 class _Kept:
@@ -154,22 +164,40 @@ class _Kept:
         return made
 
 
-def _notes(folder: Path) -> dict[int, JsonObject]:
-    """What was kept of every layer; tensors must be those that were solved."""
+def _notes(folder: Path, layers: Sequence[int]) -> dict[int, JsonObject]:
+    """What was kept of the layers that were solved; tensors must be those that were solved."""
     notes = {}
-    for path in sorted(folder.glob("note-*.json")):
-        layer, kept = int(path.stem.partition("-")[2]), json.loads(path.read_text())
-        file = place(folder, layer)
-        if kept["sha256"] and (not file.exists() or digest(file) != kept["sha256"]):
-            raise MoetoolError(
-                "what was solved for a layer is damaged",
-                file=file,
-                tensor=f"layer {layer}",
-                expected=f"sha256 {kept['sha256'][:12]}...",
-                hint=f"remove {folder} and run the same command again",
-            )
+    for layer in layers:
+        kept, file = _note(folder, layer), place(folder, layer)
+        seal = kept["sha256"]
+        if seal and (not file.exists() or digest(file) != seal):
+            raise _damaged(folder, file, f"sha256 {seal[:12]}...", layer)
         notes[layer] = kept["note"]
     return notes
+
+
+def _note(folder: Path, layer: int) -> JsonObject:
+    """What `_Kept` wrote of a layer, whole and as it was written."""
+    path, lacks = folder / f"note-{layer:05d}.json", "an object with note and sha256"
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):  # gone, or no JSON
+        raise _damaged(folder, path, lacks, layer) from None
+    whole = isinstance(kept, dict) and isinstance(kept.get("note"), dict)
+    if not whole or not isinstance(kept.get("sha256"), str):
+        raise _damaged(folder, path, lacks, layer)
+    return dict(kept)
+
+
+def _damaged(folder: Path, file: Path, expected: str, layer: int | None = None) -> MoetoolError:
+    return MoetoolError(
+        "what was solved for a layer is damaged",
+        file=file,
+        tensor=None if layer is None else f"layer {layer}",
+        expected=expected,
+        found="something else" if file.exists() else "no such file",
+        hint=f"remove {folder} and run the same command again",
+    )
 
 
 def place(folder: Path, layer: int) -> Path:

@@ -120,6 +120,11 @@ class Walk:
             for n in self.mixture.layers
         }
 
+    @property
+    def mixtures(self) -> list[int]:
+        """The layers that hold experts."""
+        return list(self._experts)
+
     def _block_name(self, layer: int) -> str:
         """The layer's submodule that holds router and experts."""
         assert self.mixture is not None

@@ -5,6 +5,7 @@ was changed, and a run that ended early goes on and ends with the same bytes.
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -271,3 +272,43 @@ def test_damaged_tensors_are_found(models: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(MoetoolError, match="damaged") as found:
         solve(source, text, Work(tmp_path / "w", "a"), Changing())
     assert "layer 2" in str(found.value) and found.value.hint
+
+
+SPOILED = {
+    "gone": None,
+    "cut": b'{"note": {"tok',
+    "no text": b"\xff\xfe",
+    "no object": b"[]",
+    "no seal": b'{"note": {}}',
+    "another note": b'{"note": [], "sha256": ""}',
+}
+
+
+@pytest.mark.parametrize("file", ["note-00002.json", "done.json"])
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_damaged_notes_are_found(
+    file: str, spoiled: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A note that is gone, cut or another's is said with its file, not a bug of moetool."""
+    source, text, data = Checkpoint.open(models("llama")), batches((2, 24)), SPOILED[spoiled]
+    whole = solve(source, text, Work(tmp_path / "w", "a"), Changing())
+    (tmp_path / "w" / file).unlink()
+    if data is not None:
+        (tmp_path / "w" / file).write_bytes(data)
+    elif file == "done.json":  # killed before the end: the last layers are solved again
+        assert solve(source, text, Work(tmp_path / "w", "a"), Changing()) == whole
+        return
+    with pytest.raises(MoetoolError, match="damaged") as found:
+        solve(source, text, Work(tmp_path / "w", "a"), Changing())
+    assert found.value.where["file"].endswith(file) and "remove" in found.value.hint
+    shutil.rmtree(tmp_path / "w")
+    assert solve(source, text, Work(tmp_path / "w", "a"), Changing()) == whole
+
+
+def test_a_linear_without_a_tensor_is_refused(models: Callable[..., Path]) -> None:
+    """It must not be left out without a word: nobody would solve for it."""
+    walk, lost = Walk(Checkpoint.open(models("llama")), batches((2, 24)), Budget()), "q_proj"
+    del walk.shell.disk[f"model.layers.1.self_attn.{lost}.weight"]
+    with pytest.raises(MoetoolError, match="no tensor of its own") as found:
+        walk.run(watch=Kept())
+    assert lost in found.value.where["tensor"] and found.value.hint and found.value.where["file"]
