@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -283,6 +283,12 @@ def kinds() -> dict[str, str]:
     for kind, names in families().items():
         known |= dict.fromkeys(names, kind)
     return known
+
+
+def those(able: Callable[[Layout], bool]) -> str:
+    """The families with experts for which this holds, for people: `a, b or c`."""
+    *others, last = (n for n in families()["moe"] if able(Layout.load(n)))
+    return " or ".join(filter(None, [", ".join(others), last]))
 
 
 def _near(model_type: str) -> str:

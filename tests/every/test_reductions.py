@@ -219,8 +219,9 @@ def test_prune_methods(
         )
 
     if method == "mone" and family != "gpt_oss":
-        with pytest.raises(moetool.MoetoolError, match="cannot be constants"):
+        with pytest.raises(moetool.MoetoolError, match="cannot be constants") as refused:
             call()
+        assert refused.value.where["expected"] == "gpt_oss or openai_privacy_filter"
         return
     report = call()
     out = logits(tmp_path / "out")
@@ -642,8 +643,9 @@ def test_logsumexp_keeps_the_gates_mass(models: Callable[..., Path], tmp_path: P
 
 
 def test_logsumexp_elsewhere_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(moetool.UsageError, match="bias in the logits"):
+    with pytest.raises(moetool.UsageError, match="bias in the logits") as refused:
         moetool.merge(str(models("mixtral")), str(tmp_path / "out"), router="logsumexp")
+    assert refused.value.where["expected"] == "gpt_oss, kolibri1 or openai_privacy_filter"
 
 
 def test_stacked_files_of_per_expert_families(

@@ -14,6 +14,7 @@ from moetool.methods.merge.combine import COMBINE
 from moetool.methods.options import fields as fields_of
 from moetool.methods.reduce.way import Needs, Way, refuse_quantized, ways
 from moetool.methods.reduce.writing import Writing
+from moetool.surgery import layout
 from moetool.surgery.reform import FORMS
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class MergeWay(Way):
         if self.router == "logsumexp" and bias != "logit":
             raise UsageError(
                 f"--router logsumexp needs a bias in the logits, and {mixture.layout.model_type} has none",
-                expected="gpt_oss, openai_privacy_filter or kolibri1",
+                expected=layout.those(lambda known: known.overlay.law.bias == "logit"),
                 hint="--router centroid or mean",
             )
 

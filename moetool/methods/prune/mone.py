@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moetool.errors import MoetoolError
 from moetool.methods.prune.way import PruneWay
 from moetool.methods.reduce.decision import Decision
+from moetool.surgery import layout
 from moetool.surgery.spec import Task
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ BIAS = "down_bias"  # what holds the constant
 class Mone(PruneWay):
     """MoNE (arXiv 2507.00390): how often an expert is chosen times how much its output varies,
     sqrt of the summed variance; an expert that goes leaves its mean output behind. Only families
-    with a bias on down_proj (gpt_oss, openai_privacy_filter) can hold that constant; the number of
-    experts stays, their matrices are zero.
+    whose experts have a bias on down_proj can hold that constant; the number of experts stays,
+    their matrices are zero.
     """
 
     name = "mone"
@@ -40,7 +41,7 @@ class Mone(PruneWay):
         if BIAS not in mixture.pieces(mixture.layers[0], 0):
             raise MoetoolError(
                 f"the experts of {mixture.layout.model_type} cannot be constants: their down_proj has no bias",
-                expected="gpt_oss or openai_privacy_filter",
+                expected=layout.those(lambda known: known.role(f"expert.{BIAS}") is not None),
                 hint="--method reap removes experts instead",
             )
 
