@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from importlib.util import find_spec
 
 from moetool.errors import UsageError
@@ -17,13 +19,19 @@ def check_device(name: str) -> None:
         wanted = torch.device(name)
         torch.empty(1, device=wanted).cpu()  # the meta device holds nothing to give back
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        reason = str(problem).partition("\n")[0][:160]
+        reason = shorten(str(problem).partition("\n")[0])
         raise UsageError(
             f"--device {name} cannot be used: {reason}",
             expected=", ".join(_there()),
             found=name,
             hint="leave out --device",
         ) from None
+
+
+def shorten(message: str, room: int = 160) -> str:
+    """Its first sentence; up to the last word that fits where that is longer than `room`."""
+    first = re.split(r"(?<=[.!?])\s", message.strip(), maxsplit=1)[0]
+    return textwrap.shorten(first, room, placeholder=" ...")
 
 
 def _there() -> list[str]:
