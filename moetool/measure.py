@@ -190,7 +190,7 @@ def evaluate(
     ) as folder:
         found = perplexity.evaluate(
             opened,
-            Calibration(how.text, cut, how.text_field, how.trust_remote_code),
+            Calibration(how.text, cut, how.text_field, how.trust_remote_code, "text"),
             reference=reference,
             room=perplexity.Room(how.memory, Path(folder) if how.memory else None, how.device),
             tell=tell,

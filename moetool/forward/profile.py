@@ -32,13 +32,14 @@ FEW = 64  # an expert that saw fewer tokens than this is named in a warning
 @dataclass(frozen=True)
 class Calibration:
     """The text and how it is cut: what decides a profile's numbers. trusted: code that comes with
-    the model may run for its tokenizer.
+    the model may run for its tokenizer; option: the one that names the text.
     """
 
     specs: tuple[str, ...]
     cut: batching.Cut
     field: str = ""
     trusted: bool = False
+    option: str = "calibrate"
 
     def read(self, source: Checkpoint) -> batching.Batches:
         """Token batches for this model. Raises for bad files before anything is computed."""
@@ -46,7 +47,7 @@ class Calibration:
         words = at.layout.text(at.config)
         longest = words.get("max_position_embeddings")
         return batching.make(
-            text.read(self.specs, field=self.field),
+            text.read(self.specs, field=self.field, option=self.option),
             source.folder,
             self.cut,
             vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31),

@@ -48,9 +48,9 @@ class Corpus:
                 yield self.documents[place]
 
 
-def read(specs: Sequence[str], *, field: str = "") -> list[Corpus]:
+def read(specs: Sequence[str], *, field: str = "", option: str = "calibrate") -> list[Corpus]:
     """Read every spec (`PATH[:SHARE]`). Shares are parts of the whole; files without one divide
-    what is left.
+    what is left. option: the one that names text, for whoever gave none.
 
     Raises UsageError for shares that do not add up, MoetoolError naming file and line for anything
     unreadable.
@@ -58,7 +58,7 @@ def read(specs: Sequence[str], *, field: str = "") -> list[Corpus]:
     if not specs:
         raise UsageError(
             "no text given",
-            hint="--calibrate FILE or --text FILE (.txt, .jsonl, .parquet, a Hub dataset, or - for standard input)",
+            hint=f"--{option} FILE (.txt, .jsonl, .parquet, a Hub dataset, or - for standard input)",
         )
     named = [_split(s) for s in specs]
     given = sum(share for _, share in named if share is not None)

@@ -167,9 +167,13 @@ def test_vocabularies_must_agree(models: Callable[..., Path], text: Path) -> Non
         )
 
 
-def test_no_text_and_bad_numbers(models: Callable[..., Path], text: Path) -> None:
-    with pytest.raises(api.UsageError, match="no text given"):
+def test_no_text_and_bad_numbers(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    with pytest.raises(api.UsageError, match="no text given") as eval_:
         api.eval(str(models("mixtral")), text=[])
+    with pytest.raises(api.UsageError, match="no text given") as profile:
+        api.profile(str(models("mixtral")), str(tmp_path / "stats"))
+    for refused, own, others in ((eval_, "text", "calibrate"), (profile, "calibrate", "text")):
+        assert f"--{own} " in refused.value.hint and f"--{others}" not in refused.value.hint
     with pytest.raises(api.UsageError, match="too small"):
         api.eval(str(models("mixtral")), text=[str(text)], tokens=0)
 
