@@ -119,8 +119,8 @@ def activation(mixture: Mixture) -> Callable[..., Tensor]:
             field="hidden_act",
             expected="an activation that moetool computes, silu for example",
             found=said["name"],
-            hint="restore config.json from the original model; `prune --method random` and "
-            "router-distance run no experts",
+            hint="restore config.json from the original model; methods that need no text run no "
+            "experts: `moetool methods list` marks them",
         ) from None
 
 
@@ -171,7 +171,7 @@ def _router(mixture: Mixture, layer: int) -> Counted:
             file=mixture.source.folder,
             expected="gate, up and down in floating point",
             found=sorted({c.role for c in mixture.counted.values() if c.kind == "expert"})[:6],
-            hint="methods that need no text work: --method router-distance or random",
+            hint="methods that need no text work: `moetool methods list` marks them",
         )
     router = mixture.side(layer, "router")
     if router is None:

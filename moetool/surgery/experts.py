@@ -208,7 +208,7 @@ class Mixture:
                 f"the routing of {self.layout.model_type} is not one that moetool computes",
                 found=rule.score or "nothing",
                 expected="softmax, sigmoid, sparsemixer or sigmoid-on-input",
-                hint="methods that need no text work: --method router-distance or random",
+                hint="methods that need no text work: `moetool methods list` marks them",
             )
         renorm = rule.renorm == "always" or (
             rule.renorm == "field" and bool(text.get(self.layout.fields.get("renorm", "")))
