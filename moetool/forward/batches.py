@@ -86,8 +86,7 @@ def make(
     Raises MoetoolError when there is no tokenizer for text, an id is outside the vocabulary, or
     nothing remains.
     """
-    notes = []
-    seq_len = cut.seq_len
+    notes, seq_len = [], cut.seq_len
     if longest and seq_len > longest:
         notes.append(
             f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used"
