@@ -106,13 +106,7 @@ def make(
             notes.append(f"{corpus.name} gave {counts[-1]:,} of the {wanted:,} tokens wanted")
         batches += _group(rows, number, max(1, cut.batch_tokens // seq_len))
     if not sum(counts):
-        raise MoetoolError(
-            "the text gave no tokens",
-            file=", ".join(c.name for c in corpora),
-            expected="at least two tokens",
-            found=0,
-            hint="give more text",
-        )
+        raise _nothing(corpora)
     return Batches(
         tuple(batches),
         tuple(c.name for c in corpora),
@@ -120,6 +114,16 @@ def make(
         seq_len,
         seal.hexdigest(),
         (*words.notes, *notes),
+    )
+
+
+def _nothing(corpora: Sequence[Corpus]) -> MoetoolError:
+    return MoetoolError(
+        "the text gave no tokens",
+        file=", ".join(c.name for c in corpora),
+        expected="at least two tokens",
+        found=0,
+        hint="give more text",
     )
 
 
