@@ -18,7 +18,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import forms
+from moetool.surgery import active, forms
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
 
 FORMAT = 1
@@ -159,6 +159,12 @@ class Plan:
     def parameters(self) -> int:
         """Learned numbers of all tensors; the scales of quantized matrices are none."""
         return forms.count(self._seen().tensors.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of `parameters` that work on a token: without the experts that it does not reach."""
+        seen = self._seen()
+        return forms.count(seen.tensors.values()) - active.idle(seen.config, seen.tensors)
 
     @property
     def stored_as(self) -> frozenset[str]:

@@ -5,6 +5,7 @@ computed is written so that a loader understands it.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -428,6 +429,55 @@ def test_what_only_all_experts_together_can_be_is_not_written_again(
         api.merge(str(base), str(tmp_path / "out"), method="alike", ratio=0.5, form="same")
     assert error.value.where["expected"] == "--form full"
     assert not (tmp_path / "out").exists()
+
+
+COUNTED = {  # form -> family, verb, options
+    "full": ("qwen3_moe", "prune", {"method": "random"}),
+    "factored": ("qwen3_moe", "merge", {"method": "d2-moe", "form": "factored"}),
+    "fp8_block": ("deepseek_v3", "prune", {"method": "random"}),
+    "mxfp4": ("gpt_oss", "prune", {"method": "random"}),
+}
+
+
+@pytest.mark.parametrize("form", COUNTED)
+def test_inspect_and_the_report_count_the_same(
+    form: str, models: Made, quantized: Made, tmp_path: Path
+) -> None:
+    """Learned numbers, all and active, by the form of the matrices: each expert of a layer that a
+    token does not reach rests, and what experts share does not.
+    """
+    family, verb, options = COUNTED[form]
+    source = (quantized if family in QUANTIZED else models)(family)
+    given = text(tmp_path) if verb == "merge" else {}
+    made = getattr(api, verb)(str(source), str(tmp_path / "out"), ratio=0.25, **options, **given)
+    seen = api.inspect(str(tmp_path / "out"))
+    assert list(seen["forms"]) == ([] if form == "full" else [form])
+    keys = ("parameters", "active_parameters")
+    assert [made[k] for k in keys] == [seen[k] for k in keys]
+    opened = Checkpoint.open(tmp_path / "out")
+    scales = ("_scale_inv", "_scales")
+    packed_as = {"_blocks": 2}  # two numbers a byte
+    learned = {
+        name: prod(stored.shape) * packed_as.get(name[-7:], 1)
+        for name, stored in opened.stored.items()
+        if not name.endswith(scales)
+    }
+    assert made["parameters"] == sum(learned.values())
+    routed = sum(n for name, n in learned.items() if re.search(r"\.experts\.(?!base)", name))
+    experts = max(layer["experts"] for layer in seen["layers"])
+    resting = seen["parameters"] - seen["active_parameters"]
+    assert resting == routed * (experts - seen["top_k"]) // experts > 0
+
+
+@pytest.mark.parametrize("uneven", ["zeroed", "ghost", "ragged"])
+def test_layers_of_uneven_numbers_are_counted_the_same(
+    uneven: str, models: Made, tmp_path: Path
+) -> None:
+    how = {"budget": "sensitivity", "uneven": uneven, "ratio": 0.4} | text(tmp_path)
+    made = api.prune(str(models("deepseek_v3")), str(tmp_path / "out"), **how)
+    seen = api.inspect(str(tmp_path / "out"))
+    keys = ("parameters", "active_parameters")
+    assert [made[k] for k in keys] == [seen[k] for k in keys]
 
 
 def test_moving_imports_no_torch(quantized: Made, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Re
         expert_width=_width(mixture),
         layout=_storage(mixture),
         counts=written.counts,
-        sizes=_sizes(mixture, decided, written.plan),
+        sizes=_sizes(mixture, written.plan),
         experts_before=mixture.experts,
         experts_after=counts[0] if len(counts) == 1 else counts,
         removed_share=1.0 - kept / (mixture.experts * len(layers)),
@@ -171,17 +171,12 @@ def _storage(mixture: Mixture) -> str:
     return "per-expert" if single else "fused"
 
 
-def _sizes(mixture: Mixture, decided: Decided, plan: Plan) -> Sizes:
-    """`active`: without the experts of each layer that a token does not reach."""
-    idle = sum(
-        mixture.expert_elements(n) * max(0, decided.layers[n].count - mixture.top_k)
-        for n in mixture.layers
-    )
+def _sizes(mixture: Mixture, plan: Plan) -> Sizes:
     counted = mixture.counted
     others = {n for n in mixture.source.tensors if n not in counted or counted[n].kind != "expert"}
     return Sizes(
         parameters=plan.parameters,
-        active_parameters=plan.parameters - idle,
+        active_parameters=plan.active_parameters,
         input_bytes=sum(size for size, _ in mixture.source.files.values()),
         expert_bytes_before=mixture.expert_bytes(),
         expert_bytes_after=sum(t.size for n, t in plan.targets.items() if n not in others),

@@ -34,6 +34,7 @@ __all__ = [
     "named",
     "seen",
     "split",
+    "weights",
 ]
 
 
@@ -78,9 +79,14 @@ def count(tensors: Iterable[Stored]) -> int:
     """Learned numbers of all these tensors."""
     found: dict[str, int] = {}
     for tensor in tensors:
-        parts = tensor.parts
-        found |= named(parts.form).weights(tensor) if parts else {tensor.name: tensor.elements}
+        found |= weights(tensor)
     return sum(found.values())
+
+
+def weights(tensor: Stored) -> dict[str, int]:
+    """Learned numbers of a tensor by what holds them in the file (what several share counts once)."""
+    parts = tensor.parts
+    return named(parts.form).weights(tensor) if parts else {tensor.name: tensor.elements}
 
 
 def split(stored: Stored, piece: Piece) -> tuple[tuple[Piece, ...], Params | None]:

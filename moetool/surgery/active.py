@@ -1,0 +1,100 @@
+"""How many learned numbers work on a token: all but those of the experts that it does not reach.
+
+`inspect` and every report count here, by the form in which a matrix is stored (`forms.count`): what
+experts share (the base of factored ones) works whenever one of them does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.surgery import forms
+from moetool.surgery.layout import Layout, Matched
+from moetool.surgery.spec import Stored
+from moetool.surgery.text_model import TextModel, any_text_model
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which slot a tensor fills, in the family's own layout or in that of its text model; either
+    may be unknown.
+    """
+
+    family: Layout | None
+    text: TextModel | None
+
+    @classmethod
+    def of(cls, config: JsonObject, names: Iterable[str]) -> Matching:
+        """For a checkpoint with this config and tensors of these names."""
+        family = None
+        with suppress(MoetoolError):
+            family = Layout.load(str(config.get("model_type")))
+        return cls(family, any_text_model(config, names))
+
+    def match(self, name: str) -> Matched | None:
+        """The slot; None for a name that nobody knows."""
+        own = self.family.match(name) if self.family else None
+        return own or (self.text.match(name) if self.text else None)
+
+    @property
+    def top_k(self) -> object:
+        """Experts that a token reaches, where the config says it."""
+        return self.text.field("top_k") if self.text else None
+
+
+def idle(config: JsonObject, tensors: Mapping[str, Stored]) -> int:
+    """Learned numbers of the routed experts of all layers that a token does not reach."""
+    matching = Matching.of(config, tensors)
+    layers: dict[int, Routed] = defaultdict(Routed)
+    for stored in tensors.values():
+        found = matching.match(stored.name)
+        if found is not None and found.layer is not None:
+            layers[found.layer].add(stored, found)
+    return sum(layer.idle(matching.top_k) for layer in layers.values())
+
+
+@dataclass
+class Routed:
+    """The routed experts of one layer, tensor by tensor."""
+
+    tensors: list[Stored] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)  # of experts with tensors of their own
+    stacked: int = 0  # experts of a stacked tensor
+
+    @property
+    def count(self) -> int:
+        """Experts that the layer holds."""
+        return len(self.numbers) or self.stacked
+
+    def add(self, stored: Stored, found: Matched) -> None:
+        """Take a tensor of the layer in, where it belongs to an expert or is a stack of them."""
+        role = found.slot.role or ""
+        if not role.startswith("expert."):
+            return
+        self.tensors.append(stored)
+        if found.expert is not None:
+            self.numbers.add(found.expert)
+        elif role in ("expert.down", "expert.gate_up"):
+            self.stacked = (stored.shape or (0,))[0]
+
+    def idle(self, top_k: object) -> int:
+        """Learned numbers of the experts that a token does not reach."""
+        if not self.count or not isinstance(top_k, int):
+            return 0
+        return _apart(self.tensors) * (self.count - min(top_k, self.count)) // self.count
+
+
+def _apart(tensors: Iterable[Stored]) -> int:
+    """Learned numbers of all these tensors, but for parts that several of them share."""
+    sizes: dict[str, int] = {}
+    holders: Counter[str] = Counter()
+    for tensor in tensors:
+        held = forms.weights(tensor)
+        sizes |= held
+        holders.update(held.keys())
+    return sum(size for part, size in sizes.items() if holders[part] == 1)
