@@ -56,7 +56,8 @@ def opened(path: str | Path, what: str) -> BinaryIO:
 def read(path: str | Path, what: str, *, limit: int = SMALL) -> bytes:
     """All bytes of a small file. MoetoolError when it is larger than `limit` bytes."""
     with opened(path, what) as handle:
-        data = handle.read(limit + 1)
+        size = os.fstat(handle.fileno()).st_size  # asked for more, `read` would take that much
+        data = handle.read(min(size, limit) + 1)
     if len(data) > limit:
         raise MoetoolError(
             f"the {what} is too large",
