@@ -10,7 +10,7 @@ EASY-EP arXiv 2504.06792, HC-SMoE arXiv 2410.08589, MoNE arXiv 2507.00390, super
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from moetool.surgery.checkpoint import Checkpoint
 
 Tensor = torch.Tensor
 SCHEMA = 1
+MOMENTS = ("in_cov", "mid_cov")  # second moments
 FACTS = {
     "model": {"name": str, "files": list},
     "layers": list,
@@ -133,7 +134,13 @@ def _shipped(name: str, value: np.ndarray) -> np.ndarray:
     if name == "x":
         small: np.ndarray = np.clip(value, -65504, 65504).astype(np.float16)
         return small
-    return value.astype(np.float32) if name in ("in_cov", "mid_cov") else value
+    return value.astype(np.float32) if name in MOMENTS else value
+
+
+def moments_as_kept(stats: LayerStats) -> LayerStats:
+    """The same with its second moments as a file holds them, for who decides and writes at once."""
+    kept = {k: _shipped(k, v) if k in MOMENTS else v for k, v in stats.arrays.items()}
+    return replace(stats, arrays=kept)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class Mone(PruneWay):
 
     name = "mone"
     writes = frozenset({"constant"})
+    one_profile = True  # a walk would go on as if the constants were still experts
+
+    def told(self) -> None:
+        super().told()
+        self.check_walk()
 
     def check(self, mixture: Mixture) -> None:
         super().check(mixture)

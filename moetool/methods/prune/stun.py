@@ -47,6 +47,7 @@ class Stun(RouterDistance):
 
     name = "stun"
     auto = ""
+    one_profile = True
     needs = Needs(text=True, weights=True)
     writes = frozenset({"sparsity"})
     Options = Sparsity
@@ -67,10 +68,7 @@ class Stun(RouterDistance):
                 found=self.own.total_sparsity,
                 hint="raise it, or lower --ratio",
             )
-        if self.options.propagate or self.options.refit:
-            raise UsageError(
-                "--method stun works from one profile", hint="leave out --propagate and --refit"
-            )
+        self.check_walk()
 
     def finish(
         self, layers: dict[int, Decision], view: Callable[[int], View]

@@ -41,6 +41,7 @@ def decide(asked: Asked) -> Chosen:
     replay = replayed(asked)
     if replay is not None:
         asked = replace(asked, notes=(*asked.notes, *_contradiction(asked, replay)))
+        asked.way.writer(replay).check_walk()
     if replay is not None and not _reads_more(asked, replay):
         return _chosen(asked, replay, Settled({}), Evidence())
     _check_text(asked, replay)
@@ -268,9 +269,9 @@ def _chosen(asked: Asked, made: Decided, settled: Settled, seen: Evidence) -> Ch
     """Everything that was decided and found out, and with --dry-run the file of decisions."""
     file, extra = asked.options.decisions, settled.extra
     writer = asked.way.writer(made)
-    if not extra and writer.reads(made) and (seen.profile is not None):
+    if not asked.options.walks and writer.reads(made) and (seen.profile is not None):
         stats = str(seen.profile.folder)
-        extra = writer.sources(asked.mixture, made, stats, str(asked.work))
+        extra = (*extra, *writer.sources(asked.mixture, made, stats, str(asked.work)))
     written = file if _leave(asked, made) else ""
     warnings = dict.fromkeys([*asked.notes, *seen.warnings, *settled.found.warnings])
     found = replace(

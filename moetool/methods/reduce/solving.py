@@ -21,7 +21,7 @@ from moetool.forward.linears import Linear
 from moetool.forward.profiler import Profiler
 from moetool.forward.solve import Solved, Work, kept, save
 from moetool.forward.solve import solve as solve_layers
-from moetool.forward.stats import LayerStats, Profile, Wanted
+from moetool.forward.stats import LayerStats, Profile, Wanted, moments_as_kept
 from moetool.kernels import codec, form, solve
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert
@@ -81,7 +81,7 @@ class LayerByLayer:
     def solve(self, layer: int, block: Block | None) -> Solved:
         """The layer's decision and its new block."""
         assert block is not None
-        stats = self.profiler.layers.pop(layer)
+        stats = moments_as_kept(self.profiler.layers.pop(layer))
         view = self.asked.view(layer, stats, self.within.of(layer))
         view.read_block = lambda: block
         decision = self.replay.get(layer)
@@ -89,12 +89,12 @@ class LayerByLayer:
             decision = self.asked.way.choose(view, self.within.counts[layer])
         new = self.asked.way.block(view, decision, block)
         tokens = tokens_per_expert(stats)
-        orders = _as_tensors(layer, decision)
+        aside = _as_tensors(layer, decision) | _statistics(self.asked, stats)
         if not self.asked.options.refit:
-            return Solved(Done(decision, tokens).as_json(), orders, block=new)
+            return Solved(Done(decision, tokens).as_json(), aside, block=new)
         made = refitted(self.asked, view, block, new)
         note = Done(decision, tokens, made.error).as_json()
-        return Solved(note, orders | made.tensors, block=made.block)
+        return Solved(note, aside | made.tensors, block=made.block)
 
 
 def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided | None) -> Settled:
@@ -175,7 +175,9 @@ def _text(batches: Batches) -> TextSeen:
 
 
 def _solved(asked: Asked, folder: Path) -> tuple[Checkpoint, ...]:
-    return (beside.solved_source(folder),) if asked.options.refit else ()
+    """What the walk left for the plan."""
+    left = asked.options.refit or asked.way.needs.covariance
+    return (beside.solved_source(folder),) if left else ()
 
 
 def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
@@ -188,7 +190,7 @@ def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
         errors[number] = made.error
         save(folder, number, made.tensors)
     found = replace(settled.found, refit=errors)
-    return replace(settled, found=found, extra=_solved(asked, folder))
+    return replace(settled, found=found, extra=(beside.solved_source(folder),))
 
 
 class Solution(NamedTuple):
@@ -224,6 +226,12 @@ def _as_tensors(layer: int, decision: Decision) -> dict[str, torch.Tensor]:
         order_key(layer, e): torch.tensor(order, dtype=torch.int32)
         for e, order in decision.orders.items()
     }
+
+
+def _statistics(asked: Asked, stats: LayerStats) -> dict[str, torch.Tensor]:
+    """Statistics that the plan reads, under their names in a profile."""
+    kept = asked.way.kept(stats)
+    return {f"{stats.layer}.{name}": torch.from_numpy(value) for name, value in kept.items()}
 
 
 def _sample(stats: LayerStats) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from moetool import discover
 from moetool.data import JsonMapping, JsonObject
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.reduce.options import Reducing
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moetool.forward.block import Block
+    from moetool.forward.stats import LayerStats
     from moetool.methods.reduce.decided import Decided
     from moetool.methods.reduce.decision import Decision
     from moetool.methods.reduce.view import View
@@ -65,6 +66,8 @@ class Way:
     router: str = "centroid"  # which row a new expert gets (reduce/cut.py)
     # what its plans write of a decision beyond `keep`, as the file names it
     writes: ClassVar[frozenset[str]] = frozenset()
+    # it can be decided and written only from statistics of all layers as they were
+    one_profile: ClassVar[bool] = False
 
     def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
         self.verb: Any = verb  # the verb's options: Reducing and what the verb adds
@@ -96,6 +99,16 @@ class Way:
 
     def told(self) -> None:
         """Refuse options that do not go together."""
+
+    def check_walk(self) -> None:
+        """Refuse --propagate and --refit where a walk that changes layers cannot keep what the plan
+        reads.
+        """
+        if self.one_profile and (self.options.propagate or self.options.refit):
+            raise UsageError(
+                f"--method {self.name} works from one profile",
+                hint="leave out --propagate and --refit",
+            )
 
     def notes(self, mixture: Mixture) -> list[str]:
         """What the user must be told before anything is decided."""
@@ -141,6 +154,11 @@ class Way:
     def reads(self, decided: Decided) -> bool:
         """Whether the plan of these decisions reads statistics beside the model."""
         return self.needs.covariance or self.claims(decided)
+
+    def kept(self, stats: LayerStats) -> dict[str, np.ndarray]:
+        """What the plan reads of a layer's statistics, where a walk keeps them only so long."""
+        names = ("in_cov", "mid_cov") if self.needs.covariance else ()
+        return {name: stats.arrays[name] for name in names}
 
     def sources(
         self, mixture: Mixture, decided: Decided, stats: str, work: str
