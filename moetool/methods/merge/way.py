@@ -101,7 +101,8 @@ class MergeWay(Way):
     @classmethod
     def acting(cls, verb: Any) -> type[Way]:
         combine = cls.parts.changed(verb).combine
-        return next((way for way in cls.known().values() if way.combines == combine), cls)
+        plain = MergeWay if cls.combines else cls  # another way of combining than its own
+        return next((way for way in cls.known().values() if way.combines == combine), plain)
 
     def told(self) -> None:
         if self.options.form not in (*FORMS, *self.forms):
