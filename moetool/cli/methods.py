@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from shutil import get_terminal_size
+
+from moetool import methods
 from moetool.cli.app import session
-from moetool.cli.options import Argument, Command, Given
+from moetool.cli.options import Argument, Command, Given, metavar, shown_default
 from moetool.data import JsonObject
+from moetool.methods.field import Field
 
 HELP = "Methods and their options."
+_FREE = " (needs no text)"
+_LEAST = 30  # characters of a sentence that are shown however narrow the terminal is
 
 
 def list_(given: Given) -> int:
@@ -19,8 +27,9 @@ def list_(given: Given) -> int:
         sink.line(f"{verb['name']}: {verb['about']}")
         width = max((len(way["name"]) for way in verb["ways"]), default=0)
         for way in verb["ways"]:
-            need = "" if way["text"] else " (needs no text)"
-            sink.line(f"  {way['name']:<{width}}  {way['about']}{need}")
+            need = "" if way["text"] else _FREE
+            room = get_terminal_size().columns - len(f"  {'':<{width}}  {need}")
+            sink.line(f"  {way['name']:<{width}}  {_clause(way['about'], room)}{need}")
     sink.line("\nnext: moetool methods show NAME, of a verb or of a way")
     return 0
 
@@ -31,9 +40,11 @@ def show(given: Given) -> int:
 
     found, sink = describe(given.arguments["name"]), session.sink
     sink.result(found, "\n".join(_lines(found)))
-    head = ["option", "type", "default", "meaning"]
+    head = ["option", "value", "default", "meaning"]
     if found["options"]:
-        sink.table(head, [_row(o) for o in found["options"]])
+        told = {f.spelled: f for f in methods.load(str(found.get("verb", found["name"]))).fields()}
+        sink.table(head, [_row(told[o["name"]], o["help"]) for o in found["options"]])
+        sink.line("")
     for example in found.get("examples") or [found.get("example")]:
         sink.line(f"  {example}")
     return 0
@@ -75,7 +86,22 @@ def _lines(found: JsonObject) -> list[str]:
     return lines
 
 
-def _row(option: JsonObject) -> list[object]:
-    default = option["default"]
-    shown = "" if default is None or default == [] else default
-    return [f"--{option['name']}", option["type"], shown, option["help"]]
+def _row(field: Field, meaning: str) -> list[object]:
+    """As in the verb's --help."""
+    if field.type is bool:
+        return [f"--{field.spelled}", "flag", "on" if field.default else "off", meaning]
+    return [f"--{field.spelled}", metavar(field), shown_default(field), meaning]
+
+
+def _clause(about: str, room: int) -> str:
+    """What fits on a line of a sentence: it ends with a clause that fills at least half of it,
+    or else with a word.
+    """
+    room = max(room, _LEAST)
+    if len(about) <= room:
+        return about
+    ends = [found.start() for found in re.finditer(r"[,;:](?=\s)", about[: room + 1])]
+    whole = [n for n in ends if 2 * n >= room and about[:n].count("(") == about[:n].count(")")]
+    if whole:
+        return about[: whole[-1]]
+    return textwrap.shorten(about, room, placeholder=" ...", break_on_hyphens=False)

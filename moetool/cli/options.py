@@ -199,10 +199,11 @@ def helped(field: Field) -> str:
     unsaid = [c for c in field.choices if c not in field.help]
     listed = bool(unsaid) and metavar(field) != "|".join(field.choices)
     text = f"{field.help}: {', '.join(field.choices)}" if listed else field.help
-    return f"{text} [default: {_default(field)}]" if _default(field) else text
+    return f"{text} [default: {shown_default(field)}]" if shown_default(field) else text
 
 
-def _default(field: Field) -> str:
+def shown_default(field: Field) -> str:
+    """What a field is when nobody says it, as people write it; empty for nothing and for flags."""
     if field.unit == "bytes" and isinstance(field.default, int):
         return show_bytes(field.default).replace(" ", "")
     if isinstance(field.default, bool) or field.default in (None, "", ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,16 @@ def test_of_nothing(moetool: Callable[..., Any]) -> None:
 
 
 def test_methods_list_names_every_way(moetool: Callable[..., Any]) -> None:
-    text, found = moetool("methods", "list").stdout, moetool("methods", "list", "--json").json
+    text = moetool("methods", "list", env={**os.environ, "COLUMNS": "100"}).stdout
+    found = moetool("methods", "list", "--json").json
     assert [m["name"] for m in found["methods"]] == list(methods.METHODS)
     for verb in found["methods"]:
         assert [w["name"] for w in verb["ways"]] == list(methods.load(verb["name"]).ways())
         for way in verb["ways"]:
             (line,) = [li for li in text.splitlines() if li.split()[:1] == [way["name"]]]
-            assert way["about"] in line and ("needs no text" in line) is not way["text"]
+            shown = line.split(None, 1)[1].removesuffix(" (needs no text)").removesuffix(" ...")
+            assert len(line) <= 100 and way["about"].startswith(shown) and len(shown) > 30
+            assert line.endswith(" (needs no text)") is not way["text"]
 
 
 @pytest.mark.parametrize("verb", ["prune", "merge"])
@@ -124,6 +128,14 @@ def test_a_way_names_its_paper_and_its_own_options(moetool: Callable[..., Any]) 
     assert "arXiv 2409.06211" in found["papers"]
     assert [o["name"] for o in found["options"]] == ["total-sparsity"]
     assert moetool("methods", "show", "reap", "--json").json["papers"] == ["arXiv 2510.13999"]
+
+
+def test_methods_show_writes_options_as_help_does(moetool: Callable[..., Any]) -> None:
+    """`SHARE` and 0, not the type and the value that Python has; a blank line ends the table."""
+    lines = moetool("methods", "show", "stun").stdout.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("--total-sparsity"))
+    assert lines[at].split()[1:3] == ["SHARE", "0"] and lines[at + 1] == ""
+    assert lines[at + 2].strip().startswith("moetool prune SRC OUT")
 
 
 def test_methods_show_a_verb_is_one_object(moetool: Callable[..., Any]) -> None:
