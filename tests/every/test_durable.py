@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Done
+from conftest import Done, tree
 
 Run = Callable[..., Done]
 
@@ -70,3 +71,33 @@ def test_a_disk_that_fails_is_said(
     assert "Input/output error" in done.stderr and not (tmp_path / "out").exists()
     assert moetool(*command).returncode == 0
     assert moetool("verify", tmp_path / "out", "--against", models("mixtral")).returncode == 0
+
+
+@contextmanager
+def mounted(image: Path, at: Path) -> Iterator[Path]:
+    """A file as a file system; the test is skipped where the machine does not let us."""
+    at.mkdir()
+    done = subprocess.run(["mount", "-o", "loop", image, at], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no loop devices here: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mkfs.ext4"), reason="needs root, ext4")
+def test_a_power_cut_after_success_loses_nothing(tmp_path: Path, moetool: Run) -> None:
+    """What the disk holds at the moment the command ends, mounted as after a power cut: without
+    syncs the names are there and the bytes are not.
+    """
+    disk, cut = tmp_path / "disk", tmp_path / "cut"
+    with disk.open("wb") as handle:
+        handle.truncate(100 << 20)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    with mounted(disk, tmp_path / "before") as folder:
+        assert moetool("upcycle", "demo", folder / "out").returncode == 0
+        shutil.copyfile(disk, cut)
+        written = tree(folder / "out")
+    with mounted(cut, tmp_path / "after") as folder:
+        assert tree(folder / "out") == written
