@@ -38,6 +38,9 @@ Tensor = torch.Tensor
 COMPARED = 256  # tokens on which the family's own block is asked
 # largest difference from the family's own block, relative to its largest output, float32
 AGREE = 2e-4
+# What a layer put out is kept for resuming while a walk is young, and whenever the layer took long:
+# writing it must not cost more than passing the text again.
+KEPT_FIRST, KEPT_LONG = 5.0, 0.5  # seconds
 
 
 Change = Callable[[int, Block], Block | None]
@@ -166,7 +169,8 @@ class Walk:
             self.tell(stage, layer, count)
             took = time.monotonic()
             self._layer(layer, eyes)
-            self.hidden.end(keep=time.monotonic() - took > 0.5 or time.monotonic() - begun < 5)
+            now = time.monotonic()
+            self.hidden.end(keep=now - took > KEPT_LONG or now - begun < KEPT_FIRST)
         self.tell(stage, count, count)
 
     def _embed(self) -> None:

@@ -76,6 +76,7 @@ from transformers import Qwen3MoeForCausalLM
 import moetool.forward.walk, moetool.evaluate.gate, moetool.methods.reduce.solving
 from moetool.cli import main
 torch.set_num_threads(1)
+moetool.forward.walk.KEPT_FIRST = float("inf")  # on a slow machine as on a fast one
 root, args = sys.argv[1], sys.argv[2:]
 real = os.replace
 def child(argv, at, when):
@@ -138,7 +139,9 @@ def test_ctrl_c_in_the_walk_keeps_layers(
     source = models("qwen3_moe")
     script = """
 import os, signal, sys
+from moetool.forward import walk
 from moetool.forward.walk import Walk
+walk.KEPT_FIRST = float("inf")
 real = Walk._layer
 def layer(self, number, eyes):
     if number == 2: os.kill(os.getpid(), signal.SIGINT)
