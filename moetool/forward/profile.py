@@ -176,7 +176,7 @@ def _walk(mixture: Mixture, batches: batching.Batches, wanted: Wanted, how: Maki
     from moetool.forward.walk import Budget, Walk
 
     hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
-    held = wanted.memory(mixture.experts, hidden, width_of(mixture)) + how.buffers
+    held = wanted.memory(mixture.experts, hidden, mixture.width(mixture.layers[0])) + how.buffers
     walk = Walk(
         mixture.source,
         batches,
@@ -188,13 +188,6 @@ def _walk(mixture: Mixture, batches: batching.Batches, wanted: Wanted, how: Maki
     walk.run(Profiler(wanted, how.folder))
     walk.hidden.close()
     return walk.peak
-
-
-def width_of(mixture: Mixture) -> int:
-    """Neurons of an expert."""
-    pieces = mixture.pieces(mixture.layers[0], 0)
-    down, hidden = pieces["down"], mixture.layout.field("hidden", mixture.text_model.config)
-    return down.count // int(hidden)
 
 
 def describe(

@@ -279,6 +279,11 @@ class Mixture:
         """Elements of one expert of a layer."""
         return sum(p.count for p in self.pieces(layer, 0).values())
 
+    def width(self, layer: int) -> int:
+        """Neurons of an expert of a layer: what its down_proj sees, whichever way it lies."""
+        hidden = int(self.layout.field("hidden", self.text_model.config) or 1)
+        return self.pieces(layer, 0)["down"].count // hidden
+
 
 _ROLES = {"gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"}
 

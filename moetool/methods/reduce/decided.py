@@ -135,7 +135,7 @@ class Decided:
                 hint="make them again with --dry-run --decisions FILE",
             )
         for number, layer in self.layers.items():
-            wide = width(mixture, number) if layer.orders else 0
+            wide = mixture.width(number) if layer.orders else 0
             wrong = [e for e, order in layer.orders.items() if len(order) != wide]
             if wrong:
                 raise UsageError(
@@ -146,12 +146,6 @@ class Decided:
                     found=f"{len(layer.orders[wrong[0]])} neurons",
                     hint="leave `orders` as they were written",
                 )
-
-
-def width(mixture: Mixture, layer: int) -> int:
-    """Neurons of an expert of a layer."""
-    hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
-    return mixture.pieces(layer, 0)["down"].count // hidden
 
 
 def order_key(layer: int, expert: int) -> str:

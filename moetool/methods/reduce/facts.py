@@ -145,7 +145,7 @@ def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Re
         model_type=mixture.layout.model_type,
         layers=mixture.layers,
         top_k=mixture.top_k,
-        expert_width=_width(mixture),
+        expert_width=mixture.width(mixture.layers[0]) if mixture.plain else None,
         layout=_storage(mixture),
         counts=written.counts,
         sizes=_sizes(mixture, written.plan),
@@ -156,14 +156,6 @@ def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Re
         found=found,
         own=own,
     )
-
-
-def _width(mixture: Mixture) -> int | None:
-    """Neurons of an expert, where it is plain."""
-    if not mixture.plain:
-        return None
-    hidden = int(mixture.layout.field("hidden", mixture.text_model.config) or 1)
-    return mixture.pieces(mixture.layers[0], 0)["down"].count // hidden
 
 
 def _storage(mixture: Mixture) -> str:

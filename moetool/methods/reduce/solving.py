@@ -160,7 +160,7 @@ def _held(asked: Asked, wanted: Wanted) -> int:
     """
     mixture = asked.mixture
     hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
-    width = profiling.width_of(mixture)
+    width = mixture.width(mixture.layers[0])
     changed = 4 * mixture.experts * mixture.expert_elements(mixture.layers[0])
     held = wanted.memory(mixture.experts, hidden, width) + changed + asked.way.needs.buffers
     if asked.options.refit:
