@@ -36,6 +36,14 @@ METHODS = {
         "moetool.methods.merge.method:Merge",
         "Merge experts of a mixture of experts into fewer: the checkpoint really gets smaller.",
     ),
+    "quantize": Entry(
+        "moetool.methods.quantize.method:Quantize",
+        "Store a model in fewer bits: every expert quantized, or named as left out.",
+    ),
+    "dequantize": Entry(
+        "moetool.methods.convert.dequantize:Dequantize",
+        "Write every matrix of a quantized checkpoint in full again.",
+    ),
     "convert-layout": Entry(
         "moetool.methods.convert.layout:ConvertLayout",
         "Write the same experts as single tensors, or stacked; only bytes move.",

@@ -7,12 +7,15 @@ auto  every matrix keeps its form where all that touches one only moves it (its 
       copied byte for byte); otherwise the whole output is full, so that a loader meets one form
 same  every matrix keeps its form, and what was computed is encoded again
 full  everything is decoded
+
+`into` says it for single targets, before all of that (`quantize`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.forms.form import Written
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, InParts, Piece, Stored, Target, Task
 
@@ -30,6 +34,22 @@ FORMS = ("auto", "same", "full")
 Makers = list[tuple[Task, Piece]]  # the tasks that make a target, each with the piece it makes
 
 
+@dataclass(frozen=True)
+class Into:
+    """The form that one target is written in. `rounding`: how (see `forms.encoded`); empty: as the
+    form itself rounds.
+    """
+
+    form: str
+    params: JsonObject = field(default_factory=dict)
+    rounding: JsonObject = field(default_factory=dict)
+
+    @property
+    def parts(self) -> InParts:
+        """As what `Stored.parts` says of a matrix, no tensors named."""
+        return InParts(self.form, (), self.params)
+
+
 def plan(
     sources: Sequence[Checkpoint],
     wanted: Outputs,
@@ -37,10 +57,13 @@ def plan(
     max_shard: int,
     tables: dict[str, list[int]] | None = None,
     form: str = "auto",
+    into: Mapping[str, Into] | None = None,
 ) -> Plan:
-    """The plan that writes what is wanted; `form` is auto, same or full."""
-    if any(s.told for s in sources):
-        wanted = _Reform(sources, wanted, form).lowered()
+    """The plan that writes what is wanted; `form` is auto, same or full. `into`: a form by target
+    name.
+    """
+    if into or any(s.told for s in sources):
+        wanted = _Reform(sources, wanted, form, into or {}).lowered()
     fingerprints = [s.fingerprint() for s in sources]
     return Plan.build(fingerprints, wanted, max_shard=max_shard, tables=tables)
 
@@ -48,8 +71,14 @@ def plan(
 class _Reform:
     """Decides every target's form, then rewrites targets, tasks, drops and config."""
 
-    def __init__(self, sources: Sequence[Checkpoint], wanted: Outputs, form: str) -> None:
-        self.sources, self.wanted = sources, wanted
+    def __init__(
+        self,
+        sources: Sequence[Checkpoint],
+        wanted: Outputs,
+        form: str,
+        into: Mapping[str, Into],
+    ) -> None:
+        self.sources, self.wanted, self.into = sources, wanted, into
         makers: dict[str, Makers] = {}
         for task in wanted.tasks:
             for out in task.outputs:
@@ -61,6 +90,7 @@ class _Reform:
             for t in wanted.targets
         ):
             chosen = dict.fromkeys(chosen)
+        chosen |= {name: asked.parts for name, asked in into.items()}
         self.chosen = {name: like for name, like in chosen.items() if like is not None}
         self.targets = {t.name: t for t in wanted.targets}
         self._copied: set[tuple[str, int]] = set()
@@ -189,16 +219,7 @@ class _Reform:
             like = self.chosen.get(out.name)
             pieces = self._pieces_of(self.targets[out.name], out, like) if like else None
             outs += pieces or (out,)
-            encode.append(
-                {
-                    "form": like.form,
-                    "parts": len(pieces),
-                    "shape": list(out.shape),
-                    "params": like.params,
-                }
-                if like and pieces
-                else None
-            )
+            encode.append(self._encode(out, like, len(pieces)) if like and pieces else None)
         how = {"decode": decode if any(decode) else None, "encode": encode if any(encode) else None}
         return Task(
             op,
@@ -206,6 +227,13 @@ class _Reform:
             tuple(outs),
             params | {k: v for k, v in how.items() if v},
         )
+
+    def _encode(self, out: Piece, like: InParts, parts: int) -> JsonObject:
+        """How a result becomes parts (an entry for `forms.encoded`)."""
+        asked = self.into.get(out.name)
+        rounding = {"rounding": asked.rounding} if asked and asked.rounding else {}
+        shape = list(out.shape)
+        return {"form": like.form, "parts": parts, "shape": shape, "params": like.params} | rounding
 
     def _dropped(self, tasks: Sequence[Task]) -> dict[str, str]:
         """Parts of matrices that are left out, by name."""
@@ -225,11 +253,14 @@ class _Reform:
         for source in reversed(self.sources):
             told |= source.told
             known |= set(source.tensors)
-        new = [t for t in self.wanted.targets if t.name not in self.chosen and t.name not in known]
-        for name, said in told.items():
-            held = {n: self.targets[n] for n, like in self.chosen.items() if like.form == name}
-            if held:
-                config = forms.named(name).config(config, said, held, new)
+        full = [t for t in self.wanted.targets if t.name not in self.chosen]
+        new = [t for t in full if t.name not in known]
+        held: dict[str, dict[str, tuple[Target, JsonObject]]] = {}
+        for name, like in self.chosen.items():
+            held.setdefault(like.form, {})[name] = (self.targets[name], like.params)
+        for name in sorted(held):
+            written = Written(held[name], full, new)
+            config = forms.named(name).config(config, told.get(name, {}), written)
         return config
 
 

@@ -5,29 +5,24 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from moetool.errors import UsageError
-from moetool.methods.contract import Decisions, Line, Made, Method, Report, Settings, Summary
-from moetool.methods.field import Field, Value
-from moetool.methods.options import Gate, build
-from moetool.methods.options import fields as fields_of
+from moetool.methods.contract import Decisions, Line, Made, Report, Settings, Summary
+from moetool.methods.options import Gate
 from moetool.methods.reduce.options import Reducing, renamed
 from moetool.methods.reduce.way import Way, meant_by_auto
+from moetool.methods.several import Several
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from moetool.methods.reduce.facts import Reduced
 
 
-class Reduce(Method):
+class Reduce(Several):
     """A verb that gives a model fewer experts. `way` runs; `options` are as they were told."""
 
     Options: ClassVar[type[Reducing]]
     Base: ClassVar[type[Way]]
-    verb: ClassVar[str]
     interruptible = True
 
     def __init__(self, options: Reducing, way: Way, remarks: tuple[str, ...] = ()) -> None:
@@ -39,43 +34,22 @@ class Reduce(Method):
         return cls.Base.known()
 
     @classmethod
-    def fields(cls) -> tuple[Field, ...]:
-        own = (fields_of(way.Options, (name,)) for name, way in cls.ways().items())
-        theirs = (
-            replace(f, help=f"with --method {' or '.join(f.of)}: {f.help}")
-            for f in chain.from_iterable(own)
-        )
-        return (*fields_of(cls.Options), *theirs)
-
-    @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
-        known = {f.name: f for f in cls.fields()}
-        given = renamed(values, known.values())
-        theirs = {k: v for k, v in given.values.items() if k in known and known[k].of}
-        mine = {k: v for k, v in given.values.items() if k not in theirs}
-        options = build(cls.Options, mine, cls.verb)
-        named = cls.named(options)
-        acting = named.acting(options)
-        own = {}
-        for key, value in theirs.items():
-            if key in {f.name for f in fields_of(acting.Options)}:
-                own[key] = value
-            elif known[key].read(value) != known[key].default:
-                raise _stranger(known[key], options.method, value)
-        way = acting(options, build(acting.Options, own, cls.verb), named)
+        given = renamed(values, cls.fields())
+        told = cls.split(given.values)
+        way = told.acting(told.options, told.own, cls.named(told.options))
         way.told()
-        return cls(options, way, given.notes)
+        return cls(told.options, way, given.notes)
 
     @classmethod
     def named(cls, options: Reducing) -> type[Way]:
-        """The way that --method means."""
         if options.method == "auto":
             return meant_by_auto(cls.ways(), text=options.has_text)
         return cls.ways()[options.method]
 
-    def recorded(self) -> dict[str, Value]:
-        own = {f.name: getattr(self.way.own, f.name) for f in fields_of(type(self.way.own))}
-        return super().recorded() | own
+    @classmethod
+    def acting(cls, options: Reducing) -> type[Way]:
+        return cls.named(options).acting(options)
 
     @property
     def gate(self) -> Gate | None:
@@ -147,13 +121,3 @@ class Reduce(Method):
 def _reduced(summary: Summary) -> Reduced:
     """The facts of prune and merge."""
     return cast("Reduced", summary.facts)
-
-
-def _stranger(field: Field, method: str, value: Any) -> UsageError:
-    owner = " or ".join(field.of)
-    return UsageError(
-        f"--{field.spelled} and --method {owner} belong together",
-        expected=f"--method {owner} --{field.spelled} {value}",
-        found=f"--method {method} --{field.spelled} {value}",
-        hint="use both or neither",
-    )

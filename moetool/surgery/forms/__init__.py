@@ -10,26 +10,32 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery.forms.form import Config, Form, Grid, Params, Recognised
+from moetool.errors import MoetoolError, UsageError, did_you_mean
+from moetool.kernels.grid import Grid
+from moetool.surgery.forms.form import Config, Form, Format, Params, Recognised, Written
 from moetool.surgery.spec import Piece, Stored, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Asked",
     "Form",
+    "Format",
     "Grid",
     "Known",
     "Recognised",
+    "Written",
+    "asked",
     "count",
     "decoded",
     "encoded",
+    "formats",
     "forms",
     "named",
     "seen",
@@ -55,6 +61,55 @@ def forms() -> dict[str, Form]:
     return {n: kind() for n, kind in discover.classes(sys.modules[__name__], Form).items()}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A format as somebody asked for it: `int4/64` is the word int4 with a group of 64."""
+
+    word: str
+    form: str
+    params: Params
+
+    def __str__(self) -> str:
+        group = self.params.get("group")
+        return self.word if group is None else f"{self.word}/{group or 'channel'}"
+
+
+@lru_cache(maxsize=1)
+def formats() -> dict[str, str]:
+    """Every word of `--format` -> the name of its form."""
+    found: dict[str, str] = {}
+    for name, form in forms().items():
+        found |= dict.fromkeys(form.formats, name)
+    return dict(sorted(found.items()))
+
+
+def asked(text: str, group: int | None = None) -> Asked:
+    """`int4`, `int4/64` or `int4/channel` -> form and params; `group` stands where the text has
+    none. UsageError for an unknown word, or a group that the format has not.
+    """
+    word, slash, size = text.partition("/")
+    if word not in formats():
+        known = formats()
+        raise UsageError(
+            f"no format {word!r}", expected=", ".join(known), hint=did_you_mean(word, known)
+        )
+    name = formats()[word]
+    found = named(name).formats[word]
+    wanted: int | str | None = size if slash else group
+    if wanted is None:
+        return Asked(word, name, dict(found.params))
+    number = 0 if wanted == "channel" else wanted
+    if not str(number).isdigit() or int(number) not in found.groups:
+        sizes = ", ".join(str(g or "channel") for g in found.groups)
+        raise UsageError(
+            f"{word} has no group of {wanted}",
+            expected=sizes or "no group: it has one size",
+            found=wanted,
+            hint=f"for example {word}/{sizes.partition(',')[0]}" if sizes else f"use {word}",
+        )
+    return Asked(word, name, {**found.params, "group": int(number)})
+
+
 def named(name: str) -> Form:
     """The form of this name; MoetoolError with the nearest names."""
     if name not in forms():
@@ -72,7 +127,8 @@ def seen(tensors: Mapping[str, Stored], config: Config) -> Known:
             continue
         found = _replaced(found, known.matrices)
         config, told[name] = known.config, known.told
-    return Known(found, config, told)
+    said = set(chain.from_iterable(told.values()))  # several forms may be told of by one key
+    return Known(found, {k: v for k, v in config.items() if k not in said}, told)
 
 
 def count(tensors: Iterable[Stored]) -> int:
@@ -142,7 +198,9 @@ def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> li
 
 
 def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterator[Any]:
-    """An operation's results as what lies in the file: each as it is (None), or in its parts."""
+    """An operation's results as what lies in the file: each as it is (None), or in its parts, by an
+    entry {form, parts, params, shape} and, where its rounding is not the form's own, `rounding`.
+    """
     if how is None:
         yield from made
         return
@@ -150,4 +208,18 @@ def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterato
         if entry is None:
             yield matrix
         else:
-            yield from named(entry["form"]).encode(matrix, entry.get("params", {}))
+            yield from _parts(matrix, entry)
+
+
+def _parts(matrix: Tensor, entry: Params) -> Sequence[Tensor]:
+    """The parts of a matrix: as its form rounds, or as `rounding` says ({"search": "mse"}: under
+    the scale of least squared error).
+    """
+    form, params = named(entry["form"]), entry.get("params", {})
+    if "rounding" not in entry:
+        return form.encode(matrix, params)
+    from moetool.kernels import rounding
+
+    grid = form.grid(tuple(matrix.shape), params)
+    assert grid is not None
+    return form.pack(rounding.searched(matrix, grid), params)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from moetool.errors import MoetoolError
-from moetool.surgery.forms.form import Config, Form, Params, Recognised, made_of
+from moetool.surgery.forms.form import Config, Form, Params, Recognised, Written, made_of
 from moetool.surgery.spec import InParts, Stored, Target
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ class Factored(Form):
             found[full] = made_of(self.name, full, base.dtype, base.shape, parts)
         return Recognised(found, inner, {"moetool_form": config.get("moetool_form", {})})
 
-    def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
-    ) -> Config:
+    def config(self, config: Config, told: Config, written: Written) -> Config:
         return wrapped(config, told["moetool_form"].get("ranks", {}))
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:

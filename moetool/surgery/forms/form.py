@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moetool.kernels.grid import Grid
 from moetool.surgery.spec import InParts, Piece, Shape, Stored, Target, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moetool.kernels.rounding import Rounded
 
 Config = dict[str, Any]
 Params = dict[str, Any]
@@ -29,13 +32,25 @@ class Recognised:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The values that a form can hold, for methods that round: `levels` of a group of `group`
-    neighbours along the input dimension that share one scale.
+class Format:
+    """A word of `--format`. `params`: of its form; `groups`: sizes that `WORD/SIZE` may ask for (0:
+    one scale for a whole row, `WORD/channel`), the usual first, empty where there is no choice.
     """
 
-    levels: tuple[float, ...]
-    group: int
+    about: str
+    params: Params = field(default_factory=dict)
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a form's `config` is told of an output: its matrices in this form, each with the form's
+    params, the tensors that are full, and which of those have names that no source has.
+    """
+
+    matrices: Mapping[str, tuple[Target, Params]]
+    full: Sequence[Target] = ()
+    new: Sequence[Target] = ()
 
 
 class Form:
@@ -45,6 +60,8 @@ class Form:
 
     name: ClassVar[str] = ""
     alone: ClassVar[bool] = True  # whether one matrix can be encoded without others
+    formats: ClassVar[Mapping[str, Format]] = {}  # what --format may ask for
+    method: ClassVar[str] = ""  # forms of one model have the same `quant_method`
 
     def bits(self, shape: Shape, params: Params) -> float:
         """Stored bits a weight, scales included."""
@@ -81,11 +98,9 @@ class Form:
             return tuple(Piece(p.name, p.shape, 0, piece.source) for p in parts)
         return None
 
-    def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
-    ) -> Config:
+    def config(self, config: Config, told: Config, written: Written) -> Config:
         """The config that tells a loader of these matrices; `told` is what a source's config said
-        of the form, `new` are full tensors under names that no source has.
+        of the form (empty where no source has it).
         """
         raise NotImplementedError
 
@@ -94,12 +109,26 @@ class Form:
         raise NotImplementedError
 
     def encode(self, matrix: Tensor, params: Params) -> Sequence[Tensor]:
-        """The matrix -> its parts: the inverse of `decode`, rounded to what the form can hold."""
-        raise NotImplementedError
+        """The matrix -> its parts: the inverse of `decode`, rounded to what the form can hold. By
+        default to the nearest level under the largest value's scale, as the libraries do.
+        """
+        from moetool.kernels import rounding
 
-    def grid(self, shape: Shape) -> Grid | None:
+        grid = self.grid(tuple(matrix.shape), params)
+        assert grid is not None
+        return self.pack(rounding.nearest(matrix, grid), params)
+
+    def grid(self, shape: Shape, params: Params) -> Grid | None:
         """What rounding methods aim at; None for a form that nobody rounds to."""
         return None
+
+    def pack(self, rounded: Rounded, params: Params) -> Sequence[Tensor]:
+        """Codes and scales -> the parts; forms with a grid have it."""
+        raise NotImplementedError
+
+    def misfit(self, target: Target, params: Params) -> str:
+        """Why a matrix of this shape cannot be stored so, for people; empty where it can."""
+        return "" if self.fits(target, params) else f"{self.name} does not hold such a tensor"
 
 
 def slabs(parts: Sequence[Stored | Target], shape: Shape, piece: Piece) -> tuple[Piece, ...] | None:

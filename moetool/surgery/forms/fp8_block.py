@@ -17,6 +17,7 @@ from moetool.surgery.forms.form import (
     Form,
     Params,
     Recognised,
+    Written,
     float_of,
     made_of,
     slabs,
@@ -99,13 +100,11 @@ class Fp8Block(Form):
             Piece(scale.name, (down, across), first * across, piece.source),
         )
 
-    def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
-    ) -> Config:
+    def config(self, config: Config, told: Config, written: Written) -> Config:
         said: JsonObject = dict(told["quantization_config"])
         named = [
             t.name.removesuffix(".weight")
-            for t in new
+            for t in written.new
             if len(t.shape) == 2 and t.name.endswith(".weight")
         ]
         if named:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from moetool.surgery.forms.form import Config, Form, Params, Recognised
+from moetool.surgery.forms.form import Config, Form, Params, Recognised, Written
 from moetool.surgery.spec import Stored, Target
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ class Full(Form):
     def recognise(self, tensors: Mapping[str, Stored], config: Config) -> Recognised | None:
         return None
 
-    def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
-    ) -> Config:
+    def config(self, config: Config, told: Config, written: Written) -> Config:
         return config
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:

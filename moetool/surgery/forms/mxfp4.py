@@ -16,6 +16,7 @@ from moetool.surgery.forms.form import (
     Form,
     Params,
     Recognised,
+    Written,
     float_of,
     made_of,
     slabs,
@@ -68,9 +69,7 @@ class Mxfp4(Form):
         """Whole stacks, and experts of them."""
         return super().pieces(parts, shape, piece, params) or slabs(parts, shape, piece)
 
-    def config(
-        self, config: Config, told: Config, matrices: Mapping[str, Target], new: Sequence[Target]
-    ) -> Config:
+    def config(self, config: Config, told: Config, written: Written) -> Config:
         return config | told
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:

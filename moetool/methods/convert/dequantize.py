@@ -1,0 +1,99 @@
+"""moetool dequantize: every matrix of a quantized checkpoint in full again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moetool.errors import MoetoolError
+from moetool.methods.contract import (
+    Builder,
+    Certificate,
+    Decisions,
+    Line,
+    Made,
+    Method,
+    ModelFacts,
+    Settings,
+    Summary,
+)
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
+from moetool.surgery import reform
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
+from moetool.surgery.plan import Outputs, Plan
+from moetool.surgery.spec import whole
+from moetool.surgery.text_model import text_model
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Dequantizing:
+    """The options of dequantize."""
+
+    dtype: str = option(
+        "auto",
+        "how decoded matrices are stored; auto: as the config says",
+        WHAT,
+        choices=("auto", *_DTYPES),
+    )
+
+
+class Dequantize(Method):
+    """Write every matrix of a quantized checkpoint in full again; all other tensors move byte for
+    byte.
+    """
+
+    Options = Dequantizing
+    examples = (
+        "moetool dequantize small full",
+        "moetool dequantize small full --dtype float32",
+        "moetool dequantize small full --dry-run",
+    )
+    options: Dequantizing
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        """Nothing to decide."""
+        return Decisions()
+
+    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
+        """Matrices decoded, everything else as it is."""
+        (source,) = sources
+        if not source.told:
+            raise MoetoolError(
+                "nothing in this checkpoint is quantized",
+                file=source.folder,
+                hint="`moetool quantize` does it; `moetool inspect` says what is there",
+            )
+        build = Builder()
+        for name, stored in source.tensors.items():
+            dtype = stored.dtype
+            if stored.parts and self.options.dtype != "auto":
+                dtype = _DTYPES[self.options.dtype]
+            build.copy(whole(stored), whole(build.target(name, dtype, stored.shape)))
+        wanted = Outputs(source.config, build.targets, build.tasks, {})
+        plan = reform.plan([source], wanted, max_shard=settings.max_shard, form="full")
+        certificate = Certificate("exact_if", f"values are rounded to {self.options.dtype} only")
+        return Made(plan, certificate, plan.config, {}, _facts(source, plan))
+
+    def lines(self, summary: Summary) -> list[Line]:
+        """The family, the experts, and how many parameters run."""
+        return ModelFacts.of(summary.facts).lines()
+
+
+def _facts(source: Checkpoint, plan: Plan) -> ModelFacts:
+    at = text_model(source.config)
+    mixture = Mixture.of(source) if at.layout.kind == "moe" else None
+    return ModelFacts(
+        source_type=at.layout.model_type,
+        target_type=at.layout.model_type,
+        layers=mixture.layers if mixture else (),
+        experts=mixture.experts if mixture else 0,
+        top_k=mixture.top_k if mixture else 0,
+        expert_width=mixture.width(mixture.layers[0]) if mixture else 0,
+        layout="full",
+        parameters=plan.parameters,
+        active_parameters=plan.active_parameters,
+    )

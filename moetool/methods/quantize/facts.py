@@ -1,0 +1,113 @@
+"""What a report says of a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moetool.data import JsonObject
+from moetool.methods.contract import Line
+from moetool.methods.quantize.scheme import Choice, Scheme
+from moetool.surgery import forms
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
+from moetool.surgery.plan import Plan
+from moetool.surgery.text_model import text_model
+from moetool.units import show_count
+
+
+@dataclass(frozen=True)
+class RoleFacts:
+    """One role: its format, how many matrices, their weights, and stored bits a weight."""
+
+    format: str
+    matrices: int
+    weights: int
+    bits: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Facts of a quantized model."""
+
+    source_type: str
+    method: str
+    loader: str
+    roles: Mapping[str, RoleFacts]
+    experts_quantized: int  # matrices of routed experts
+    experts_total: int
+    left: Mapping[str, str]  # matrices that stay as they are, and why
+    parameters: int
+    active_parameters: int
+    experts: int | None = None
+    top_k: int | None = None
+    expert_width: int | None = None
+
+    @property
+    def target_type(self) -> str:
+        return self.source_type
+
+    def as_json(self) -> JsonObject:
+        """The keys that stand in the report."""
+        return {
+            "source_type": self.source_type,
+            "target_type": self.target_type,
+            "rounding": self.method,
+            "loader": self.loader,
+            "roles": {k: vars(v) for k, v in self.roles.items()},
+            "experts_quantized": self.experts_quantized,
+            "experts_total": self.experts_total,
+            "left": dict(self.left),
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "expert_width": self.expert_width,
+        }
+
+    def lines(self) -> list[Line]:
+        """As the screen says them."""
+        each = [
+            f"{role} {r.format} ({show_count(r.weights)} at {r.bits:.3g} bits)"
+            for role, r in self.roles.items()
+        ]
+        counted = f"{self.experts_quantized}/{self.experts_total} expert matrices quantized"
+        experts = [Line("experts", counted)] if self.experts_total else []
+        return [
+            Line("formats", ", ".join(each)),
+            *experts,
+            Line("left full", f"{len(self.left)} matrices; the report names them"),
+            Line("loader", self.loader),
+        ]
+
+
+def of(
+    source: Checkpoint, scheme: Scheme, choice: Choice, plan: Plan, said: tuple[str, str]
+) -> Quantized:
+    """The facts; `said`: the way of rounding, and the loader."""
+    at = text_model(source.config)
+    roles = {}
+    for role, asked in scheme.roles.items():
+        mine = [m for n, m in choice.matrices.items() if m.role == role and n in choice.formats]
+        if not mine:
+            continue
+        weights = sum(prod(m.shape) for m in mine)
+        form = forms.named(asked.form)
+        stored = sum(form.bits(m.shape, asked.params) * prod(m.shape) for m in mine)
+        roles[role] = RoleFacts(str(asked), len(mine), weights, round(stored / weights, 4))
+    experts = [n for n, m in choice.matrices.items() if m.role == "experts"]
+    mixture = Mixture.of(source) if at.layout.kind == "moe" else None
+    return Quantized(
+        at.layout.model_type,
+        *said,
+        roles,
+        sum(n in choice.formats for n in experts),
+        len(experts),
+        choice.left,
+        plan.parameters,
+        plan.active_parameters,
+        mixture.experts if mixture else None,
+        mixture.top_k if mixture else None,
+        mixture.width(mixture.layers[0]) if mixture else None,
+    )

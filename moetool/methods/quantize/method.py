@@ -1,0 +1,145 @@
+"""moetool quantize: matrices in fewer bits, every expert or named as left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from moetool.methods.contract import (
+    Builder,
+    Certificate,
+    Decisions,
+    Line,
+    Made,
+    Report,
+    Settings,
+    Summary,
+)
+from moetool.methods.field import WHAT
+from moetool.methods.options import Gate, option
+from moetool.methods.quantize.options import Quantizing
+from moetool.methods.quantize.way import Job, Rounding
+from moetool.methods.several import Several
+from moetool.surgery import reform
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.plan import Outputs
+from moetool.surgery.spec import whole
+
+if TYPE_CHECKING:
+    from moetool.methods.quantize.facts import Quantized
+    from moetool.methods.quantize.scheme import Choice
+    from moetool.surgery.roles import Matrix
+
+
+def _help() -> str:
+    ways = "; ".join(f"{name}: {way.about()}" for name, way in Rounding.known().items())
+    return f"how weights are rounded. auto: gptq with text, else rtn. {ways}"
+
+
+@dataclass(frozen=True)
+class Asking(Quantizing):
+    """What quantize is told."""
+
+    method: str = option("auto", _help, WHAT, choices=lambda: ("auto", *Rounding.known()))
+
+
+class Quantize(Several):
+    """Store a model's matrices in fewer bits. Every expert is quantized or named as left out."""
+
+    Options = Asking
+    Base = Rounding
+    verb: ClassVar[str] = "quantize"
+    interruptible = True
+    examples = (
+        "moetool quantize demo small --format int4/32",
+        "moetool quantize SRC OUT --format int4 --calibrate text.jsonl",
+        'moetool quantize SRC OUT --plan "experts=int4/128,attn=int8/128"',
+    )
+    options: Asking
+    way: Rounding
+
+    def __init__(self, options: Asking, way: Rounding) -> None:
+        super().__init__(options)
+        self.way = way
+
+    @classmethod
+    def ways(cls) -> Mapping[str, type[Rounding]]:
+        return Rounding.known()
+
+    @classmethod
+    def named(cls, options: Asking) -> type[Rounding]:
+        if options.method != "auto":
+            return cls.ways()[options.method]
+        return cls.ways()["gptq" if options.has_text and "gptq" in cls.ways() else "rtn"]
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Quantize:
+        told = cls.split(values)
+        return cls(told.options, told.acting(told.options, told.own))
+
+    @property
+    def gate(self) -> Gate | None:
+        return self.options if self.options.gated or self.options.text else None
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        way: Rounding = self.way
+        return way.decide(Job(sources[0], self._choice(sources[0]), settings))
+
+    def _choice(self, source: Checkpoint) -> Choice:
+        from moetool.methods.quantize import scheme
+
+        return scheme.choose(source, scheme.Scheme.of(self.options))
+
+    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
+        """Every tensor as it is, but for the matrices that get a form."""
+        from moetool.methods.quantize import facts, scheme
+
+        source, asked = sources[0], scheme.Scheme.of(self.options)
+        choice = self._choice(source)
+        read = (source, *decisions.extra)
+        build = _built(read, choice)
+        wanted = Outputs(source.config, build.targets, build.tasks, {})
+        into = {
+            name: reform.Into(chosen.form, chosen.params, self.way.rounding)
+            for name, chosen in choice.formats.items()
+        }
+        plan = reform.plan(read, wanted, max_shard=settings.max_shard, form="full", into=into)
+        said = (self.way.name, self.options.for_)
+        certificate = Certificate("none", f"weights are rounded ({asked})", None)
+        return Made(plan, certificate, plan.config, {}, facts.of(source, asked, choice, plan, said))
+
+    def lines(self, summary: Summary) -> list[Line]:
+        return _quantized(summary).lines()
+
+    def card(self, report: Report) -> list[str]:
+        facts = _quantized(report)
+        each = ", ".join(f"{role} {r.format}" for role, r in facts.roles.items())
+        return [f"rounded by {facts.method}: {each}; moetool.json names what stayed full"]
+
+
+def _built(read: Sequence[Checkpoint], choice: Choice) -> Builder:
+    """Targets and tasks in file order: each matrix from what was solved for it, else its source."""
+    source, *solved = read
+    build, begun = Builder(), _by_tensor(choice)
+    for name, stored in source.tensors.items():
+        for matrix in begun.get(name, ()):
+            target = build.target(matrix.name, matrix.dtype, matrix.shape)
+            number = next((i for i, s in enumerate(solved, 1) if matrix.name in s.tensors), 0)
+            found = whole(read[number].tensor(matrix.name), number) if number else matrix.piece
+            build.copy(found, whole(target))
+        if name not in begun:
+            build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+    return build
+
+
+def _by_tensor(choice: Choice) -> dict[str, list[Matrix]]:
+    """Stored tensor -> the matrices that lie in it."""
+    found: dict[str, list[Matrix]] = {}
+    for matrix in choice.matrices.values():
+        found.setdefault(matrix.piece.name, []).append(matrix)
+    return found
+
+
+def _quantized(summary: Summary) -> Quantized:
+    return cast("Quantized", summary.facts)

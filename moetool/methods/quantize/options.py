@@ -1,0 +1,67 @@
+"""What `quantize` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetool.errors import UsageError
+from moetool.methods.field import FINE, WHAT
+from moetool.methods.options import Gate, Text, option
+from moetool.surgery import forms
+
+LOADERS = ("transformers5", "transformers4", "vllm", "llama.cpp", "mlx")
+
+
+@dataclass(frozen=True)
+class What:
+    """Which matrices become what."""
+
+    format: str = option(
+        "int4",
+        lambda: (
+            f"format of every linear, WORD or WORD/GROUP (int4/64): {', '.join(forms.formats())}"
+        ),
+        WHAT,
+        metavar="FORMAT",
+    )
+    group_size: int | None = option(
+        None,
+        "neighbours along the input that share a scale, where --format names none (0: a whole row)",
+        WHAT,
+        minimum=0,
+        metavar="N",
+    )
+    plan: str = option(
+        "",
+        "a format by role, instead of --format: experts=int4/128,attn=int8/128,shared=...,dense=...,"
+        "lm_head=...; full leaves a role as it is",
+        WHAT,
+        metavar="ROLE=FORMAT,...",
+    )
+    method: str = option("auto", "", WHAT)
+    for_: str = option(
+        "transformers5",
+        "the loader that must read it; what it reads wrongly is refused before any work",
+        WHAT,
+        choices=LOADERS,
+    )
+    force: bool = option(
+        False, "write what the loader of --for cannot read, and say so in the report", FINE
+    )
+
+
+@dataclass(frozen=True)
+class Quantizing(Gate, Text, What):
+    """Everything that quantize is told."""
+
+    def __post_init__(self) -> None:
+        if self.calibrate and self.stats:
+            raise UsageError(
+                "--calibrate and --stats exclude each other",
+                hint="a profile holds what calibration would see: give one of them",
+            )
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text, or what text showed."""
+        return bool(self.calibrate or self.stats)

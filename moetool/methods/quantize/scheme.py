@@ -1,0 +1,113 @@
+"""Which matrix gets which format: what the user asked for, held against what is there, before any
+work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moetool.errors import MoetoolError, UsageError, did_you_mean
+from moetool.methods.quantize.options import Quantizing
+from moetool.surgery import forms
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.forms import Asked
+from moetool.surgery.roles import ROLES, Matrix, Roles
+from moetool.surgery.spec import Target
+
+EVERY_LINEAR = ("experts", "shared", "dense", "attn")  # what --format means
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A format by role; a role that is not named stays as it is."""
+
+    roles: Mapping[str, Asked]
+
+    @classmethod
+    def of(cls, options: Quantizing) -> Scheme:
+        """What the options ask for; UsageError for words that mean nothing."""
+        if not options.plan:
+            asked = forms.asked(options.format, options.group_size)
+            return cls(dict.fromkeys(EVERY_LINEAR, asked))
+        roles: dict[str, Asked] = {}
+        for item in options.plan.split(","):
+            role, _, text = (part.strip() for part in item.partition("="))
+            if role not in ROLES or role in roles or not text:
+                raise UsageError(
+                    f"--plan {item!r} is no ROLE=FORMAT, or says a role twice",
+                    expected=f"a role of {', '.join(ROLES)}",
+                    found=role,
+                    hint=did_you_mean(role, ROLES),
+                )
+            if text != FULL:
+                roles[role] = forms.asked(text, options.group_size)
+        if not roles:
+            raise UsageError("--plan leaves everything full", hint="use `moetool dequantize`")
+        return cls(roles)
+
+    def __str__(self) -> str:
+        return ",".join(f"{role}={asked}" for role, asked in self.roles.items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Every matrix with its format, and those that stay as they are, by name with the reason."""
+
+    formats: Mapping[str, Asked]  # by the name in the output
+    matrices: Mapping[str, Matrix]
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+def choose(source: Checkpoint, scheme: Scheme) -> Choice:
+    """Formats for the matrices of a checkpoint. Raises MoetoolError for a matrix that cannot take
+    its format.
+    """
+    roles = Roles.of(source)
+    formats: dict[str, Asked] = {}
+    left = dict(roles.without)
+    for matrix in roles.matrices:
+        asked = scheme.roles.get(matrix.role)
+        if asked is None:
+            left[matrix.name] = f"the plan leaves {matrix.role} as they are"
+            continue
+        _check(source, matrix, asked)
+        formats[matrix.name] = asked
+    if not formats:
+        raise MoetoolError(
+            "nothing in this model takes part in the plan",
+            file=source.folder,
+            expected=f"matrices of {', '.join(scheme.roles)}",
+            found=", ".join(sorted({m.role for m in roles.matrices})) or "none",
+            hint="`moetool inspect` says what is there",
+        )
+    return Choice(formats, {m.name: m for m in roles.matrices}, left)
+
+
+def _check(source: Checkpoint, matrix: Matrix, asked: Asked) -> None:
+    """Refuse a matrix that its format cannot hold."""
+    target = Target(matrix.name, matrix.dtype, matrix.shape)
+    why = forms.named(asked.form).misfit(target, asked.params)
+    if why:
+        raise MoetoolError(
+            f"{asked} does not hold this matrix: {why}",
+            file=source.folder,
+            tensor=matrix.name,
+            found=f"{matrix.dtype} {list(matrix.shape)}",
+            hint=_advice(matrix, asked),
+        )
+
+
+def _advice(matrix: Matrix, asked: Asked) -> str:
+    """What to ask for instead."""
+    groups = forms.named(asked.form).formats[asked.word].groups
+    target = Target(matrix.name, matrix.dtype, matrix.shape)
+    able = [
+        f"{asked.word}/{group or 'channel'}"
+        for group in sorted(groups, reverse=True)
+        if forms.named(asked.form).fits(target, {**asked.params, "group": group})
+    ]
+    if able:
+        return f"ask for {' or '.join(able)}"
+    return f"leave these out with --plan ({matrix.role}=full), or choose another format"
