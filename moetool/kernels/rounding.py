@@ -137,3 +137,8 @@ def _power(most: Tensor, full: float) -> Tensor:
     bits = most.contiguous().view(integer).int() + (1 << (mantissa - 2))
     power = (bits >> mantissa << mantissa).to(integer).view(most.dtype).float()
     return torch.exp2(power.log2().floor() - math.floor(math.log2(full))).clamp(2.0**-127, 2.0**127)
+
+
+def searched(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Rounded:
+    """As `nearest`, in float32."""
+    return nearest(matrix.float(), grid)

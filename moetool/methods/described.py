@@ -45,7 +45,7 @@ class NamedWay:
     @property
     def needs_text(self) -> bool:
         """Whether it cannot do without."""
-        return self.cls.needs.text
+        return self.cls.needs_text()
 
     def as_json(self) -> JsonObject:
         """As a verb lists it."""

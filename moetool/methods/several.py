@@ -1,5 +1,5 @@
-"""Verbs that do their work in one of several ways, each a class in a file of its own with options of
-its own.
+"""Verbs that do their work in one of several ways, each a class in a file of its own, with its own
+options.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from moetool.methods.contract import Method
 from moetool.methods.field import Field, Value
 from moetool.methods.options import build
 from moetool.methods.options import fields as fields_of
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The options of a way that has none."""
 
 
 @dataclass(frozen=True)

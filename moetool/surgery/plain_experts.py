@@ -1,6 +1,4 @@
-"""Experts whose matrices are plain bytes in both layouts: single tensors, or stacked with gate above
-up.
-"""
+"""Experts whose matrices are plain bytes in both layouts: single, or stacked with gate over up."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ class PlainExperts:
             raise MoetoolError(
                 f"{at.layout.model_type} has no experts",
                 file=source.folder,
-                hint="`moetool upcycle` makes them",
+                hint="`moetool inspect` says what is there",
             )
         if not at.layout.fused():
             raise MoetoolError(

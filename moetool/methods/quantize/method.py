@@ -19,7 +19,7 @@ from moetool.methods.contract import (
 from moetool.methods.field import WHAT
 from moetool.methods.options import Gate, option
 from moetool.methods.quantize.options import Quantizing
-from moetool.methods.quantize.way import Job, Rounding
+from moetool.methods.quantize.way import Rounding, ToRound
 from moetool.methods.several import Several
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ class Quantize(Several):
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         way: Rounding = self.way
-        return way.decide(Job(sources[0], self._choice(sources[0]), settings))
+        return way.decide(ToRound(sources[0], self._choice(sources[0]), settings))
 
     def _choice(self, source: Checkpoint) -> Choice:
         from moetool.methods.quantize import scheme

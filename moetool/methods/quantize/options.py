@@ -13,7 +13,7 @@ LOADERS = ("transformers5", "transformers4", "vllm", "llama.cpp", "mlx")
 
 
 @dataclass(frozen=True)
-class What:
+class Formats:
     """Which matrices become what."""
 
     format: str = option(
@@ -51,7 +51,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class Quantizing(Gate, Text, What):
+class Quantizing(Gate, Text, Formats):
     """Everything that quantize is told."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.quantize.options import Quantizing
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.forms import Asked
+from moetool.surgery.forms import Spelled
 from moetool.surgery.roles import ROLES, Matrix, Roles
 from moetool.surgery.spec import Target
 
@@ -23,7 +23,7 @@ FULL = "full"
 class Scheme:
     """A format by role; a role that is not named stays as it is."""
 
-    roles: Mapping[str, Asked]
+    roles: Mapping[str, Spelled]
 
     @classmethod
     def of(cls, options: Quantizing) -> Scheme:
@@ -31,7 +31,7 @@ class Scheme:
         if not options.plan:
             asked = forms.asked(options.format, options.group_size)
             return cls(dict.fromkeys(EVERY_LINEAR, asked))
-        roles: dict[str, Asked] = {}
+        roles: dict[str, Spelled] = {}
         for item in options.plan.split(","):
             role, _, text = (part.strip() for part in item.partition("="))
             if role not in ROLES or role in roles or not text:
@@ -55,7 +55,7 @@ class Scheme:
 class Choice:
     """Every matrix with its format, and those that stay as they are, by name with the reason."""
 
-    formats: Mapping[str, Asked]  # by the name in the output
+    formats: Mapping[str, Spelled]  # by the name in the output
     matrices: Mapping[str, Matrix]
     left: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ def choose(source: Checkpoint, scheme: Scheme) -> Choice:
     its format.
     """
     roles = Roles.of(source)
-    formats: dict[str, Asked] = {}
+    formats: dict[str, Spelled] = {}
     left = dict(roles.without)
     for matrix in roles.matrices:
         asked = scheme.roles.get(matrix.role)
@@ -85,7 +85,7 @@ def choose(source: Checkpoint, scheme: Scheme) -> Choice:
     return Choice(formats, {m.name: m for m in roles.matrices}, left)
 
 
-def _check(source: Checkpoint, matrix: Matrix, asked: Asked) -> None:
+def _check(source: Checkpoint, matrix: Matrix, asked: Spelled) -> None:
     """Refuse a matrix that its format cannot hold."""
     target = Target(matrix.name, matrix.dtype, matrix.shape)
     why = forms.named(asked.form).misfit(target, asked.params)
@@ -99,7 +99,7 @@ def _check(source: Checkpoint, matrix: Matrix, asked: Asked) -> None:
         )
 
 
-def _advice(matrix: Matrix, asked: Asked) -> str:
+def _advice(matrix: Matrix, asked: Spelled) -> str:
     """What to ask for instead."""
     groups = forms.named(asked.form).formats[asked.word].groups
     target = Target(matrix.name, matrix.dtype, matrix.shape)

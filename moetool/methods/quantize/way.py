@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moetool import discover
 from moetool.data import JsonObject
+from moetool.methods.several import Nothing
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Decisions, Settings
@@ -18,12 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """No options of its own."""
-
-
-@dataclass(frozen=True)
-class Job:
+class ToRound:
     """What is to be rounded: a model, the format of each matrix, and how to work."""
 
     source: Checkpoint
@@ -56,11 +52,16 @@ class Rounding:
         """Its docstring on one line."""
         return " ".join((cls.__doc__ or "").split())
 
+    @classmethod
+    def needs_text(cls) -> bool:
+        """Whether it cannot do without text."""
+        return cls.text
+
     @property
     def rounding(self) -> JsonObject:
         return {}
 
-    def decide(self, job: Job) -> Decisions:
+    def decide(self, job: ToRound) -> Decisions:
         """What is solved before the plan (`extra`: a source whose matrices already have their
         forms, under the names of the output); by default nothing.
         """

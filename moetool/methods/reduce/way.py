@@ -18,6 +18,7 @@ from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.reduce.options import Reducing
+from moetool.methods.several import Nothing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,11 +48,6 @@ class Needs:
     covariance: bool = False
     weights: bool = False
     buffers: int = 0
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """The options of a way that has none."""
 
 
 class Way:
@@ -85,6 +81,11 @@ class Way:
     def about(cls) -> str:
         """Its docstring on one line."""
         return " ".join((cls.__doc__ or "").split())
+
+    @classmethod
+    def needs_text(cls) -> bool:
+        """Whether it cannot do without text."""
+        return cls.needs.text
 
     @property
     def called(self) -> str:

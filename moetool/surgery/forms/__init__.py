@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Asked",
     "Form",
     "Format",
     "Grid",
     "Known",
     "Recognised",
+    "Spelled",
     "Written",
     "asked",
     "count",
@@ -62,7 +62,7 @@ def forms() -> dict[str, Form]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Spelled:
     """A format as somebody asked for it: `int4/64` is the word int4 with a group of 64."""
 
     word: str
@@ -83,7 +83,7 @@ def formats() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def asked(text: str, group: int | None = None) -> Asked:
+def asked(text: str, group: int | None = None) -> Spelled:
     """`int4`, `int4/64` or `int4/channel` -> form and params; `group` stands where the text has
     none. UsageError for an unknown word, or a group that the format has not.
     """
@@ -97,7 +97,7 @@ def asked(text: str, group: int | None = None) -> Asked:
     found = named(name).formats[word]
     wanted: int | str | None = size if slash else group
     if wanted is None:
-        return Asked(word, name, dict(found.params))
+        return Spelled(word, name, dict(found.params))
     number = 0 if wanted == "channel" else wanted
     if not str(number).isdigit() or int(number) not in found.groups:
         sizes = ", ".join(str(g or "channel") for g in found.groups)
@@ -107,7 +107,7 @@ def asked(text: str, group: int | None = None) -> Asked:
             found=wanted,
             hint=f"for example {word}/{sizes.partition(',')[0]}" if sizes else f"use {word}",
         )
-    return Asked(word, name, {**found.params, "group": int(number)})
+    return Spelled(word, name, {**found.params, "group": int(number)})
 
 
 def named(name: str) -> Form:

@@ -88,7 +88,7 @@ class PackedInt(CompressedTensors):
         codes, scales = rounded.codes, rounded.scales
         shape = torch.tensor(codes.shape, dtype=torch.int64)
         words = packing.words(codes, params["bits"])
-        return words, scales.to(torch.bfloat16), shape.to(codes.device)
+        return [words, scales.to(torch.bfloat16), shape.to(codes.device)]
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import packing
