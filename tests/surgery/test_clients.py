@@ -1,0 +1,126 @@
+"""The data of loaders: read strictly, whole over every format, and its rules."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from moetool.errors import MoetoolError
+from moetool.methods.quantize.options import LOADERS
+from moetool.surgery import clients, forms
+from moetool.surgery.clients import Planned
+
+INT4 = {"bits": 4, "group": 128}
+INT8 = {"bits": 8, "group": 128}
+
+
+def test_the_loaders_are_those_that_quantize_may_be_told_of() -> None:
+    assert tuple(clients.clients()) == LOADERS
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_format_has_a_verdict_of_every_loader(loader) -> None:
+    asked = [forms.asked(word) for word in forms.formats()]
+    assert len(asked) >= 7
+    for one in asked:
+        for moe in (False, True):
+            given = clients.verdict(loader, one.form, one.params, moe=moe)
+            assert given.state in clients.STATES and given.version
+            assert given.works or given.why
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"colour": 1}, "colour"),
+        ({"forms": {"a": [{"both": {"state": "works", "known": "run", "more": 1}}]}}, "more"),
+        ({"forms": {"a": [{"both": {"state": "works", "known": "run"}, "if": {}}]}}, "if"),
+        ({"forms": {"a": [{"both": {"state": "refuses", "known": "run"}}]}}, "reason"),
+        ({"forms": {"a": [{"both": {"state": "works", "known": "run", "why": "x"}}]}}, "reason"),
+        ({"forms": {"a": [{"both": {"state": "perhaps", "known": "run"}}]}}, "perhaps"),
+        ({"rules": [{"kind": "none", "forms": [], "why": "x", "known": "run"}]}, "none"),
+        ({"rules": [{"kind": "whole", "forms": [], "why": "", "known": "run"}]}, "reason"),
+        ({"rules": [{"kind": "whole", "forms": [], "why": "x", "known": "run", "y": 1}]}, "y"),
+    ],
+)
+def test_what_is_not_known_is_an_error(tmp_path, change, said) -> None:
+    path = tmp_path / "clients.json"
+    entry = {"about": "a loader", "version": "1", "forms": {}}
+    path.write_text(json.dumps({"one": entry}))
+    assert clients.read(path)["one"].version == "1"
+    path.write_text(json.dumps({"one": entry | change}))
+    with pytest.raises(MoetoolError, match=said):
+        clients.read(path)
+
+
+def test_an_unknown_loader_names_the_nearest() -> None:
+    with pytest.raises(MoetoolError, match=r"did you mean vllm\?"):
+        clients.verdict("vlm", "packed_int", INT4, moe=True)
+
+
+def test_what_nobody_tried_says_so() -> None:
+    given = clients.verdict("transformers5", "no_such_form", {}, moe=True)
+    assert (given.state, given.known) == ("untried", "untried") and not given.works
+
+
+def _experts(form, params, name="a", **more) -> Planned:
+    return Planned("experts", form, params, name=name, **more)
+
+
+@pytest.mark.parametrize(
+    ("loader", "scheme", "said"),
+    [
+        ("transformers5", [_experts("packed_int", INT4), Planned("attn", "packed_int", INT8)], ""),
+        ("transformers5", [_experts("packed_int", INT4), Planned("attn", "full")], ""),
+        (
+            "transformers5",
+            [_experts("packed_int", INT4), _experts("packed_int", INT8, "b")],
+            "experts in two formats",
+        ),
+        (
+            "transformers5",
+            [_experts("full", {}, "x"), Planned("attn", "packed_int", INT4)],
+            r"experts left full beside packed_int attn \(x\)",
+        ),
+        ("transformers5", [_experts("full", {}), Planned("attn", "nf4", {})], ""),
+        ("transformers5", [Planned("embed", "packed_int", INT8)], "packed_int embed"),
+        ("transformers5", [_experts("nvfp4", {})], "reads wrongly nvfp4 experts"),
+        ("transformers5", [Planned("attn", "nvfp4", {})], ""),
+        (
+            "transformers5",
+            [Planned("attn", "fp8_block", {"block": [128, 128]}, "fp8-block", "kv", (576, 512))],
+            r"fp8-block attn kv \[576, 512\], which \[128, 128\] does not divide",
+        ),
+        (
+            "transformers5",
+            [Planned("attn", "fp8_block", {"block": [128, 128]}, shape=(256, 512))],
+            "",
+        ),
+        ("transformers4", [_experts("packed_int", INT4), _experts("packed_int", INT8)], ""),
+        (
+            "vllm",
+            [_experts("packed_int", INT4, layer=0), _experts("packed_int", INT8, layer=1)],
+            "",
+        ),
+        (
+            "vllm",
+            [_experts("packed_int", INT4, layer=3), _experts("packed_int", INT8, layer=3)],
+            "experts of layer 3 in two formats",
+        ),
+        ("vllm", [_experts("packed_int", {"bits": 3, "group": 128})], "4 or 8 bits"),
+        ("vllm", [Planned("attn", "packed_int", {"bits": 3, "group": 128})], ""),
+        ("llama.cpp", [Planned("attn", "packed_int", INT4, "int4/128")], "GGUF files alone"),
+    ],
+)
+def test_what_is_written_together_is_held_against_the_rules(loader, scheme, said) -> None:
+    found = clients.refusals(loader, scheme)
+    assert len(found) == bool(said)
+    assert not said or re.search(said, found[0]), found
+
+
+def test_a_reason_stands_once_however_many_matrices_there_are() -> None:
+    scheme = [_experts("nvfp4", {}, str(n)) for n in range(400)]
+    (found,) = clients.refusals("transformers5", scheme)
+    assert "tried with transformers 5" in found
