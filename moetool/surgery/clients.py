@@ -25,7 +25,7 @@ _OTHER = "*"  # any form that a loader's entry does not name
 
 
 @dataclass(frozen=True)
-class Planned:
+class Assigned:
     """A matrix of an output: what it is for and how it will be stored. `said`: the format as the
     user spelled it.
     """
@@ -122,7 +122,7 @@ class Demand:
         lists: JsonObject = {k: tuple(data[k]) for k in ("forms", "roles") if k in data}
         return cls(**(data | lists))
 
-    def refusal(self, asked: Sequence[Planned]) -> str:
+    def refusal(self, asked: Sequence[Assigned]) -> str:
         """What breaks it, in words; empty where nothing does."""
         return _RULES[self.kind](self, [a for a in asked if a.form in (*self.forms, _FULL)])
 
@@ -144,8 +144,8 @@ class Client:
         return cls(forms=forms, rules=tuple(map(Demand.read, rest.pop("rules", ()))), **rest)
 
 
-def _alike(rule: Demand, asked: Sequence[Planned]) -> str:
-    seen: dict[int | None, Planned] = {}
+def _alike(rule: Demand, asked: Sequence[Assigned]) -> str:
+    seen: dict[int | None, Assigned] = {}
     for one in (a for a in asked if a.role == _EXPERTS and a.form != _FULL):
         first = seen.setdefault(one.layer if rule.within == "layer" else None, one)
         if (first.form, first.params) != (one.form, one.params):
@@ -154,17 +154,17 @@ def _alike(rule: Demand, asked: Sequence[Planned]) -> str:
     return ""
 
 
-def _whole(rule: Demand, asked: Sequence[Planned]) -> str:
+def _whole(rule: Demand, asked: Sequence[Assigned]) -> str:
     full = [a for a in asked if a.role == _EXPERTS and a.form == _FULL]
     other = [a for a in asked if a.form != _FULL]
     return f"experts left full beside {other[0].what} ({full[0].name})" if full and other else ""
 
 
-def _never(rule: Demand, asked: Sequence[Planned]) -> str:
+def _never(rule: Demand, asked: Sequence[Assigned]) -> str:
     return next((a.what for a in asked if a.role in rule.roles and a.form != _FULL), "")
 
 
-def _divided(rule: Demand, asked: Sequence[Planned]) -> str:
+def _divided(rule: Demand, asked: Sequence[Assigned]) -> str:
     for one in (a for a in asked if a.form != _FULL):
         blocks = one.params.get(rule.by) or ()
         if any(n % b for n, b in zip(one.shape[-2:], blocks, strict=False)):
@@ -216,7 +216,7 @@ def verdict(loader: str, form: str, params: JsonObject, *, moe: bool) -> Verdict
     return Verdict("untried", "nobody has tried it", told.version, "untried")
 
 
-def refusals(loader: str, scheme: Iterable[Planned]) -> list[str]:
+def refusals(loader: str, scheme: Iterable[Assigned]) -> list[str]:
     """Why a loader would not read these matrices as they are meant, a sentence for each reason;
     empty where it reads them all. MoetoolError for an unknown loader.
     """
@@ -235,7 +235,7 @@ def refusals(loader: str, scheme: Iterable[Planned]) -> list[str]:
     return list(found)
 
 
-def _sentence(loader: str, one: Planned, given: Verdict) -> str:
+def _sentence(loader: str, one: Assigned, given: Verdict) -> str:
     verb = {"refuses": "does not read", "wrong": "reads wrongly", "untried": "may not read"}
     why, evidence = given.why, _evidence(given.known, given.version)
     return f"{loader} {verb[given.state]} {one.what}: {why} ({evidence})"

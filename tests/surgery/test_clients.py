@@ -10,7 +10,7 @@ import pytest
 from moetool.errors import MoetoolError
 from moetool.methods.quantize.options import LOADERS
 from moetool.surgery import clients, forms
-from moetool.surgery.clients import Planned
+from moetool.surgery.clients import Assigned
 
 INT4 = {"bits": 4, "group": 128}
 INT8 = {"bits": 8, "group": 128}
@@ -65,15 +65,15 @@ def test_what_nobody_tried_says_so() -> None:
     assert (given.state, given.known) == ("untried", "untried") and not given.works
 
 
-def _experts(form, params, name="a", **more) -> Planned:
-    return Planned("experts", form, params, name=name, **more)
+def _experts(form, params, name="a", **more) -> Assigned:
+    return Assigned("experts", form, params, name=name, **more)
 
 
 @pytest.mark.parametrize(
     ("loader", "scheme", "said"),
     [
-        ("transformers5", [_experts("packed_int", INT4), Planned("attn", "packed_int", INT8)], ""),
-        ("transformers5", [_experts("packed_int", INT4), Planned("attn", "full")], ""),
+        ("transformers5", [_experts("packed_int", INT4), Assigned("attn", "packed_int", INT8)], ""),
+        ("transformers5", [_experts("packed_int", INT4), Assigned("attn", "full")], ""),
         (
             "transformers5",
             [_experts("packed_int", INT4), _experts("packed_int", INT8, "b")],
@@ -81,21 +81,21 @@ def _experts(form, params, name="a", **more) -> Planned:
         ),
         (
             "transformers5",
-            [_experts("full", {}, "x"), Planned("attn", "packed_int", INT4)],
+            [_experts("full", {}, "x"), Assigned("attn", "packed_int", INT4)],
             r"experts left full beside packed_int attn \(x\)",
         ),
-        ("transformers5", [_experts("full", {}), Planned("attn", "nf4", {})], ""),
-        ("transformers5", [Planned("embed", "packed_int", INT8)], "packed_int embed"),
+        ("transformers5", [_experts("full", {}), Assigned("attn", "nf4", {})], ""),
+        ("transformers5", [Assigned("embed", "packed_int", INT8)], "packed_int embed"),
         ("transformers5", [_experts("nvfp4", {})], "reads wrongly nvfp4 experts"),
-        ("transformers5", [Planned("attn", "nvfp4", {})], ""),
+        ("transformers5", [Assigned("attn", "nvfp4", {})], ""),
         (
             "transformers5",
-            [Planned("attn", "fp8_block", {"block": [128, 128]}, "fp8-block", "kv", (576, 512))],
+            [Assigned("attn", "fp8_block", {"block": [128, 128]}, "fp8-block", "kv", (576, 512))],
             r"fp8-block attn kv \[576, 512\], which \[128, 128\] does not divide",
         ),
         (
             "transformers5",
-            [Planned("attn", "fp8_block", {"block": [128, 128]}, shape=(256, 512))],
+            [Assigned("attn", "fp8_block", {"block": [128, 128]}, shape=(256, 512))],
             "",
         ),
         ("transformers4", [_experts("packed_int", INT4), _experts("packed_int", INT8)], ""),
@@ -110,8 +110,8 @@ def _experts(form, params, name="a", **more) -> Planned:
             "experts of layer 3 in two formats",
         ),
         ("vllm", [_experts("packed_int", {"bits": 3, "group": 128})], "4 or 8 bits"),
-        ("vllm", [Planned("attn", "packed_int", {"bits": 3, "group": 128})], ""),
-        ("llama.cpp", [Planned("attn", "packed_int", INT4, "int4/128")], "GGUF files alone"),
+        ("vllm", [Assigned("attn", "packed_int", {"bits": 3, "group": 128})], ""),
+        ("llama.cpp", [Assigned("attn", "packed_int", INT4, "int4/128")], "GGUF files alone"),
     ],
 )
 def test_what_is_written_together_is_held_against_the_rules(loader, scheme, said) -> None:
