@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     Verb = Callable[..., JsonObject]
     convert_layout: Verb
+    dequantize: Verb
     eval: Verb
     merge: Verb
     plan: Callable[..., Plan]
     profile: Verb
     prune: Verb
+    quantize: Verb
     run: Verb
     upcycle: Verb
     verify: Verb
@@ -36,12 +38,14 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "convert_layout",
+    "dequantize",
     "eval",
     "inspect",
     "merge",
     "plan",
     "profile",
     "prune",
+    "quantize",
     "run",
     "upcycle",
     "verify",

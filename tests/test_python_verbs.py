@@ -22,6 +22,8 @@ WRITING = {
     "upcycle": "upcycle",
     "prune": "prune",
     "merge": "merge",
+    "quantize": "quantize",
+    "dequantize": "dequantize",
     "convert_layout": "convert-layout",
 }
 COMMON = fields(Common)

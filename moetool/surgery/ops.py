@@ -269,6 +269,9 @@ def _converging(results: Iterable[Array], task: Task) -> Iterator[Array]:
     """
     try:
         yield from results
+    except MoetoolError as problem:
+        problem.where.setdefault("tensor", task.outputs[0].name)
+        raise
     except (ArithmeticError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "LinAlgError" not in type(problem).__name__:
             raise  # torch's own name is not asked for here: `draw` and `fill` run without torch

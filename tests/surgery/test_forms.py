@@ -84,7 +84,7 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_forms_there_are() -> None:
-    assert list(forms.forms()) == ["factored", "fp8_block", "full", "mxfp4", "packed_int"]
+    assert list(forms.forms()) == ["bitnet", "factored", "fp8_block", "full", "mxfp4", "packed_int"]
     with pytest.raises(MoetoolError, match="no form 'fp8_blok'"):
         forms.named("fp8_blok")
 

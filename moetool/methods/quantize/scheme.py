@@ -5,7 +5,7 @@ work.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.methods.quantize.options import Quantizing
@@ -29,8 +29,7 @@ class Scheme:
     def of(cls, options: Quantizing) -> Scheme:
         """What the options ask for; UsageError for words that mean nothing."""
         if not options.plan:
-            asked = forms.asked(options.format, options.group_size)
-            return cls(dict.fromkeys(EVERY_LINEAR, asked))
+            return cls(dict.fromkeys(EVERY_LINEAR, _spelled(options.format, options)))
         roles: dict[str, Spelled] = {}
         for item in options.plan.split(","):
             role, _, text = (part.strip() for part in item.partition("="))
@@ -42,13 +41,21 @@ class Scheme:
                     hint=did_you_mean(role, ROLES),
                 )
             if text != FULL:
-                roles[role] = forms.asked(text, options.group_size)
+                roles[role] = _spelled(text, options)
         if not roles:
             raise UsageError("--plan leaves everything full", hint="use `moetool dequantize`")
         return cls(roles)
 
     def __str__(self) -> str:
         return ",".join(f"{role}={asked}" for role, asked in self.roles.items())
+
+
+def _spelled(text: str, options: Quantizing) -> Spelled:
+    """A format with its params, under --force those that take any matrix."""
+    asked = forms.asked(text, options.group_size)
+    if not options.force:
+        return asked
+    return replace(asked, params=forms.named(asked.form).forced(asked.params))
 
 
 @dataclass(frozen=True)

@@ -212,14 +212,13 @@ def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterato
 
 
 def _parts(matrix: Tensor, entry: Params) -> Sequence[Tensor]:
-    """The parts of a matrix: as its form rounds, or as `rounding` says ({"search": "mse"}: under
-    the scale of least squared error).
+    """The parts of a matrix: as its form rounds, or where it has a grid as `rounding` says
+    ({"search": "mse"}: under the scale of least squared error).
     """
     form, params = named(entry["form"]), entry.get("params", {})
-    if "rounding" not in entry:
+    grid = form.grid(tuple(matrix.shape), params)
+    if "rounding" not in entry or grid is None:
         return form.encode(matrix, params)
     from moetool.kernels import rounding
 
-    grid = form.grid(tuple(matrix.shape), params)
-    assert grid is not None
     return form.pack(rounding.searched(matrix, grid), params)

@@ -126,6 +126,10 @@ class Form:
         """Codes and scales -> the parts; forms with a grid have it."""
         raise NotImplementedError
 
+    def forced(self, params: Params) -> Params:
+        """The params under --force: forms that refuse some matrices by their values take them."""
+        return params
+
     def misfit(self, target: Target, params: Params) -> str:
         """Why a matrix of this shape cannot be stored so, for people; empty where it can."""
         return "" if self.fits(target, params) else f"{self.name} does not hold such a tensor"

@@ -1,0 +1,55 @@
+"""Matrices of -1, 0 and 1 times one scale, four codes a byte along the output dimension
+(transformers' integrations/bitnet.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+_CODES = 4  # a byte
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """`codes` int8 of -1, 0, 1; `scale` a float32 number; `error`: what rounding lost, relative to
+    the matrix (Frobenius); `exact`: whether every value was one of -s, 0, s already.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    error: float
+    exact: bool
+
+
+def rounded(matrix: Tensor) -> Ternary:
+    """[out, in] -> the nearest of -1, 0, 1 times the mean magnitude (arXiv 2402.17764); a matrix
+    that already is ternary keeps its own scale, and so its values.
+    """
+    wide = matrix.float()
+    size = wide.abs()
+    most = size.max() if size.numel() else wide.new_zeros(())
+    exact = bool(((size == 0) | (size == most)).all()) if not matrix.is_meta else True
+    scale = most if exact else size.mean().clamp(min=1e-5)
+    codes = (wide / scale.clamp(min=1e-38)).round_().clamp_(-1, 1)
+    if matrix.is_meta:
+        return Ternary(codes.to(torch.int8), scale, 0.0, True)
+    lost = (codes * scale - wide).norm() / wide.norm().clamp(min=1e-38)
+    return Ternary(codes.to(torch.int8), scale, float(lost), exact)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """int8 [out, in] -> uint8 [out / 4, in]: the i-th quarter of the rows in bits 2i and 2i + 1."""
+    quarters = (codes + 1).to(torch.uint8).reshape(_CODES, -1, codes.shape[1])
+    made = quarters[0].clone()
+    for i in range(1, _CODES):
+        made |= quarters[i] << 2 * i
+    return made
+
+
+def unpacked(bytes_: Tensor) -> Tensor:
+    """The inverse of `packed`, in float32."""
+    quarters = [(bytes_ >> 2 * i) & 3 for i in range(_CODES)]
+    return torch.cat(quarters).float() - 1.0
