@@ -12,6 +12,8 @@ from functools import cached_property
 # The largest scale that a dtype holds; E8M0 is a power of two, stored as its exponent + 127.
 LARGEST = {"BF16": 3.3895313892515355e38, "F16": 65504.0, "F32": 3.4028234663852886e38}
 LARGEST["E8M0"] = 2.0**127
+# The least magnitude whose inverse is finite.
+LEAST = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126, "E8M0": 2.0**-127}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The quantiles of a normal distribution of QLoRA (arXiv 2305.14314), as bitsandbytes has them.
 _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

@@ -135,3 +135,85 @@ def test_equal_to_bitsandbytes(dtype: str, name: str) -> None:
     assert torch.equal(made.scales.flatten(), state.absmax)
     stock = functional.dequantize_4bit(packed, state)
     assert torch.equal(rounding.values(made, grid).to(stock.dtype), stock)
+
+
+def by_trying(weights: torch.Tensor, grid: Grid, importance: torch.Tensor) -> torch.Tensor:
+    """Least squared error of each group [groups], weighted, over 400 scales of each sign."""
+    groups = weights.double().reshape(-1, grid.shared(weights.shape[-1]))
+    heavy = importance.double().expand_as(weights).reshape(groups.shape)
+    best = torch.full((len(groups),), math.inf, dtype=torch.float64)
+    for factor in torch.linspace(0.25, 1.25, 400, dtype=torch.float64):
+        for sign in (1, -1) if grid.signed else (1,):
+            scale = groups.abs().amax(-1, keepdim=True) / grid.full * factor * sign
+            scale = rounding.stored(scale, grid).double()
+            levels = (groups / scale).round().clamp(grid.levels[0], grid.levels[-1])
+            best = torch.minimum(best, ((levels * scale - groups) ** 2 * heavy).sum(-1))
+    return best
+
+
+SOUGHT = {
+    "int2": grids.integers(2, 64, "BF16"),
+    "int3": grids.integers(3, 128, "BF16"),
+    "int4": grids.integers(4, 128, "BF16"),
+    "int4-positive": grids.integers(4, 32, "F16", signed=False),
+    "int8": grids.integers(8, 0, "F32"),
+}
+
+
+@pytest.mark.parametrize("name", SOUGHT)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_search_is_nearly_exhaustive(name: str, weighted: bool) -> None:
+    grid = SOUGHT[name]
+    torch.manual_seed(1)
+    weights = torch.distributions.StudentT(6.0).sample((48, 256)) * 0.02
+    importance = torch.rand(256).square() + 0.01 if weighted else torch.ones(256)
+    made = rounding.searched(weights, grid, importance if weighted else None)
+    assert torch.equal(rounding.stored(made.scales, grid), made.scales)
+    assert grid.signed or bool((made.scales > 0).all())
+
+    def error(found: rounding.Rounded) -> float:
+        left = rounding.values(found, grid).double() - weights.double()
+        return float((left**2 * importance).sum())
+
+    exhaustive = float(by_trying(weights, grid, importance).sum())
+    assert error(made) < exhaustive * 1.02
+    assert error(made) < error(rounding.nearest(weights, grid)) * 0.97
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "nf4", "fp4"])
+def test_the_search_is_better_than_the_largest_magnitude(name: str) -> None:
+    grid = GRIDS[name]
+    torch.manual_seed(2)
+    weights = torch.randn(32, 256)
+    found = [f(weights, grid) for f in (rounding.searched, rounding.nearest)]
+    errors = [float((rounding.values(r, grid) - weights).double().square().sum()) for r in found]
+    assert errors[0] < errors[1]
+    assert torch.equal(rounding.stored(found[0].scales, grid), found[0].scales)
+
+
+def test_a_stack_is_searched_as_its_matrices_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    weights, importance = torch.randn(3, 40, 256), torch.rand(3, 256)
+    grid = SOUGHT["int4"]
+    each = [rounding.searched(w, grid, i) for w, i in zip(weights, importance, strict=True)]
+    monkeypatch.setattr(rounding, "_CHUNK", 1000)
+    monkeypatch.setattr(rounding, "_TILE", 700)
+    whole = rounding.searched(weights, grid, importance)
+    assert torch.equal(whole.codes, torch.stack([m.codes for m in each]))
+    assert torch.equal(whole.scales, torch.stack([m.scales for m in each]))
+
+
+@pytest.mark.parametrize("name", [*GRIDS, *SOUGHT])
+def test_strange_weights_are_searched_too(name: str) -> None:
+    grid = {**GRIDS, **SOUGHT}[name]
+    weights = torch.zeros(7, 256)
+    weights[1] = 1e-43
+    weights[2, 0] = 3e38
+    weights[3] = 0.25
+    weights[4, 5] = math.nan
+    weights[5, 7] = -math.inf
+    weights[6] = torch.linspace(-1e20, 1e20, 256)
+    made = rounding.searched(weights, grid)
+    found = rounding.values(made, grid)
+    assert not found[0].any() and bool(made.scales.isfinite().all())
+    assert float((found[3] - 0.25).abs().max()) < 0.01
