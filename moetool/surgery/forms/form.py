@@ -130,6 +130,12 @@ class Form:
         """The params under --force: forms that refuse some matrices by their values take them."""
         return params
 
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
+        """The codes and scales of [out, in] parts, for who checks what was written: the inverse of
+        `pack`. None where a form does not say.
+        """
+        return None
+
     def misfit(self, target: Target, params: Params) -> str:
         """Why a matrix of this shape cannot be stored so, for people; empty where it can."""
         return "" if self.fits(target, params) else f"{self.name} does not hold such a tensor"
