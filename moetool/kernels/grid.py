@@ -83,7 +83,7 @@ def e4m3(group: int, scale: str) -> Grid:
 
 
 def e2m1(group: int, scale: str) -> Grid:
-    """FP4 of the OCP formats, both zeros: level i is code 15 - i below the zero at 8, else i - 8."""
+    """FP4 of OCP, both zeros: level i is code 15 - i below the zero at 8, else code i - 8."""
     return Grid(_mirrored(_E2M1), group, 6.0, scale, signed=scale != "E8M0")
 
 

@@ -1,5 +1,5 @@
-"""Rounding to grids: against loops in float64, and against compressed-tensors and bitsandbytes where
-they are installed.
+"""Rounding to grids: against loops in float64, and against compressed-tensors and bitsandbytes
+where they are installed.
 """
 
 from __future__ import annotations
