@@ -21,13 +21,14 @@ FILE = DATA / "clients.json"
 STATES = ("works", "refuses", "wrong", "untried")
 KNOWN = ("run", "source", "untried")
 _EXPERTS, _FULL = "experts", "full"
+_STACK = 3  # axes of experts in one tensor, which a loader of single matrices does not look for
 _OTHER = "*"  # any form that a loader's entry does not name
 
 
 @dataclass(frozen=True)
 class Assigned:
     """A matrix of an output: what it is for and how it will be stored. `said`: the format as the
-    user spelled it.
+    user spelled it; `bias`: whether its linear adds one.
     """
 
     role: str
@@ -37,6 +38,7 @@ class Assigned:
     name: str = ""
     shape: tuple[int, ...] = ()
     layer: int | None = None
+    bias: bool = False
 
     @property
     def what(self) -> str:
@@ -100,11 +102,12 @@ class Case:
 @dataclass(frozen=True)
 class Demand:
     """What must hold of a whole output. `kind`: alike (experts share form and params, within a
-    model or a layer), whole (no expert stays full beside others in `forms`), never (a role of
-    `roles` in these forms), divided (params[`by`] divides both widths).
+    model or a layer), whole (no single expert stays full beside `forms`), never (a role of `roles`
+    in these forms), divided (params[`by`] divides both widths), unbiased (no linear adds a bias).
     """
 
     kind: str
+    state: str
     forms: tuple[str, ...]
     why: str
     known: str
@@ -113,8 +116,10 @@ class Demand:
     by: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in _RULES or self.known not in KNOWN or not self.why:
-            raise TypeError(f"rule {self.kind!r}: known are {', '.join(_RULES)}; it needs a reason")
+        if self.kind not in _RULES or self.state not in STATES[1:] or self.known not in KNOWN:
+            raise TypeError(f"{self.kind}, {self.state}: a rule is one of {', '.join(_RULES)}")
+        if not self.why:
+            raise TypeError(f"rule {self.kind} without a reason")
 
     @classmethod
     def read(cls, data: JsonObject) -> Demand:
@@ -155,7 +160,7 @@ def _alike(rule: Demand, asked: Sequence[Assigned]) -> str:
 
 
 def _whole(rule: Demand, asked: Sequence[Assigned]) -> str:
-    full = [a for a in asked if a.role == _EXPERTS and a.form == _FULL]
+    full = [a for a in asked if a.role == _EXPERTS and a.form == _FULL and len(a.shape) != _STACK]
     other = [a for a in asked if a.form != _FULL]
     return f"experts left full beside {other[0].what} ({full[0].name})" if full and other else ""
 
@@ -172,7 +177,17 @@ def _divided(rule: Demand, asked: Sequence[Assigned]) -> str:
     return ""
 
 
-_RULES = {"alike": _alike, "whole": _whole, "never": _never, "divided": _divided}
+def _unbiased(rule: Demand, asked: Sequence[Assigned]) -> str:
+    return next((f"{a.what} {a.name} with a bias" for a in asked if a.bias and a.form != _FULL), "")
+
+
+_RULES = {
+    "alike": _alike,
+    "whole": _whole,
+    "never": _never,
+    "divided": _divided,
+    "unbiased": _unbiased,
+}
 
 
 @lru_cache(maxsize=1)
@@ -216,31 +231,38 @@ def verdict(loader: str, form: str, params: JsonObject, *, moe: bool) -> Verdict
     return Verdict("untried", "nobody has tried it", told.version, "untried")
 
 
-def refusals(loader: str, scheme: Iterable[Assigned]) -> list[str]:
-    """Why a loader would not read these matrices as they are meant, a sentence for each reason;
-    empty where it reads them all. MoetoolError for an unknown loader.
+@dataclass(frozen=True)
+class Refusal:
+    """Why a loader would not read an output as it is meant: what it would do, and a sentence."""
+
+    state: str
+    said: str
+
+
+def refusals(loader: str, scheme: Iterable[Assigned]) -> list[Refusal]:
+    """Why a loader would not read these matrices as they are meant, each reason once; empty where
+    it reads them all. MoetoolError for an unknown loader.
     """
     asked, told = list(scheme), client(loader)
-    found: dict[str, None] = {}
+    found: dict[Refusal, None] = {}
     for one in asked:
         if one.form == _FULL:
             continue
         given = verdict(loader, one.form, one.params, moe=one.role == _EXPERTS)
         if not given.works:
-            found[_sentence(loader, one, given)] = None
+            said = _sentence(loader, given.state, one.what, given)
+            found[Refusal(given.state, said)] = None
     for rule in told.rules:
         if problem := rule.refusal(asked):
-            evidence = _evidence(rule.known, told.version)
-            found[f"{loader} does not take {problem}: {rule.why} ({evidence})"] = None
+            given = Verdict(rule.state, rule.why, told.version, rule.known)
+            found[Refusal(rule.state, _sentence(loader, rule.state, problem, given))] = None
     return list(found)
 
 
-def _sentence(loader: str, one: Assigned, given: Verdict) -> str:
-    verb = {"refuses": "does not read", "wrong": "reads wrongly", "untried": "may not read"}
-    why, evidence = given.why, _evidence(given.known, given.version)
-    return f"{loader} {verb[given.state]} {one.what}: {why} ({evidence})"
+_VERBS = {"refuses": "does not read", "wrong": "reads wrongly", "untried": "may not read"}
+_EVIDENCE = {"run": "tried with", "source": "source of", "untried": "not tried with"}
 
 
-def _evidence(known: str, version: str) -> str:
-    words = {"run": "tried with", "source": "source of", "untried": "not tried with"}
-    return f"{words[known]} {version}"
+def _sentence(loader: str, state: str, what: str, given: Verdict) -> str:
+    evidence = f"{_EVIDENCE[given.known]} {given.version}"
+    return f"{loader} {_VERBS[state]} {what}: {given.why} ({evidence})"

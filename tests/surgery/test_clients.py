@@ -40,9 +40,37 @@ def test_every_format_has_a_verdict_of_every_loader(loader) -> None:
         ({"forms": {"a": [{"both": {"state": "refuses", "known": "run"}}]}}, "reason"),
         ({"forms": {"a": [{"both": {"state": "works", "known": "run", "why": "x"}}]}}, "reason"),
         ({"forms": {"a": [{"both": {"state": "perhaps", "known": "run"}}]}}, "perhaps"),
-        ({"rules": [{"kind": "none", "forms": [], "why": "x", "known": "run"}]}, "none"),
-        ({"rules": [{"kind": "whole", "forms": [], "why": "", "known": "run"}]}, "reason"),
-        ({"rules": [{"kind": "whole", "forms": [], "why": "x", "known": "run", "y": 1}]}, "y"),
+        (
+            {
+                "rules": [
+                    {"kind": "none", "state": "wrong", "forms": [], "why": "x", "known": "run"}
+                ]
+            },
+            "none",
+        ),
+        (
+            {
+                "rules": [
+                    {"kind": "whole", "state": "wrong", "forms": [], "why": "", "known": "run"}
+                ]
+            },
+            "reason",
+        ),
+        (
+            {
+                "rules": [
+                    {
+                        "kind": "whole",
+                        "state": "wrong",
+                        "forms": [],
+                        "why": "x",
+                        "known": "run",
+                        "y": 1,
+                    }
+                ]
+            },
+            "y",
+        ),
     ],
 )
 def test_what_is_not_known_is_an_error(tmp_path, change, said) -> None:
@@ -85,6 +113,11 @@ def _experts(form, params, name="a", **more) -> Assigned:
             r"experts left full beside packed_int attn \(x\)",
         ),
         ("transformers5", [_experts("full", {}), Assigned("attn", "nf4", {})], ""),
+        (
+            "transformers5",
+            [_experts("full", {}, shape=(8, 32, 32)), Assigned("attn", "packed_int", INT4)],
+            "",
+        ),
         ("transformers5", [Assigned("embed", "packed_int", INT8)], "packed_int embed"),
         ("transformers5", [_experts("nvfp4", {})], "reads wrongly nvfp4 experts"),
         ("transformers5", [Assigned("attn", "nvfp4", {})], ""),
@@ -117,10 +150,10 @@ def _experts(form, params, name="a", **more) -> Assigned:
 def test_what_is_written_together_is_held_against_the_rules(loader, scheme, said) -> None:
     found = clients.refusals(loader, scheme)
     assert len(found) == bool(said)
-    assert not said or re.search(said, found[0]), found
+    assert not said or re.search(said, found[0].said), found
 
 
 def test_a_reason_stands_once_however_many_matrices_there_are() -> None:
     scheme = [_experts("nvfp4", {}, str(n)) for n in range(400)]
     (found,) = clients.refusals("transformers5", scheme)
-    assert "tried with transformers 5" in found
+    assert found.state == "wrong" and "tried with transformers 5" in found.said
