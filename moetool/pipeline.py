@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from moetool.data import JsonObject
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
-from moetool.evaluate import current
+from moetool.evaluate import current, measured
+from moetool.evaluate.measured import Measured
 from moetool.lock import Lock
 from moetool.methods.contract import Method, Options, Prepared, Report, Settings, Summary
 from moetool.methods.options import Common
@@ -126,8 +127,8 @@ def _checked(prepared: Prepared) -> Prepared:
         current.check(prepared, writer.out)
     else:
         writer.check()
-    peak = max(fitted.peak, prepared.peak)
-    return replace(prepared, jobs=fitted.jobs, peak=peak, done=done)
+    fits = replace(prepared, jobs=fitted.jobs, done=done)
+    return replace(fits, peak=max(fitted.peak, prepared.peak, measured.promise(fits)))
 
 
 def _measuring(source: Checkpoint, method: Method, common: Common) -> int:
@@ -215,8 +216,8 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
     with Writer(out, prepared.plan, sources=sources, **how) as writer:
         written = make(prepared, writer, caller)
         made_in = time.perf_counter() - begun
-        quality = measure(prepared, writer, caller)
-        report = _report(prepared, written, Times(made_in, time.perf_counter() - begun), quality)
+        found = measure(prepared, writer, caller)
+        report = _report(prepared, written, Times(made_in, time.perf_counter() - begun), found)
         finish(prepared, writer, report)
     shutil.rmtree(prepared.work, ignore_errors=True)
     return report
@@ -268,16 +269,13 @@ def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
     return Shards(len(plan.shards) - len(todo), findings, tuple(nodes))
 
 
-def measure(prepared: Prepared, writer: Writer, caller: Caller) -> JsonObject | None:
-    """Hold what was written against its source, before anything can load it; a missed gate removes
-    it and raises VerificationFailed. None: nobody asked.
+def measure(prepared: Prepared, writer: Writer, caller: Caller) -> Measured:
+    """Hold what was written against its source, before anything can load it; a missed check
+    removes it and raises VerificationFailed.
     """
-    if prepared.method.gate is None:
-        return None
-    from moetool.evaluate import gate
-
     try:
-        return gate.measure(prepared, staged(prepared, writer), tell=caller.tell, stop=caller.stop)
+        opened = partial(staged, prepared, writer)
+        return measured.of(prepared, opened, tell=caller.tell, stop=caller.stop)
     except VerificationFailed:
         shutil.rmtree(writer.staging, ignore_errors=True)
         raise
@@ -304,9 +302,7 @@ def staged(prepared: Prepared, writer: Writer) -> Checkpoint:
     return Checkpoint.staged(str(writer.staging), names, prepared.made.config)
 
 
-def _report(
-    prepared: Prepared, written: Shards, times: Times, quality: JsonObject | None
-) -> Report:
+def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) -> Report:
     """Where deciding takes long, its seconds count, and each stage has its own."""
     report = Report.of(
         summary(prepared),
@@ -318,7 +314,8 @@ def _report(
         resumed_shards=written.resumed,
         seconds=round(times.made, 3),
         ray_nodes=written.nodes,
-        quality=quality,
+        quality=found.quality,
+        proof=found.proof,
     )
     if not prepared.method.interruptible:
         return report

@@ -13,6 +13,7 @@ import pytest
 
 from moetool import methods, pipeline
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
+from moetool.evaluate.measured import Measured
 from moetool.methods.contract import (
     Certificate,
     Line,
@@ -98,7 +99,7 @@ def test_write_is_all_of_them_once(llama: Path, tmp_path: Path) -> None:
 def test_nobody_asked_for_measuring(llama: Path, tmp_path: Path) -> None:
     prepared = pipeline.prepare(asked(llama, tmp_path / "out"))
     assert prepared.method.gate is None and prepared.method.text == Text()
-    assert pipeline.measure(prepared, writer_of(prepared), Caller()) is None
+    assert pipeline.measure(prepared, writer_of(prepared), Caller()) == Measured()
 
 
 class Missed(Method):

@@ -59,6 +59,11 @@ def _lines(result: JsonObject) -> list[str]:
     ]
     if result.get("bytes"):
         lines += _bytes(result["bytes"], result["accounted"])
+    if result.get("forms"):
+        stored = ", ".join(f"{count} matrices as {name}" for name, count in result["forms"].items())
+        lines.append(f"  stored       {stored}")
+    if result.get("proof"):
+        lines.append(_rounded(result["proof"]))
     if result.get("blocks"):
         worst = max(result["blocks"], key=lambda b: b["relative"])
         lines.append(
@@ -80,3 +85,9 @@ def _bytes(found: JsonObject, accounted: dict[str, int]) -> list[str]:
         f"  bytes        {found['copied_ranges']} copied ranges equal their sources, {found['computed_tensors']} tensors made again and equal ({show_bytes(found['bytes_compared'])})",
         f"  accounted    {accounted['tensors_used']} source tensors used, {accounted['tensors_dropped']} dropped by name; {accounted['fields_dropped']} config fields dropped by name",
     ]
+
+
+def _rounded(proof: JsonObject) -> str:
+    roles = ", ".join(f"{n} {r['relative_error']:.2%}" for n, r in proof["roles"].items())
+    worst = f"worst {proof['worst']['tensor']} ({proof['worst']['relative_error']:.2%})"
+    return f"  read back    relative error {roles}; {worst}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError, VerificationFailed
-from moetool.evaluate import blocks, logits, ranges, structure
+from moetool.evaluate import blocks, logits, ranges, readback, structure
 from moetool.methods.contract import Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
+from moetool.methods.proof import Proof
 from moetool.progress import Progress, silent
 from moetool.surgery import identity, source, tables
 from moetool.surgery.checkpoint import Checkpoint
@@ -45,6 +47,7 @@ def verify(
         "path": checkpoint.folder,
         "certificate": record["report"]["certificate"],
         "structure": structure.check_structure(checkpoint, record),
+        **_forms(checkpoint),
     }
     if not against:
         if how.load:
@@ -59,11 +62,29 @@ def verify(
     theirs = ranges.Against(everything, len(sources), seals, how.device)
     result["bytes"] = ranges.compare_bytes(plan, checkpoint, theirs, tell)
     result["accounted"] = _account(sources, again.made)
+    result |= _read_back(everything, again.made, checkpoint, tell)
     if again.method.stands_for_ffns(again.made):
         result |= _function(sources[0], checkpoint, record, how)
     return result | {
         "verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"
     }
+
+
+def _forms(checkpoint: Checkpoint) -> JsonObject:
+    """How many matrices are stored in which form, where any is not full."""
+    named = [t.parts.form for t in checkpoint.tensors.values() if t.parts]
+    return {"forms": {name: named.count(name) for name in sorted(set(named))}} if named else {}
+
+
+def _read_back(
+    sources: Sequence[Checkpoint], made: Made, checkpoint: Checkpoint, tell: Progress
+) -> JsonObject:
+    """The errors of what was rounded; nothing where nothing was."""
+    if not made.promised:
+        return {}
+    output = readback.Output(made.plan, made.promised, sources, checkpoint)
+    held = readback.errors(output, readback.Readers(os.cpu_count() or 1, tell))
+    return {"proof": Proof(held).as_json()}
 
 
 def _certified(checkpoint: Checkpoint, record: JsonObject, made: Made) -> str:

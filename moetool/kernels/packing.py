@@ -28,6 +28,8 @@ def words(codes: Tensor, bits: int) -> Tensor:
 def codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `words`: uint8 [rows, columns]."""
     rows = len(packed)
+    if 8 % bits == 0:
+        return _of_bytes(packed.contiguous().view(torch.uint8), bits).reshape(rows, -1)[:, :columns]
     full = F.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits).long() & 0xFFFFFFFF
     made = torch.empty((rows, full.shape[1], 32), dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1
@@ -38,3 +40,11 @@ def codes(packed: Tensor, bits: int, columns: int) -> Tensor:
             value = value | (full[:, :, word + 1] << (32 - shift))
         made[:, :, at] = (value & mask).to(torch.uint8)
     return made.reshape(rows, -1)[:, :columns]
+
+
+def _of_bytes(lying: Tensor, bits: int) -> Tensor:
+    """Codes that lie whole in bytes [...] -> [..., 8 / bits]."""
+    made = lying.new_empty((*lying.shape, 8 // bits))
+    for at in range(8 // bits):
+        torch.bitwise_right_shift(lying, at * bits, out=made[..., at])
+    return made if bits == 8 else made.bitwise_and_((1 << bits) - 1)

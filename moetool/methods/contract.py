@@ -16,6 +16,7 @@ from moetool.lock import Lock
 from moetool.methods.field import Field, Value
 from moetool.methods.options import Common, Gate, Text, build
 from moetool.methods.options import fields as fields_of
+from moetool.methods.proof import Pledge, Proof
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Plan
@@ -79,6 +80,7 @@ class Made:
     warnings: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
     beside: dict[str, str] = field(default_factory=dict)  # table -> which of `files` holds it
+    promised: tuple[Pledge, ...] = ()  # matrices that are rounded: read back when written
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class Report(Summary):
     seconds: float = 0.0
     ray_nodes: tuple[str, ...] = ()
     quality: JsonObject | None = None  # evaluate/perplexity.py, where there was text for it
+    proof: Proof | None = None  # what reading back showed, where matrices were rounded
     stages: dict[str, float] | None = None  # seconds of decide, write, measure
     peak_rss: int | None = None
 
@@ -216,6 +219,7 @@ class Report(Summary):
         optional = {
             "ray_nodes": list(self.ray_nodes),
             "quality": self.quality,
+            "proof": self.proof.as_json() if self.proof else None,
             "stages": self.stages,
             "peak_rss": self.peak_rss,
         }

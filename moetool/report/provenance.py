@@ -31,6 +31,7 @@ _OF_THE_RUN = (
     "stages",
     "peak_rss",
     "quality",
+    "proof",
 )
 _ELSEWHERE = ("options", "seed", "method", "decisions")  # at the top of the file
 

@@ -121,7 +121,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """Ask every form which matrices it knows among the tensors."""
         try:
-            found = forms.seen(tensors, config)
+            found = forms.seen(tensors, config, cls(folder, config, tensors, files).content)
         except MoetoolError as problem:
             problem.where.setdefault("file", folder)
             raise
@@ -199,6 +199,10 @@ class Checkpoint:
         """The bytes of a piece as they lie in a file, by pread (no mapping stays behind)."""
         path, start, count = self.range_of(piece)
         return read_range(path, start, count)
+
+    def content(self, stored: Stored) -> bytes:
+        """The bytes of a small tensor."""
+        return bytes(self.read(whole(stored)))
 
 
 def _present(tensors: dict[str, Stored], name: str, folder: str) -> Stored:

@@ -44,10 +44,9 @@ class Into:
     params: JsonObject = field(default_factory=dict)
     rounding: JsonObject = field(default_factory=dict)
 
-    @property
-    def parts(self) -> InParts:
+    def parts(self, target: Target) -> InParts:
         """As what `Stored.parts` says of a matrix, no tensors named."""
-        return InParts(self.form, (), self.params)
+        return InParts(self.form, (), forms.named(self.form).settled(target, self.params))
 
 
 def plan(
@@ -90,9 +89,9 @@ class _Reform:
             for t in wanted.targets
         ):
             chosen = dict.fromkeys(chosen)
-        chosen |= {name: asked.parts for name, asked in into.items()}
-        self.chosen = {name: like for name, like in chosen.items() if like is not None}
         self.targets = {t.name: t for t in wanted.targets}
+        chosen |= {name: asked.parts(self.targets[name]) for name, asked in into.items()}
+        self.chosen = {name: like for name, like in chosen.items() if like is not None}
         self._copied: set[tuple[str, int]] = set()
 
     def _matrix(self, piece: Piece) -> Stored:

@@ -84,7 +84,17 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_forms_there_are() -> None:
-    assert list(forms.forms()) == ["bitnet", "factored", "fp8_block", "full", "mxfp4", "packed_int"]
+    assert list(forms.forms()) == [
+        "bitnet",
+        "bnb_int8",
+        "factored",
+        "fp4",
+        "fp8_block",
+        "full",
+        "mxfp4",
+        "nf4",
+        "packed_int",
+    ]
     with pytest.raises(MoetoolError, match="no form 'fp8_blok'"):
         forms.named("fp8_blok")
 
@@ -96,6 +106,9 @@ CASES = [
     ("mxfp4", {}, (4, 64, 40), 4.25),
     ("packed_int", {"bits": 4, "group": 32}, (96, 64), 4 + 16 / 32 + 128 / (96 * 64)),
     ("packed_int", {"bits": 3, "group": 0}, (96, 64), None),
+    ("nf4", {"double": False}, (96, 64), 4 + 32 / 64 + 8 * (4 * 16 + 78) / (96 * 64)),
+    ("fp4", {"double": True}, (6, 100), None),
+    ("bnb_int8", {}, (96, 64), 8 + 32 / 64 + 8 / (96 * 64)),
     ("factored", {"rank": 8}, (96, 64), 16 + 16 * 8 * 160 / (96 * 64)),
 ]
 

@@ -36,7 +36,7 @@ class Quantized:
     loader: str
     roles: Mapping[str, RoleFacts]
     experts_quantized: int  # matrices of routed experts
-    experts_total: int
+    experts_skipped: tuple[str, ...]
     left: Mapping[str, str]  # matrices that stay as they are, and why
     parameters: int
     active_parameters: int
@@ -58,6 +58,7 @@ class Quantized:
             "roles": {k: vars(v) for k, v in self.roles.items()},
             "experts_quantized": self.experts_quantized,
             "experts_total": self.experts_total,
+            "experts_skipped": list(self.experts_skipped),
             "left": dict(self.left),
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
@@ -66,18 +67,29 @@ class Quantized:
             "expert_width": self.expert_width,
         }
 
+    @property
+    def experts_total(self) -> int:
+        return self.experts_quantized + len(self.experts_skipped)
+
+    def counted(self) -> str:
+        """`quantized: 768/768, skipped: 0`."""
+        skipped = len(self.experts_skipped)
+        names = f" ({', '.join(self.experts_skipped[:2])}, ...: report.json)" if skipped else ""
+        return (
+            f"quantized: {self.experts_quantized}/{self.experts_total}, skipped: {skipped}{names}"
+        )
+
     def lines(self) -> list[Line]:
         """As the screen says them."""
         each = [
             f"{role} {r.format} ({show_count(r.weights)} at {r.bits:.3g} bits)"
             for role, r in self.roles.items()
         ]
-        counted = f"{self.experts_quantized}/{self.experts_total} expert matrices quantized"
-        experts = [Line("experts", counted)] if self.experts_total else []
+        experts = [Line("experts", self.counted())] if self.experts_total else []
         return [
             Line("formats", ", ".join(each)),
             *experts,
-            Line("left full", f"{len(self.left)} matrices; the report names them"),
+            Line("left full", f"{len(self.left)} matrices; report.json names them"),
             Line("loader", self.loader),
         ]
 
@@ -103,7 +115,7 @@ def of(
         *said,
         roles,
         sum(n in choice.formats for n in experts),
-        len(experts),
+        tuple(n for n in experts if n not in choice.formats),
         choice.left,
         plan.parameters,
         plan.active_parameters,

@@ -18,6 +18,7 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Gate, option
+from moetool.methods.proof import Pledge
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.way import Rounding, ToRound
 from moetool.methods.several import Several
@@ -107,15 +108,33 @@ class Quantize(Several):
         plan = reform.plan(read, wanted, max_shard=settings.max_shard, form="full", into=into)
         said = (self.way.name, self.options.for_)
         certificate = Certificate("none", f"weights are rounded ({asked})", None)
-        return Made(plan, certificate, plan.config, {}, facts.of(source, asked, choice, plan, said))
+        return Made(
+            plan,
+            certificate,
+            plan.config,
+            {},
+            facts.of(source, asked, choice, plan, said),
+            promised=_promised(read, choice, into),
+        )
 
     def lines(self, summary: Summary) -> list[Line]:
         return _quantized(summary).lines()
 
+    def notes(self, summary: Summary) -> list[Line]:
+        proof = summary.proof if isinstance(summary, Report) else None
+        return [Line("read back", said) for said in proof.sentences()] if proof else []
+
     def card(self, report: Report) -> list[str]:
         facts = _quantized(report)
         each = ", ".join(f"{role} {r.format}" for role, r in facts.roles.items())
-        return [f"rounded by {facts.method}: {each}; moetool.json names what stayed full"]
+        said = [f"rounded by {facts.method}: {each}; report.json names what stayed full"]
+        experts = [f"expert matrices {facts.counted()}"] if facts.experts_total else []
+        return [*said, *experts, *(report.proof.sentences() if report.proof else ())]
+
+    def files(self, report: Report) -> dict[str, bytes]:
+        from moetool.methods.quantize import report as document
+
+        return {"report.json": document.render(report)}
 
 
 def _built(read: Sequence[Checkpoint], choice: Choice) -> Builder:
@@ -125,12 +144,35 @@ def _built(read: Sequence[Checkpoint], choice: Choice) -> Builder:
     for name, stored in source.tensors.items():
         for matrix in begun.get(name, ()):
             target = build.target(matrix.name, matrix.dtype, matrix.shape)
-            number = next((i for i, s in enumerate(solved, 1) if matrix.name in s.tensors), 0)
+            number = _solved(solved, matrix.name)
             found = whole(read[number].tensor(matrix.name), number) if number else matrix.piece
             build.copy(found, whole(target))
         if name not in begun:
             build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
     return build
+
+
+def _solved(solved: Sequence[Checkpoint], name: str) -> int:
+    """The number of the source that was solved for a matrix; 0: none."""
+    return next((i for i, s in enumerate(solved, 1) if name in s.tensors), 0)
+
+
+def _promised(
+    read: Sequence[Checkpoint], choice: Choice, into: Mapping[str, reform.Into]
+) -> tuple[Pledge, ...]:
+    """The matrices that get a form, to be read back."""
+    return tuple(
+        Pledge(
+            name,
+            choice.matrices[name].role,
+            choice.matrices[name].piece,
+            asked.form,
+            asked.params,
+            asked.rounding,
+            solved=_solved(read[1:], name) > 0,
+        )
+        for name, asked in into.items()
+    )
 
 
 def _by_tensor(choice: Choice) -> dict[str, list[Matrix]]:

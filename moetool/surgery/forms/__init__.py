@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import discover
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.kernels.grid import Grid
-from moetool.surgery.forms.form import Config, Form, Format, Params, Recognised, Written
+from moetool.surgery.forms.form import Config, Form, Format, Params, Read, Recognised, Written
 from moetool.surgery.spec import Piece, Stored, whole
 
 if TYPE_CHECKING:
@@ -119,11 +119,13 @@ def named(name: str) -> Form:
     return forms()[name]
 
 
-def seen(tensors: Mapping[str, Stored], config: Config) -> Known:
-    """Ask every form what it knows here. Where none knows anything, all is as it stands."""
+def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None) -> Known:
+    """Ask every form what it knows here. Where none knows anything, all is as it stands. `read`
+    gives the bytes of a small tensor; without it (a plan) some shapes are not known.
+    """
     found, told = dict(tensors), {}
     for name, form in forms().items():
-        if (known := form.recognise(found, config)) is None:
+        if (known := form.look(found, config, read)) is None:
             continue
         found = _replaced(found, known.matrices)
         config, told[name] = known.config, known.told
@@ -216,9 +218,23 @@ def _parts(matrix: Tensor, entry: Params) -> Sequence[Tensor]:
     ({"search": "mse"}: under the scale of least squared error).
     """
     form, params = named(entry["form"]), entry.get("params", {})
+    _refuse_infinite(matrix)
     grid = form.grid(tuple(matrix.shape), params)
     if "rounding" not in entry or grid is None:
         return form.encode(matrix, params)
     from moetool.kernels import rounding
 
     return form.pack(rounding.searched(matrix, grid), params)
+
+
+def _refuse_infinite(matrix: Tensor) -> None:
+    """A NaN would spoil all that shares its scale, and most forms cannot hold it."""
+    if matrix.is_meta or not matrix.numel():
+        return
+    ends = matrix.aminmax()
+    if not (ends.min.isfinite() and ends.max.isfinite()):
+        raise MoetoolError(
+            "a matrix that is to be quantized holds NaN or inf",
+            expected="finite weights",
+            hint="repair the source: `--strict` names every such tensor",
+        )

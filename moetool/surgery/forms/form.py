@@ -4,7 +4,7 @@ loader is told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 Params = dict[str, Any]
+Read = Callable[[Stored], bytes]  # the bytes of a small tensor
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ class Form:
         """
         raise NotImplementedError
 
+    def look(
+        self, tensors: Mapping[str, Stored], config: Config, read: Read | None
+    ) -> Recognised | None:
+        """As `recognise`, for forms that say in a small tensor what headers do not; without `read`
+        nothing lies on disk yet, and shapes may be of as many weights only.
+        """
+        return self.recognise(tensors, config)
+
+    def settled(self, target: Target, params: Params) -> Params:
+        """The params with what they must say of one matrix."""
+        return params
+
     def pieces(
         self, parts: Sequence[Stored | Target], shape: Shape, piece: Piece, params: Params
     ) -> tuple[Piece, ...] | None:
@@ -129,6 +142,12 @@ class Form:
     def forced(self, params: Params) -> Params:
         """The params under --force: forms that refuse some matrices by their values take them."""
         return params
+
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
+        """The codes and scales of [out, in] parts, for who checks what was written: the inverse of
+        `pack`. None where a form does not say.
+        """
+        return None
 
     def misfit(self, target: Target, params: Params) -> str:
         """Why a matrix of this shape cannot be stored so, for people; empty where it can."""

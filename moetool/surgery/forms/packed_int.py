@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from moetool.data import JsonObject
+from moetool.errors import MoetoolError
 from moetool.kernels import grid
 from moetool.kernels.grid import Grid
 from moetool.surgery.forms.compressed_tensors import CompressedTensors, part, whole
@@ -90,13 +91,23 @@ class PackedInt(CompressedTensors):
         words = packing.words(codes, params["bits"])
         return [words, scales.to(torch.bfloat16), shape.to(codes.device)]
 
-    def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded:
         from moetool.kernels import packing
+        from moetool.kernels.rounding import Rounded
 
-        packed, scale = parts[:2]
+        packed, scale, shape = parts
         width = scale.shape[1] * params["group"] or packed.shape[1] * 32 // params["bits"]
-        codes = packing.codes(packed, params["bits"], width)
-        half = 1 << (params["bits"] - 1)
-        rows = codes.reshape(len(codes), scale.shape[1], -1).float() - half
-        made: Tensor = rows * scale.float()[:, :, None]
-        return made.reshape(codes.shape)
+        if not shape.is_meta and shape.tolist() != [len(packed), width]:
+            raise MoetoolError(
+                "a packed matrix says another shape than it has",
+                expected=[len(packed), width],
+                found=shape.tolist(),
+                hint="the checkpoint is damaged: download it again",
+            )
+        return Rounded(packing.codes(packed, params["bits"], width), scale.float())
+
+    def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
+        from moetool.kernels import rounding
+
+        unpacked = self.unpack(parts, params)
+        return rounding.values(unpacked, self.grid(tuple(unpacked.codes.shape), params))

@@ -1,0 +1,87 @@
+"""All that is measured of a staged output, before anything can load it: what was rounded is read
+back, and text is sent through it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError, VerificationFailed
+from moetool.methods.contract import Prepared
+from moetool.methods.proof import Proof
+from moetool.surgery.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from moetool.progress import Progress
+
+
+class Measured(NamedTuple):
+    """What was found; None for what nobody asked for."""
+
+    quality: JsonObject | None = None
+    proof: Proof | None = None
+
+
+def of(
+    prepared: Prepared,
+    opened: Callable[[], Checkpoint],
+    *,
+    tell: Progress,
+    stop: threading.Event | None,
+) -> Measured:
+    """Open what was written, and measure what the method asks for. Raises VerificationFailed where
+    it is not what it should be.
+    """
+    promised, gate = prepared.made.promised, prepared.method.gate
+    if not promised and gate is None:
+        return Measured()
+    written = _read(prepared, opened) if promised else opened()
+    proof = _proof(prepared, written, tell, stop) if promised else None
+    if gate is None:
+        return Measured(None, proof)
+    from moetool.evaluate import gate as gates
+
+    return Measured(gates.measure(prepared, written, tell=tell, stop=stop), proof)
+
+
+def promise(prepared: Prepared) -> int:
+    """Peak bytes of reading back; 0 where nothing is."""
+    if not prepared.made.promised:
+        return 0
+    from moetool.evaluate import readback
+
+    return readback.promise(prepared.made.promised, prepared.jobs, _memory(prepared))
+
+
+def _memory(prepared: Prepared) -> int | None:
+    return prepared.options.common.memory
+
+
+def _read(prepared: Prepared, opened: Callable[[], Checkpoint]) -> Checkpoint:
+    """The finished shards; headers that do not hold together are a missed check."""
+    try:
+        return opened()
+    except VerificationFailed:
+        raise
+    except MoetoolError as problem:
+        where = problem.where | {"file": prepared.options.out}
+        raise VerificationFailed(
+            f"what was written cannot be read: {problem.message}", **where, hint=problem.hint
+        ) from None
+
+
+def _proof(
+    prepared: Prepared, written: Checkpoint, tell: Progress, stop: threading.Event | None
+) -> Proof:
+    from moetool.evaluate import readback
+
+    made = prepared.made
+    workers = readback.workers(made.promised, prepared.jobs, _memory(prepared))
+    output = readback.Output(
+        prepared.plan, made.promised, prepared.sources, written, prepared.options.out
+    )
+    return readback.read_back(output, readback.Readers(workers, tell, stop))
