@@ -12,6 +12,7 @@ from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
 from moetool.surgery import complete
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.containers import gguf
 
 LEVELS = ("exact", "exact_if", "expectation", "none")
 _RECORD = {
@@ -115,7 +116,9 @@ def check_names(checkpoint: Checkpoint) -> int:
     return compared.right
 
 
-def _digest(path: Path) -> str | None:
+def _digest(path: Path) -> object:
+    if path.suffix == ".gguf":
+        return gguf.read_head(path).value(gguf.DIGEST)
     with path.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header: JsonObject = json.loads(handle.read(length))

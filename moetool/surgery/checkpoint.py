@@ -23,6 +23,8 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.reading import opened
 from moetool.surgery import bounds, companions, forms, header, weights
+from moetool.surgery.containers import gguf
+from moetool.surgery.known import known
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Checkpoint:
         """
         path = Path(path)
         if path.is_file():
-            if path.suffix != ".safetensors":
+            if path.suffix not in weights.SUFFIXES:
                 weights.refuse_other(path)
             folder, shards, promised = path.parent, [path.name], None
         elif path.is_dir():
@@ -81,53 +83,28 @@ class Checkpoint:
         companions.travelling(folder)  # links out of the folder, pipes: said before any work
         config = read_json(folder / "config.json", what="model config")
         bounds.check(config, folder / "config.json")
-        tensors: dict[str, Stored] = {}
-        files: dict[str, tuple[int, str]] = {}
-        for shard in shards:
-            stored, digest, size = read_header(folder / shard)
-            files[shard] = (size, digest)
-            for tensor in stored:
-                if tensor.name in tensors:
-                    raise MoetoolError(
-                        "the same tensor stands in two files",
-                        tensor=tensor.name,
-                        file=folder / shard,
-                        found=f"also in {tensors[tensor.name].file}",
-                        hint="delete the stale shard or its index entry",
-                    )
-                tensors[tensor.name] = tensor
+        read = _Files.read(folder, shards)
         if promised is not None:
-            weights.compare_index(folder, promised, tensors)
-        return cls._seen(str(folder), config, tensors, files)
+            weights.compare_index(folder, promised, read.tensors)
+        return cls._seen(str(folder), config, read)
 
     @classmethod
     def staged(cls, folder: str, shards: list[str], config: JsonObject) -> Checkpoint:
         """Finished shards of an output that has no config.json yet."""
-        tensors: dict[str, Stored] = {}
-        files: dict[str, tuple[int, str]] = {}
-        for shard in shards:
-            stored, digest, size = read_header(Path(folder) / shard)
-            files[shard] = (size, digest)
-            tensors |= {t.name: t for t in stored}
-        return cls._seen(folder, config, tensors, files)
+        return cls._seen(folder, config, _Files.read(Path(folder), shards))
 
     @classmethod
-    def _seen(
-        cls,
-        folder: str,
-        config: JsonObject,
-        tensors: dict[str, Stored],
-        files: dict[str, tuple[int, str]],
-    ) -> Checkpoint:
-        """Ask every form which matrices it knows among the tensors."""
+    def _seen(cls, folder: str, config: JsonObject, read: _Files) -> Checkpoint:
+        """Ask which matrices are known among the tensors."""
         try:
-            found = forms.seen(tensors, config, cls(folder, config, tensors, files).content)
+            lying = cls(folder, config, read.tensors, read.files)
+            found = known(read.tensors, config, read.types, lying.content)
         except MoetoolError as problem:
             problem.where.setdefault("file", folder)
             raise
         if not found.told:
-            return cls(folder, config, tensors, files)
-        return cls(folder, found.config, found.tensors, files, tensors, found.told)
+            return cls(folder, config, read.tensors, read.files)
+        return cls(folder, found.config, found.tensors, read.files, read.tensors, found.told)
 
     @property
     def stored(self) -> dict[str, Stored]:
@@ -205,6 +182,37 @@ class Checkpoint:
         return bytes(self.read(whole(stored)))
 
 
+@dataclass(frozen=True)
+class _Files:
+    """What the headers of some weight files say; `types`: see `Header`."""
+
+    tensors: dict[str, Stored]
+    files: dict[str, tuple[int, str]]
+    types: dict[str, str] | None = None
+
+    @classmethod
+    def read(cls, folder: Path, names: list[str]) -> _Files:
+        """MoetoolError where a tensor stands in two files."""
+        tensors: dict[str, Stored] = {}
+        files: dict[str, tuple[int, str]] = {}
+        types: dict[str, str] | None = None
+        for name in names:
+            header = read_header(folder / name)
+            files[name] = (header.size, header.seal)
+            types = types if header.types is None else (types or {}) | header.types
+            for tensor in header.tensors:
+                if tensor.name in tensors:
+                    raise MoetoolError(
+                        "the same tensor stands in two files",
+                        tensor=tensor.name,
+                        file=folder / name,
+                        found=f"also in {tensors[tensor.name].file}",
+                        hint="delete the stale shard or its index entry",
+                    )
+                tensors[tensor.name] = tensor
+        return cls(tensors, files, types)
+
+
 def _present(tensors: dict[str, Stored], name: str, folder: str) -> Stored:
     if name not in tensors:
         raise MoetoolError(
@@ -242,16 +250,22 @@ def read_range(path: str, start: int, count: int) -> bytearray:
 
 
 class Header(NamedTuple):
-    """What a weight file says of itself: tensors in file order, sha256 of the header, file size."""
+    """What a weight file says of itself: tensors in file order, sha256 of the header, file size; of
+    a GGUF file the kinds of its blocks by tensor, and its fields.
+    """
 
     tensors: list[Stored]
     seal: str
     size: int
+    types: dict[str, str] | None = None
 
 
 def read_header(path: Path) -> Header:
     """The header of a file; every claim of it is checked."""
     try:
+        if path.suffix == ".gguf":
+            head = gguf.read_head(path)
+            return Header(head.tensors, head.seal, head.size, head.types)
         with opened(path, "weight file") as handle:
             size = os.fstat(handle.fileno()).st_size
             raw = handle.read(8)

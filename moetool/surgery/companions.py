@@ -33,7 +33,7 @@ _KNOWN = re.compile(
       | (LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY|USAGE_POLICY)[\w .-]*""",
     re.VERBOSE | re.IGNORECASE,
 )
-_WEIGHTS = re.compile(r"[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json")
+_WEIGHTS = re.compile(r"[\w.-]+\.(safetensors|gguf)|[\w.-]+\.safetensors\.index\.json")
 SHOWN = 6
 
 

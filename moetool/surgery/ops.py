@@ -114,6 +114,20 @@ def _transpose(call: Call) -> Iterator[Tensor]:
     yield call.inputs[0].transpose(-1, -2).contiguous()
 
 
+def _turn(call: Call) -> Iterator[Tensor]:
+    """The same values in the order in which llama.cpp has them."""
+    from moetool.kernels import turn
+
+    yield turn.turned(call.inputs[0], call.params["turn"])
+
+
+def _listed(call: Call) -> Iterator[np.ndarray]:
+    """Numbers that the plan itself holds."""
+    import numpy as np
+
+    yield np.array(call.params["values"], np.float32)
+
+
 def _reform(call: Call) -> Iterator[Tensor]:
     """Nothing but another form: what is decoded before and encoded behind every operation."""
     yield from call.inputs
@@ -207,6 +221,8 @@ OPS = {
         Op("affine_sum", _affine_sum, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),
         Op("reform", _reform, "torch", 4.0, reads=2.0),
+        Op("turn", _turn, "torch", 4.0, reads=2.0),
+        Op("listed", _listed, "numpy", 4.0),
         Op("fill", _fill, "numpy", 4.0),
         Op("reindex", _reindex, "torch", 4.0, reads=3.0),
         Op("merge", _merge, "torch", 24.0, reads=6.0),

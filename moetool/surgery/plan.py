@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,12 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import active, forms
+from moetool.surgery import active, containers, forms
+from moetool.surgery.containers import Shard, Whole
+from moetool.surgery.known import known
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
+
+__all__ = ["Outputs", "Plan", "Shard", "elements"]
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
@@ -27,28 +30,15 @@ _NUMBER = re.compile(r"(?<=[._r])\d+(?=[./\"])|(?<=layer)\d+")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is to be written: in terms of matrices (surgery/reform.py), or of what lies in files."""
+    """What is to be written: in terms of matrices (surgery/reform.py), or of what lies in files.
+    `container`: {} for safetensors, else {name: ..., and what that file format alone knows}.
+    """
 
     config: JsonObject
     targets: Sequence[Target]
     tasks: Sequence[Task]
     dropped: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its final name, its tensors with their byte offsets (after the header), its
-    tasks.
-    """
-
-    name: str
-    offsets: dict[str, tuple[int, int]]
-    tasks: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of tensor data."""
-        return max((stop for _, stop in self.offsets.values()), default=0)
+    container: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,7 @@ class Plan:
     dropped: dict[str, str]
     tables: dict[str, list[int]] = field(default_factory=dict)
     digest: str = ""
+    container: JsonObject = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -86,8 +77,8 @@ class Plan:
                 )
             by_name[target.name] = target
         tasks = tuple(wanted.tasks)
-        shards = _pack(by_name, tasks, max_shard)
-        body = {
+        shards = _pack(by_name, tasks, max_shard, containers.of(wanted.container))
+        body: JsonObject = {
             "format": FORMAT,
             "sources": sources,
             "config": wanted.config,
@@ -95,7 +86,7 @@ class Plan:
             "targets": [[t.name, t.dtype, t.shape] for t in by_name.values()],
             "tasks": [t.as_json() for t in tasks],
             "shards": [[s.name, list(s.offsets)] for s in shards],
-        }
+        } | _contained(wanted.container)
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         plan = cls(
             sources,
@@ -106,6 +97,7 @@ class Plan:
             dict(wanted.dropped),
             tables or {},
             hashlib.sha256(text.encode()).hexdigest(),
+            dict(wanted.container),
         )
         plan.check()
         return plan
@@ -158,42 +150,34 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Learned numbers of all tensors; the scales of quantized matrices are none."""
-        return forms.count(self._seen().tensors.values())
+        return forms.count(self.seen().tensors.values())
 
     @property
     def active_parameters(self) -> int:
         """Those of `parameters` that work on a token: without the experts that it does not reach."""
-        seen = self._seen()
+        seen = self.seen()
         return forms.count(seen.tensors.values()) - active.idle(seen.config, seen.tensors)
 
     @property
     def stored_as(self) -> frozenset[str]:
         """The forms in which its matrices are stored, full aside."""
-        return frozenset(self._seen().told)
+        return frozenset(self.seen().told)
 
-    def _seen(self) -> forms.Known:
+    def seen(self) -> forms.Known:
+        """Its tensors under the names that the family knows."""
         lying = {n: Stored(n, t.dtype, t.shape, "", 0, t.size) for n, t in self.targets.items()}
-        return forms.seen(lying, self.config)
+        return known(lying, self.config, self.container.get("types"))
 
     def header(self, shard: Shard) -> bytes:
-        """The safetensors header of a shard, final: it is written before the first tensor."""
-        table: JsonObject = {"__metadata__": {"format": "pt", "moetool_plan": self.digest}}
-        for name, offsets in shard.offsets.items():
-            table[name] = {
-                "dtype": self.targets[name].dtype,
-                "shape": list(self.targets[name].shape),
-                "data_offsets": list(offsets),
-            }
-        body = json.dumps(table, separators=(",", ":")).encode()
-        body += b" " * (-len(body) % 8)
-        return struct.pack("<Q", len(body)) + body
+        """The header of a shard, final: it is written before the first tensor."""
+        return containers.of(self.container).header(shard, self._whole())
 
-    def index(self) -> JsonObject:
-        """The `model.safetensors.index.json` of this plan."""
-        places: dict[str, str] = {}
-        for shard in self.shards:
-            places |= dict.fromkeys(shard.offsets, shard.name)
-        return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(places.items()))}
+    def beside(self) -> dict[str, JsonObject]:
+        """Small files that say which of several shards holds what, by name."""
+        return containers.of(self.container).beside(self._whole())
+
+    def _whole(self) -> Whole:
+        return Whole(self.digest, self.targets, self.shards, self.container)
 
     def render(self) -> str:
         """The plan for reading and diffing: tasks that differ only in layer and expert numbers on
@@ -243,17 +227,18 @@ class Plan:
             "targets": [[t.name, t.dtype, list(t.shape)] for t in self.targets.values()],
             "tasks": [t.as_json() for t in self.tasks],
             "shards": [
-                [s.name, {k: list(v) for k, v in s.offsets.items()}, list(s.tasks)]
+                [s.name, {k: list(v) for k, v in s.offsets.items()}, list(s.tasks), *_tail(s)]
                 for s in self.shards
             ],
-        }
+        } | _contained(self.container)
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Plan:
         """Read a plan that `as_json` wrote; the digest is taken as it stands."""
         targets = {n: Target(n, d, tuple(s)) for n, d, s in data["targets"]}
         shards = tuple(
-            Shard(n, {k: (a, b) for k, (a, b) in o.items()}, tuple(t)) for n, o, t in data["shards"]
+            Shard(n, {k: (a, b) for k, (a, b) in o.items()}, tuple(t), *tail)
+            for n, o, t, *tail in data["shards"]
         )
         return cls(
             data["sources"],
@@ -264,10 +249,25 @@ class Plan:
             data["dropped"],
             data["tables"],
             data["digest"],
+            data.get("container", {}),
         )
 
 
-def _pack(targets: dict[str, Target], tasks: tuple[Task, ...], max_shard: int) -> tuple[Shard, ...]:
+def _contained(container: JsonObject) -> JsonObject:
+    """What a plan says of its container; nothing where it is the usual one."""
+    return {"container": container} if container else {}
+
+
+def _tail(shard: Shard) -> list[int]:
+    return [shard.tail] if shard.tail else []
+
+
+def _pack(
+    targets: dict[str, Target],
+    tasks: tuple[Task, ...],
+    max_shard: int,
+    container: containers.Container,
+) -> tuple[Shard, ...]:
     """Greedy, in plan order. Tensors that share a task share a shard, so that the task runs once."""
     groups: list[tuple[list[str], list[int]]] = []
     place: dict[str, int] = {}
@@ -299,25 +299,8 @@ def _pack(targets: dict[str, Target], tasks: tuple[Task, ...], max_shard: int) -
         packed[-1][0].extend(names)
         packed[-1][1].extend(numbers)
         filled += size
-    return tuple(
-        _lay(i, len(packed), names, numbers, targets) for i, (names, numbers) in enumerate(packed)
-    )
-
-
-def _lay(
-    number: int, count: int, names: list[str], tasks: list[int], targets: dict[str, Target]
-) -> Shard:
-    """Wide dtypes first: every tensor then starts at a multiple of its element size."""
-    name = (
-        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-    )
-    offsets, position = {}, 0
-    for tensor in sorted(
-        (n for n in names if n in targets), key=lambda n: -DTYPE_BITS[targets[n].dtype]
-    ):
-        offsets[tensor] = (position, position + targets[tensor].size)
-        position += targets[tensor].size
-    return Shard(name, offsets, tuple(sorted(tasks)))
+    laid = (([targets[n] for n in names if n in targets], some) for names, some in packed)
+    return tuple(container.lay(i, len(packed), *part) for i, part in enumerate(laid))
 
 
 def elements(piece: Piece, dtype: str) -> tuple[int, int]:

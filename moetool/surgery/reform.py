@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.kernels import turn
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms.form import Written
@@ -173,14 +174,40 @@ class _Reform:
             parts = forms.named(like.form).parts(target, like.params) if like else (target,)
             targets |= {p.name: p for p in parts if p.name not in targets}
         tasks = list(chain.from_iterable(map(self._task, self.wanted.tasks)))
-        return Outputs(self._config(), list(targets.values()), tasks, self._dropped(tasks))
+        dropped = self._dropped(tasks)
+        return replace(
+            self.wanted,
+            config=self._config(),
+            targets=list(targets.values()),
+            tasks=tasks,
+            dropped=dropped,
+        )
 
     def _task(self, task: Task) -> Iterator[Task]:
         if task.op in ("copy", "zeros"):
             for number, out in enumerate(task.outputs):
                 yield from self._moved(task.op, task.inputs[number : number + 1], out)
             return
-        yield self._computed(task.op, task.inputs, task.outputs, task.params)
+        moved = self._rows_moved(task)
+        yield moved or self._computed(task.op, task.inputs, task.outputs, task.params)
+
+    def _rows_moved(self, task: Task) -> Task | None:
+        """The same operation on the parts of a matrix, where it only puts rows in another order
+        and the form stays: what was solved is not rounded again.
+        """
+        if task.op != "turn" or task.params["turn"][0] not in turn.ROWS:
+            return None
+        (piece,), (out,) = task.inputs, task.outputs
+        like, held = self.chosen.get(out.name), self._matrix(piece).parts
+        if like is None or held is None or not self._one_of([like, held]):
+            return None
+        own = forms.named(like.form).pieces(
+            held.tensors, self._matrix(piece).shape, piece, held.params
+        )
+        to = self._pieces_of(self.targets[out.name], out, like)
+        if own is None or to is None or len(to) != 1:
+            return None
+        return Task(task.op, own, to, task.params)
 
     def _moved(self, op: str, inputs: tuple[Piece, ...], out: Piece) -> Iterator[Task]:
         """A copy of the parts where the form stays; else the matrix decoded, or encoded."""

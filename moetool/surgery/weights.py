@@ -10,9 +10,12 @@ from pathlib import Path
 from moetool import strict_json
 from moetool.errors import MoetoolError
 from moetool.surgery import companions
+from moetool.surgery.containers.safetensors import INDEX
 from moetool.surgery.spec import Stored
 
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "compare_index", "refuse_other", "weight_files"]
+
+SUFFIXES = (".safetensors", ".gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -33,6 +36,8 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         _check_single(folder, set(promised.values()))
         return sorted(set(promised.values())), promised
     found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not found and (folder / "config.json").is_file():
+        found = sorted(p.name for p in folder.glob("*.gguf"))
     if not found:
         refuse_other(folder)
     for shard in found:
@@ -45,7 +50,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             hint=f"give one of the files, or add {INDEX}",
         )
     for name in found:
-        total = name.rpartition("-of-")[2].removesuffix(".safetensors")
+        total = name.rpartition("-of-")[2].rpartition(".")[0]
         if "-of-" in name and total.isdigit() and int(total) != sum("-of-" in f for f in found):
             raise MoetoolError(
                 "a shard is missing and there is no index",
@@ -100,10 +105,10 @@ def refuse_other(path: Path) -> None:
         )
     if any(n.endswith(".gguf") for n in names):
         raise MoetoolError(
-            "only GGUF weights here",
+            "only GGUF weights here, and no config.json beside them",
             file=path,
-            expected="*.safetensors",
-            hint="convert with transformers: from_pretrained(DIR, gguf_file=..., quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
+            expected="*.safetensors, or a GGUF file with the config.json of the original model",
+            hint="put config.json beside it, or convert with transformers: from_pretrained(DIR, gguf_file=..., quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)",
         )
     raise MoetoolError(
         "no weights here",

@@ -18,6 +18,7 @@ from typing import Any
 from moetool import atomic
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.surgery import companions
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
     check_replaceable,
@@ -27,7 +28,6 @@ from moetool.surgery.place import (
     resolved,
 )
 from moetool.surgery.plan import Plan, Shard
-from moetool.surgery.weights import INDEX
 
 STATE = "moetool-staging.json"
 
@@ -152,7 +152,8 @@ class Writer:
     def _strangers(self) -> list[str]:
         """Weight files in the staging folder that are not whole shards of this plan."""
         mine = {s.name for s in self.plan.shards if self.is_done(s)}
-        return [p.name for p in self.staging.glob("*.safetensors") if p.name not in mine]
+        found = (p.name for p in self.staging.iterdir() if companions.is_weights(p.name))
+        return [n for n in found if n not in mine and not n.endswith(".json")]
 
     def _stamps(self) -> list[list[list[Any]]]:
         return [
@@ -197,8 +198,7 @@ class Writer:
         for name, source in sorted(travelling.items()):
             atomic.copy(source, self.staging / name)
         everything = dict(files)
-        if len(self.plan.shards) > 1:
-            everything[INDEX] = as_json(self.plan.index())
+        everything |= {name: as_json(data) for name, data in self.plan.beside().items()}
         for name, data in sorted(everything.items()):
             atomic.write(self.staging / name, data)
         atomic.write(self.staging / "config.json", as_json(config))

@@ -91,6 +91,8 @@ def test_the_forms_there_are() -> None:
         "fp4",
         "fp8_block",
         "full",
+        "gguf",
+        "in_gguf",
         "mxfp4",
         "nf4",
         "packed_int",

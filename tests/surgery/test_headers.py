@@ -161,7 +161,7 @@ def theirs(data: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
 def ours(path: Path) -> dict[str, tuple[str, list[int], bytes]] | None:
     data = path.read_bytes()
     try:
-        stored, _, _ = read_header(path)
+        stored, *_ = read_header(path)
     except MoetoolError as problem:
         assert problem.hint and str(path) in str(problem)
         return None

@@ -357,8 +357,9 @@ def strings() -> Iterator[tuple[Path, int, str]]:
                 yield path, node.lineno, word
 
 
-# Words that are families' names and words of their own: a form, a kind of layer, a part of a path.
-ORDINARY = {"llama", "beam", "opt", "clip", "falcon", "mpt", "bert"}
+# Words that are families' names and words of their own: a form, a kind of layer or of
+# tokenizer, a part of a path.
+ORDINARY = {"gpt2", "llama", "beam", "opt", "clip", "falcon", "mpt", "bert"}
 
 
 def test_no_family_stands_in_code() -> None:

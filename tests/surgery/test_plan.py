@@ -10,6 +10,7 @@ import pytest
 
 import moetool
 from moetool.errors import MoetoolError
+from moetool.surgery.containers.safetensors import INDEX
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Target, Task, rows, size_of, whole
 
@@ -84,7 +85,7 @@ def test_packing_keeps_tasks_together() -> None:
         and plan.shards[-1].name
         == f"model-0000{len(plan.shards)}-of-0000{len(plan.shards)}.safetensors"
     )
-    assert plan.index()["metadata"]["total_size"] == 1000
+    assert plan.beside()[INDEX]["metadata"]["total_size"] == 1000
 
 
 def test_json_there_and_back(llama: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from moetool.methods.proof import Pledge
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.way import Rounding, ToRound
 from moetool.methods.several import Several
-from moetool.surgery import reform
+from moetool.surgery import reform, to_gguf
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Outputs
 from moetool.surgery.spec import whole
@@ -105,8 +105,12 @@ class Quantize(Several):
             name: reform.Into(chosen.form, chosen.params, self.way.rounding)
             for name, chosen in choice.formats.items()
         }
-        plan = reform.plan(read, wanted, max_shard=settings.max_shard, form="full", into=into)
-        said = (self.way.name, self.options.for_)
+        made = to_gguf.Arranged(wanted, into)
+        if asked.container == "gguf":
+            made = to_gguf.arranged(read, wanted, into, choice.matrices)
+        most = settings.max_shard
+        plan = reform.plan(read, made.wanted, max_shard=most, form="full", into=made.into)
+        said = (self.way.name, asked.loader(self.options))
         certificate = Certificate("none", f"weights are rounded ({asked})", None)
         return Made(
             plan,
@@ -114,7 +118,8 @@ class Quantize(Several):
             plan.config,
             {},
             facts.of(source, asked, choice, plan, said),
-            promised=_promised(read, choice, into),
+            made.warnings,
+            promised=_promised(read, choice, to_gguf.forms_in(plan, into)),
         )
 
     def lines(self, summary: Summary) -> list[Line]:

@@ -40,10 +40,11 @@ class Formats:
     )
     method: str = option("auto", "", WHAT)
     for_: str = option(
-        "transformers5",
-        "the loader that must read it; what it reads wrongly is refused before any work",
+        "auto",
+        "the loader that must read it (auto: transformers5, of GGUF files llama.cpp); what it reads "
+        "wrongly is refused before any work",
         WHAT,
-        choices=LOADERS,
+        choices=("auto", *LOADERS),
     )
     force: bool = option(
         False, "write what the loader of --for cannot read, and say so in the report", FINE

@@ -29,7 +29,10 @@ class Scheme:
     def of(cls, options: Quantizing) -> Scheme:
         """What the options ask for; UsageError for words that mean nothing."""
         if not options.plan:
-            return cls(dict.fromkeys(EVERY_LINEAR, _spelled(options.format, options)))
+            asked = _spelled(options.format, options)
+            beside = forms.named(asked.form).formats[asked.word].beside
+            others = {role: _spelled(text, options) for role, text in beside.items()}
+            return cls(dict.fromkeys(EVERY_LINEAR, asked) | others)
         roles: dict[str, Spelled] = {}
         for item in options.plan.split(","):
             role, _, text = (part.strip() for part in item.partition("="))
@@ -44,7 +47,24 @@ class Scheme:
                 roles[role] = _spelled(text, options)
         if not roles:
             raise UsageError("--plan leaves everything full", hint="use `moetool dequantize`")
+        if len({forms.named(asked.form).container for asked in roles.values()}) > 1:
+            raise UsageError(
+                "--plan mixes formats of GGUF files with others, and one file cannot hold both",
+                found=options.plan,
+                hint="write gguf: before each, or before none",
+            )
         return cls(roles)
+
+    @property
+    def container(self) -> str:
+        """The file format that can hold these."""
+        return forms.named(next(iter(self.roles.values())).form).container
+
+    def loader(self, options: Quantizing) -> str:
+        """Who must read it."""
+        if options.for_ != "auto":
+            return options.for_
+        return "llama.cpp" if self.container == "gguf" else "transformers5"
 
     def __str__(self) -> str:
         return ",".join(f"{role}={asked}" for role, asked in self.roles.items())

@@ -29,7 +29,7 @@ def _source(folder: Path, pattern: str) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     files: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.glob(pattern)):
-        stored, seal, size = read_header(path)
+        stored, seal, size, _ = read_header(path)
         files[path.name] = (size, seal)
         tensors |= {t.name: t for t in stored}
     return Checkpoint(str(folder), {}, tensors, files)

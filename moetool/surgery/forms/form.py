@@ -36,11 +36,13 @@ class Recognised:
 class Format:
     """A word of `--format`. `params`: of its form; `groups`: sizes that `WORD/SIZE` may ask for (0:
     one scale for a whole row, `WORD/channel`), the usual first, empty where there is no choice.
+    `beside`: roles that `--format WORD` gives another format than the linears, or one at all.
     """
 
     about: str
     params: Params = field(default_factory=dict)
     groups: tuple[int, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Form:
     alone: ClassVar[bool] = True  # whether one matrix can be encoded without others
     formats: ClassVar[Mapping[str, Format]] = {}  # what --format may ask for
     method: ClassVar[str] = ""  # forms of one model have the same `quant_method`
+    container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 
     def bits(self, shape: Shape, params: Params) -> float:
         """Stored bits a weight, scales included."""
