@@ -31,6 +31,17 @@ def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     return made
 
 
+def encode_rows(matrix: Tensor, scale: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[rows, columns] -> (E4M3, scales [rows, 1]): a row's largest value at 448, computed in the
+    matrix's own dtype as compressed-tensors does; a row of zeros gets eps of the scale's dtype.
+    """
+    factors = (matrix.abs().amax(-1, keepdim=True) / FP8_LARGEST).to(scale)
+    least = torch.finfo(scale).eps
+    factors = torch.where(factors == 0, torch.full_like(factors, least), factors)
+    scaled = matrix / factors.to(matrix.dtype)
+    return scaled.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), factors
+
+
 def encode_fp8(
     matrix: Tensor, block: tuple[int, int], scale: torch.dtype, *, power: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from moetool.errors import MoetoolError
 from moetool.kernels import turn
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.forms.form import Written
+from moetool.surgery.forms.form import Form, Written
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, InParts, Piece, Stored, Target, Task
 
@@ -280,14 +280,27 @@ class _Reform:
             told |= source.told
             known |= set(source.tensors)
         full = [t for t in self.wanted.targets if t.name not in self.chosen]
-        new = [t for t in full if t.name not in known]
+        new = [t for t in full if t.name not in known or self._namesake(t)]
         held: dict[str, dict[str, tuple[Target, JsonObject]]] = {}
         for name, like in self.chosen.items():
             held.setdefault(like.form, {})[name] = (self.targets[name], like.params)
         for name in sorted(held):
-            written = Written(held[name], full, new)
+            written = Written(held[name], full, new, _kin(forms.named(name), held))
             config = forms.named(name).config(config, told.get(name, {}), written)
         return config
+
+
+def _kin(
+    form: Form, held: Mapping[str, Mapping[str, tuple[Target, JsonObject]]]
+) -> dict[str, tuple[Target, Form, JsonObject]]:
+    """The matrices of all forms that share a config with this one."""
+    alike = (n for n in held if n == form.name or form.method == forms.named(n).method != "")
+    kin = {name: forms.named(name) for name in alike}
+    return {
+        name: (target, kin[other], params)
+        for other in sorted(kin)
+        for name, (target, params) in held[other].items()
+    }
 
 
 def _inputs(made: Makers) -> Iterator[Piece]:

@@ -31,7 +31,7 @@ FAMILIES = {
     },
     "mixtral": {"hidden_size": 128, "intermediate_size": 256},
 }
-LAYERS = {"num_hidden_layers": 2}
+LAYERS = {"num_hidden_layers": 2, "num_key_value_heads": 4}  # so that 128 divides every width
 # What a form leaves beside codes, and what is held by values alone (no `unpack`).
 WEAK = ("ternary", "bitnet")
 

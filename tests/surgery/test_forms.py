@@ -89,11 +89,14 @@ def test_the_forms_there_are() -> None:
         "bnb_int8",
         "factored",
         "fp4",
+        "fp8",
         "fp8_block",
         "full",
         "gguf",
         "in_gguf",
+        "int8_activations",
         "mxfp4",
+        "mxfp4_packed",
         "nf4",
         "packed_int",
     ]
@@ -573,7 +576,6 @@ def test_a_broken_mxfp4_matrix_is_named(quantized: Made) -> None:
     "said",
     [
         {"quant_method": "bitsandbytes"},
-        {"quant_method": "compressed-tensors"},
         {"quant_method": "fp8", "weight_block_size": None},
     ],
     ids=str,

@@ -12,7 +12,9 @@ from moetool.methods.quantize.scheme import Choice, Scheme
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.surgery.forms import Spelled
 from moetool.surgery.plan import Plan
+from moetool.surgery.spec import Shape
 from moetool.surgery.text_model import text_model
 from moetool.units import show_count
 
@@ -94,6 +96,11 @@ class Quantized:
         ]
 
 
+def _bits(given: Spelled, shape: Shape) -> float:
+    """Stored bits of a matrix."""
+    return forms.named(given.form).bits(shape, given.params) * prod(shape)
+
+
 def of(
     source: Checkpoint, scheme: Scheme, choice: Choice, plan: Plan, said: tuple[str, str]
 ) -> Quantized:
@@ -105,8 +112,7 @@ def of(
         if not mine:
             continue
         weights = sum(prod(m.shape) for m in mine)
-        form = forms.named(asked.form)
-        stored = sum(form.bits(m.shape, asked.params) * prod(m.shape) for m in mine)
+        stored = sum(_bits(choice.formats[m.name], m.shape) for m in mine)
         roles[role] = RoleFacts(str(asked), len(mine), weights, round(stored / weights, 4))
     experts = [n for n, m in choice.matrices.items() if m.role == "experts"]
     mixture = Mixture.of(source) if at.layout.kind == "moe" else None

@@ -99,8 +99,10 @@ def choose(source: Checkpoint, scheme: Scheme) -> Choice:
         if asked is None:
             left[matrix.name] = f"the plan leaves {matrix.role} as they are"
             continue
-        _check(source, matrix, asked)
-        formats[matrix.name] = asked
+        given = forms.settled(asked, Target(matrix.name, matrix.dtype, matrix.shape))
+        _check(source, matrix, given)
+        formats[matrix.name] = given
+    _one_method(source, formats, roles, left)
     if not formats:
         raise MoetoolError(
             "nothing in this model takes part in the plan",
@@ -110,6 +112,31 @@ def choose(source: Checkpoint, scheme: Scheme) -> Choice:
             hint="`moetool inspect` says what is there",
         )
     return Choice(formats, {m.name: m for m in roles.matrices}, left)
+
+
+def _one_method(
+    source: Checkpoint, formats: dict[str, Spelled], roles: Roles, left: dict[str, str]
+) -> None:
+    """A model has one quantizer. Where a format means another for the experts (gpt-oss's stacks have
+    an mxfp4 of their own), what only the usual one holds is left full; else this is refused.
+    """
+    methods = {name: forms.named(given.form).method for name, given in formats.items()}
+    if len(set(methods.values())) < 2:
+        return
+    words = {given.word for given in formats.values()}
+    experts = {methods[m.name] for m in roles.matrices if m.role == "experts" and m.name in methods}
+    if len(words) > 1 or len(experts) != 1:
+        raise MoetoolError(
+            "these formats need two quantizers, and a model has one",
+            file=source.folder,
+            expected="formats of one `quant_method`",
+            found="; ".join(sorted({f"{g.word}: {methods[n]}" for n, g in formats.items()})),
+            hint="choose formats of one kind, or leave a role full in --plan",
+        )
+    (kept,) = experts
+    for name in [n for n, method in methods.items() if method != kept]:
+        left[name] = f"beside experts in {kept}, nothing else is quantized"
+        del formats[name]
 
 
 def _check(source: Checkpoint, matrix: Matrix, asked: Spelled) -> None:

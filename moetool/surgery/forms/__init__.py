@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from math import prod
@@ -18,7 +18,7 @@ from moetool import discover
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.kernels.grid import Grid
 from moetool.surgery.forms.form import Config, Form, Format, Params, Read, Recognised, Written
-from moetool.surgery.spec import Piece, Stored, whole
+from moetool.surgery.spec import Piece, Stored, Target, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = [
     "forms",
     "named",
     "seen",
+    "settled",
     "split",
     "weights",
 ]
@@ -110,6 +111,20 @@ def asked(text: str, group: int | None = None) -> Spelled:
     return Spelled(word, name, {**found.params, "group": int(number)})
 
 
+def settled(asked: Spelled, target: Target) -> Spelled:
+    """What a format means for one matrix: of the forms that have its word the one that holds such
+    a matrix, with what the matrix's dtype decides.
+    """
+    able = [n for n, form in forms().items() if asked.word in form.formats]
+    for name in sorted(able, key=lambda n: n != asked.form):
+        form = named(name)
+        params = asked.params if name == asked.form else dict(form.formats[asked.word].params)
+        params = form.settled(target, params)
+        if form.fits(target, params):
+            return replace(asked, form=name, params=params)
+    return replace(asked, params=named(asked.form).settled(target, asked.params))
+
+
 def named(name: str) -> Form:
     """The form of this name; MoetoolError with the nearest names."""
     if name not in forms():
@@ -129,6 +144,8 @@ def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None
             continue
         found = _replaced(found, known.matrices)
         config, told[name] = known.config, known.told
+    for form in {f.method: f for f in forms().values() if f.method}.values():
+        form.complete(found, config)
     said = set(chain.from_iterable(told.values()))  # several forms may be told of by one key
     return Known(found, {k: v for k, v in config.items() if k not in said}, told)
 

@@ -1,16 +1,15 @@
 """What the forms of the compressed-tensors library have in common: `quantization_config` with a
 group for each scheme, its targets and what it leaves alone.
 
-Facts: compressed_tensors/config and quantization/quant_config.py 0.20; transformers'
-integrations/compressed_tensors.py 5.24 takes one group for all experts of a model.
+Facts: compressed_tensors/config and quantization/quant_config.py 0.20.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
@@ -18,143 +17,286 @@ from moetool.surgery.forms.form import (
     Config,
     Form,
     Params,
+    Read,
     Recognised,
     Written,
     float_of,
     made_of,
 )
-from moetool.surgery.spec import FLOATS, InParts, Stored, Target
+from moetool.surgery.forms.targets import Groups, chosen, ignore
+from moetool.surgery.spec import FLOATS, InParts, Shape, Stored, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose files these are
 KEY = "quantization_config"
-_WEIGHT = ".weight"
+SCALES = ("BF16", "F16", "F32")
+WEIGHT = ".weight"
+# Scales of activations that were fixed beforehand: they travel with their matrix.
+_STATIC = (".input_scale", ".input_global_scale", ".input_zero_point")
+# Everything else that the library ever stores beside or instead of a weight.
+_PARTS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
+          ".weight_global_scale", ".bitmask", ".compressed", ".row_offsets", ".meta",
+          ".output_scale", ".output_zero_point", ".k_scale", ".v_scale", ".q_scale")  # fmt: skip
 
 
 class CompressedTensors(Form):
-    """A form of that library. Subclasses say how their tensors lie and their scheme."""
+    """A form of that library. Subclasses say how their tensors lie and their scheme. Params of all:
+    activations, where a config group quantizes them too (as it says it), and static, the scales of
+    activations that lie beside a matrix: [suffix, dtype, shape] of each.
+    """
 
     method: ClassVar[str] = METHOD
-    kind: ClassVar[str] = ""  # the library's `format`
-    lead: ClassVar[str] = ""  # suffix of the tensor by which a matrix is recognised
+    kinds: ClassVar[tuple[str, ...]] = ()  # the library's `format`s that lie so
+    suffixes: ClassVar[tuple[str, ...]] = ()  # of the parts, in order; the first is what leads
 
-    def scheme(self, params: Params) -> JsonObject:
-        """`weights` (and `input_activations`) of a config group."""
+    def weights_of(self, params: Params) -> JsonObject:
+        """`weights` of a config group."""
         raise NotImplementedError
 
     def params_of(self, weights: JsonObject) -> Params | None:
         """The params that a config group's `weights` mean; None where they are another form's."""
         raise NotImplementedError
 
-    def read(self, full: str, tensors: Mapping[str, Stored], params: Params, dtype: str) -> Stored:
-        """The matrix of this name. Raises MoetoolError where a part lacks or does not fit."""
+    def settle(self, params: Params, parts: Sequence[Stored]) -> Params:
+        """What the parts themselves say."""
+        return params
+
+    def shape_of(self, parts: Sequence[Stored], params: Params) -> Shape | None:
+        """The shape of the matrix, from the headers of its parts; None where they do not fit."""
         raise NotImplementedError
+
+    def own(self, target: Target, params: Params) -> tuple[Target, ...]:
+        """The parts that hold the matrix, without scales of activations."""
+        raise NotImplementedError
+
+    def kind(self, params: Params) -> str:
+        """The library's `format` of a matrix with these params."""
+        return self.kinds[0]
+
+    def group(self, params: Params) -> int:
+        """Neighbours that share a scale; 0 where a row does."""
+        return int(params.get("group", 0))
 
     def fits(self, target: Target, params: Params) -> bool:
         return not self.misfit(target, params)
 
     def misfit(self, target: Target, params: Params) -> str:
-        single = len(target.shape) == 2 and target.name.endswith(_WEIGHT)
+        if len(target.shape) == 3:
+            return "experts stacked like this are read by no loader of compressed-tensors"
+        single = len(target.shape) == 2 and target.name.endswith(WEIGHT)
         if not (single and target.dtype in FLOATS):
             return "compressed-tensors holds single matrices called `.weight`"
-        group = params.get("group", 0)
+        group = self.group(params)
         if group and target.shape[1] % group:
             return f"its input width {target.shape[1]} is no multiple of the group {group}"
         return ""
 
+    def parts(self, target: Target, params: Params) -> tuple[Target, ...]:
+        stem = target.name.removesuffix(WEIGHT)
+        static = (Target(stem + s, d, tuple(n)) for s, d, n in params.get("static", ()))
+        return (*self.own(target, params), *static)
+
+    def encode(self, matrix: Tensor, params: Params) -> Sequence[Tensor]:
+        self.refuse_static(params)
+        return super().encode(matrix, params)
+
+    @staticmethod
+    def refuse_static(params: Params) -> None:
+        """Say that nobody has scales for activations of a matrix that changes."""
+        if params.get("static"):
+            raise MoetoolError(
+                "a matrix with fixed scales of its activations cannot be rounded again",
+                expected="--form full",
+                found="--form same",
+                hint="those scales were measured: quantize the output anew",
+            )
+
     def recognise(self, tensors: Mapping[str, Stored], config: Config) -> Recognised | None:
+        return self.look(tensors, config, None)
+
+    def look(
+        self, tensors: Mapping[str, Stored], config: Config, read: Read | None
+    ) -> Recognised | None:
         said = config.get(KEY)
         if not isinstance(said, dict) or said.get("quant_method") != METHOD:
             return None
-        found: dict[str, Stored] = {}
-        for name in tensors:
-            if self.lead and name.endswith(self.lead):
-                stem = name.removesuffix(self.lead)
-                params = self._told(said, stem)
-                if params is not None:
-                    full = stem + _WEIGHT
-                    found[full] = self.read(full, tensors, params, float_of(config))
+        try:
+            found = self._found(tensors, said, float_of(config))
+        except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as problem:
+            raise MoetoolError(
+                "quantization_config is not as compressed-tensors writes it",
+                found=f"{type(problem).__name__}: {str(problem)[:200]}",
+                hint="restore the config.json that came with the model",
+            ) from None
         if not found:
             return None
+        _refuse(said)
         return Recognised(found, config, {KEY: said})
 
-    def _told(self, said: JsonObject, module: str) -> Params | None:
-        """What the config says of a module, where that is this form."""
-        group = group_of(said, module)
-        if group is None or group.get("format", said.get("format")) != self.kind:
+    def _found(
+        self, tensors: Mapping[str, Stored], said: JsonObject, dtype: str
+    ) -> dict[str, Stored]:
+        """The matrices whose config group means this form."""
+        found: dict[str, Stored] = {}
+        groups, lead = Groups.of(said), self.suffixes[0]
+        for name in tensors:
+            if not name.endswith(lead):
+                continue
+            stem = name.removesuffix(lead)
+            params = self._told(said, groups.find(stem))
+            if params is not None:
+                full = stem + WEIGHT
+                found[full] = self._read(full, tensors, params, dtype)
+        return found
+
+    def _told(self, said: JsonObject, group: JsonObject | None) -> Params | None:
+        """What a config group says, where that is this form."""
+        weights = (group or {}).get("weights")
+        if group is None or not isinstance(weights, dict):
             return None
-        return self.params_of(group.get("weights") or {})
+        if (group.get("format") or said.get("format")) not in self.kinds:
+            return None
+        params = self.params_of(weights)
+        if params is not None and group.get("input_activations"):
+            params["activations"] = group["input_activations"]
+        return params
+
+    def _read(self, full: str, tensors: Mapping[str, Stored], params: Params, dtype: str) -> Stored:
+        """The matrix of this name. Raises MoetoolError where a part lacks or does not fit."""
+        stem = full.removesuffix(WEIGHT)
+        held = [_part(tensors, full, stem + s) for s in self.suffixes]
+        static = [tensors[stem + s] for s in _STATIC if stem + s in tensors]
+        params = self.settle(dict(params), held)
+        shape = self.shape_of(held, params)
+        expected = self.own(Target(full, dtype, shape), params) if shape else ()
+        if [(t.dtype, t.shape) for t in expected] != [(t.dtype, t.shape) for t in held]:
+            raise MoetoolError(
+                "the parts of a quantized matrix do not fit together, or not its config group",
+                tensor=full,
+                expected=_said(expected) if expected else json.dumps(self.weights_of(params)),
+                found=_said(held),
+                hint="config.json is another model's, or the checkpoint is incomplete",
+            )
+        assert shape is not None
+        if static:
+            params["static"] = [[t.name.removeprefix(stem), t.dtype, list(t.shape)] for t in static]
+        return made_of(self.name, full, dtype, shape, InParts(self.name, (*held, *static), params))
+
+    def complete(self, tensors: Mapping[str, Stored], config: Config) -> None:
+        """Refuse what the library stored and no form knows."""
+        if not isinstance(said := config.get(KEY), dict) or said.get("quant_method") != METHOD:
+            return
+        for name, tensor in tensors.items():
+            stray = name.endswith((*_PARTS, *_STATIC)) and not tensor.parts
+            if stray or (name.endswith(WEIGHT) and tensor.dtype in ("I8", "F8_E4M3")):
+                raise MoetoolError(
+                    "a tensor of compressed-tensors is not understood",
+                    tensor=name,
+                    expected="weights in a format that moetool reads: symmetric or asymmetric "
+                    "integers, fp8, mxfp4, mxfp8, nvfp4; no sparsity, g_idx or cached keys",
+                    found=f"{tensor.dtype} {list(tensor.shape)}; its config group: "
+                    + json.dumps(Groups.of(said).find(name.rpartition(".")[0]))[:300],
+                    hint="decompress the model with compressed-tensors first",
+                )
+
+    def scheme(self, params: Params) -> JsonObject:
+        """A config group without its targets."""
+        return {
+            "weights": self.weights_of(params),
+            "input_activations": params.get("activations"),
+            "output_activations": None,
+            "format": self.kind(params),
+        }
 
     def config(self, config: Config, told: Config, written: Written) -> Config:
-        said: JsonObject = dict(config.get(KEY) or _empty())
-        groups: JsonObject = dict(said["config_groups"])
-        by_params: dict[str, list[str]] = {}
-        params_of: dict[str, Params] = {}
-        for name, (_, params) in written.matrices.items():
-            key = json.dumps(params, sort_keys=True)
-            by_params.setdefault(key, []).append(name.removesuffix(_WEIGHT))
-            params_of[key] = params
-        for key in sorted(by_params):
-            groups[f"group_{len(groups)}"] = {
-                "targets": patterns(by_params[key]),
-                **self.scheme(params_of[key]),
-                "format": self.kind,
-            }
+        said = told.get(KEY)
+        if said and _still(said, written):
+            return config | {KEY: said}
+        modules: dict[str, list[str]] = {}
+        for name, (_, form, params) in written.kin.items():
+            assert isinstance(form, CompressedTensors)
+            key = json.dumps(form.scheme(params), sort_keys=True)
+            modules.setdefault(key, []).append(name.removesuffix(WEIGHT))
+        full = _linears(written.full)
+        # The group of the experts goes first: transformers 5 takes the first that names them.
+        order = sorted(modules, key=lambda k: (-_experts(modules[k]), k))
+        targets = chosen([modules[k] for k in order], full)
+        groups = {
+            f"group_{i}": {"targets": t, **json.loads(k)}
+            for i, (k, t) in enumerate(zip(order, targets, strict=True))
+        }
         kinds = {g["format"] for g in groups.values()}
-        said["format"] = kinds.pop() if len(kinds) == 1 else "mixed-precision"
-        said["config_groups"] = groups
-        said["ignore"] = patterns(_linears(written.full))
-        return config | {KEY: said}
+        quantized = list(chain.from_iterable(modules.values()))
+        return config | {
+            KEY: {
+                "quant_method": METHOD,
+                "quantization_status": "compressed",
+                "version": VERSION,
+                "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+                "config_groups": groups,
+                "ignore": ignore(full, quantized),
+                "kv_cache_scheme": None,
+                "global_compression_ratio": None,
+            }
+        }
 
 
-def group_of(said: JsonObject, module: str) -> JsonObject | None:
-    """The config group that a module belongs to: the first that names it, else the one for all."""
-    rest = None
-    for group in (said.get("config_groups") or {}).values():
-        for target in group.get("targets") or ():
-            if target == "Linear":
-                rest = rest or group
-            elif matches(target, module):
-                return dict(group)
-    return rest
-
-
-def matches(target: str, module: str) -> bool:
-    """Whether a target (a name, or `re:` and a pattern) means a module."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
-
-
-def patterns(modules: Iterable[str]) -> list[str]:
-    """Modules as the library's patterns, numbers of layers and experts left open."""
-    found = {re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(m)) for m in modules}
-    return [f"re:^{p}$" for p in sorted(found)]
-
-
-def _linears(full: Iterable[Target]) -> list[str]:
-    """Modules of full matrices: what a loader must not look for packed."""
-    return [
-        t.name.removesuffix(_WEIGHT) for t in full if len(t.shape) == 2 and t.name.endswith(_WEIGHT)
-    ]
-
-
-def _empty() -> JsonObject:
+def weights(bits: int, kind: str, strategy: str, group: int = 0) -> JsonObject:
+    """`weights` of a config group: symmetric, fixed."""
     return {
-        "quant_method": METHOD,
-        "quantization_status": "compressed",
-        "version": VERSION,
-        "format": "",
-        "config_groups": {},
-        "ignore": [],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "group_size": group or None,
+        "strategy": strategy,
+        "dynamic": False,
     }
 
 
-def part(tensors: Mapping[str, Stored], full: str, suffix: str) -> Stored:
+def scaled_by(dtype: str) -> str:
+    """The dtype of scales for a matrix: its own, as the library has it, where scales can have it."""
+    return dtype if dtype in SCALES else "F32"
+
+
+def _experts(modules: Sequence[str]) -> int:
+    return sum(".experts." in m for m in modules)
+
+
+def _still(said: JsonObject, written: Written) -> bool:
+    """Whether a source's config says of every matrix what it is, and nothing of the full ones."""
+    groups = Groups.of(said)
+    for name, (_, form, params) in written.kin.items():
+        assert isinstance(form, CompressedTensors)
+        found = form._told(said, groups.find(name.removesuffix(WEIGHT)))
+        if found is None or form.scheme(found) != form.scheme(params):
+            return False
+    return not any(groups.means(m) for m in _linears(written.new))
+
+
+def _linears(full: Sequence[Target]) -> list[str]:
+    """Modules of full matrices: what a loader must not look for packed."""
+    return [
+        t.name.removesuffix(WEIGHT) for t in full if len(t.shape) == 2 and t.name.endswith(WEIGHT)
+    ]
+
+
+def _refuse(said: JsonObject) -> None:
+    """Models whose weights are not what is multiplied."""
+    for key in ("transform_config", "sparsity_config", "moe_sparsity_config"):
+        told = said.get(key)
+        if told and (key != "sparsity_config" or told.get("format", "dense") != "dense"):
+            raise MoetoolError(
+                f"the config has a {key}, which moetool does not read",
+                found=json.dumps(told)[:200],
+                hint="decompress the model with compressed-tensors first",
+            )
+
+
+def _part(tensors: Mapping[str, Stored], full: str, name: str) -> Stored:
     """A part of a matrix; MoetoolError where it lacks."""
-    name = full.removesuffix(_WEIGHT) + suffix
     if name not in tensors:
         raise MoetoolError(
             "a quantized matrix lacks a part",
@@ -166,6 +308,5 @@ def part(tensors: Mapping[str, Stored], full: str, suffix: str) -> Stored:
     return tensors[name]
 
 
-def whole(form: str, full: str, dtype: str, shape: tuple[int, int], parts: InParts) -> Stored:
-    """A matrix in parts (see `made_of`)."""
-    return made_of(form, full, dtype, shape, parts)
+def _said(parts: Sequence[Stored | Target]) -> str:
+    return ", ".join(f"{p.name.rpartition('.')[2]} {p.dtype} {list(p.shape)}" for p in parts)

@@ -48,12 +48,15 @@ class Format:
 @dataclass(frozen=True)
 class Written:
     """What a form's `config` is told of an output: its matrices in this form, each with the form's
-    params, the tensors that are full, and which of those have names that no source has.
+    params, the tensors that are full, and which of those a source's config did not know as full
+    (they have names that no source has, or had a form there). `kin`: the matrices of all forms with
+    the same `method`, its own among them, each with form and params: they share one config.
     """
 
     matrices: Mapping[str, tuple[Target, Params]]
     full: Sequence[Target] = ()
     new: Sequence[Target] = ()
+    kin: Mapping[str, tuple[Target, Form, Params]] = field(default_factory=dict)
 
 
 class Form:
@@ -103,6 +106,12 @@ class Form:
     def settled(self, target: Target, params: Params) -> Params:
         """The params with what they must say of one matrix."""
         return params
+
+    def complete(self, tensors: Mapping[str, Stored], config: Config) -> None:
+        """Raise MoetoolError for a tensor that a model of this `method` has, that none of its forms
+        recognised, and that would be taken for something else.
+        """
+        return
 
     def pieces(
         self, parts: Sequence[Stored | Target], shape: Shape, piece: Piece, params: Params

@@ -15,6 +15,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.forms.form import (
     Config,
     Form,
+    Format,
     Params,
     Recognised,
     Written,
@@ -31,6 +32,7 @@ _SCALES = "_scale_inv"
 _BLOCK = [128, 128]  # the default of transformers' FineGrainedFP8Config
 # Scales of activations, fixed beforehand: their matrices are not read yet.
 _STATIC = (".activation_scale", ".input_scale")
+_EMPTY = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 _SKIPPED = ("modules_to_not_convert", "ignored_layers")
 _POWERS = ("U8", "F8_E8M0")  # dtypes of scales that hold nothing but powers of two
 
@@ -41,11 +43,31 @@ class Fp8Block(Form):
     """
 
     name: ClassVar[str] = "fp8_block"
+    method: ClassVar[str] = "fp8"
+    formats: ClassVar[Mapping[str, Format]] = {
+        "fp8-block": Format(
+            "E4M3 with a scale for 128 x 128, as DeepSeek-V3 ships it",
+            {"block": _BLOCK, "scale": "F32", "power": False},
+        )
+    }
 
     def fits(self, target: Target, params: Params) -> bool:
         single = len(target.shape) == 2 and target.name.endswith(".weight")
         stacked = len(target.shape) == 3 and not target.name.endswith(".weight")
         return target.dtype in FLOATS and (single or stacked)
+
+    def misfit(self, target: Target, params: Params) -> str:
+        if not self.fits(target, params) or len(target.shape) != 2:
+            return "fp8 blocks hold single matrices called `.weight`"
+        for size, height, word in zip(
+            target.shape, params["block"], ("rows", "columns"), strict=True
+        ):
+            if size % height:
+                return (
+                    f"{height} does not divide its {size} {word}, and loaders read smaller blocks "
+                    "at the edge wrongly"
+                )
+        return ""
 
     def parts(self, target: Target, params: Params) -> tuple[Target, ...]:
         return (
@@ -101,16 +123,17 @@ class Fp8Block(Form):
         )
 
     def config(self, config: Config, told: Config, written: Written) -> Config:
-        said: JsonObject = dict(told["quantization_config"])
-        named = [
-            t.name.removesuffix(".weight")
-            for t in written.new
-            if len(t.shape) == 2 and t.name.endswith(".weight")
-        ]
-        if named:
+        said: JsonObject = dict(told.get("quantization_config") or _EMPTY)
+        named = _modules(written.new if told else written.full)
+        if named or not told:
             key = next((k for k in _SKIPPED if said.get(k) is not None), _SKIPPED[0])
             known = said.get(key) or ["lm_head"]
             said[key] = [*known, *(n for n in named if n not in known)]
+        if not told:
+            block = next(iter(written.matrices.values()))[1]["block"]
+            said["weight_block_size"] = list(block)
+            if "lm_head.weight" in written.matrices:
+                said[_SKIPPED[0]].remove("lm_head")
         return config | {"quantization_config": said}
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
@@ -125,6 +148,18 @@ class Fp8Block(Form):
         return blockscale.encode_fp8(
             matrix, params["block"], codec.torch_dtype(params["scale"]), power=params["power"]
         )
+
+
+def _modules(full: Sequence[Target]) -> list[str]:
+    """Modules of full matrices; all experts of a layer are one."""
+    names = (
+        t.name.removesuffix(".weight")
+        for t in full
+        if len(t.shape) > 2 or (t.name.endswith(".weight") and len(t.shape) == 2)
+    )
+    return list(
+        dict.fromkeys(n.partition(".experts.")[0] + ".experts" * (".experts." in n) for n in names)
+    )
 
 
 def _is_block(block: Any) -> bool:

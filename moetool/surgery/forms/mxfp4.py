@@ -7,6 +7,7 @@ The file holds the transposed of what the model uses (x @ W): transformers turns
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +15,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.forms.form import (
     Config,
     Form,
+    Format,
     Params,
     Recognised,
     Written,
@@ -34,6 +36,10 @@ class Mxfp4(Form):
     """E2M1 with a power of two for 32 neighbours; no params."""
 
     name: ClassVar[str] = "mxfp4"
+    method: ClassVar[str] = "mxfp4"
+    formats: ClassVar[Mapping[str, Format]] = {
+        "mxfp4": Format("E2M1 with a power of two for 32 neighbours, gpt-oss's own way")
+    }
 
     def fits(self, target: Target, params: Params) -> bool:
         shape = target.shape
@@ -70,7 +76,11 @@ class Mxfp4(Form):
         return super().pieces(parts, shape, piece, params) or slabs(parts, shape, piece)
 
     def config(self, config: Config, told: Config, written: Written) -> Config:
-        return config | told
+        if told and not written.new:
+            return config | told
+        made = {re.sub(r"\.\d+\.", ".*.", n) for n in map(_module, written.full) if n}
+        said = {"quant_method": "mxfp4", "modules_to_not_convert": sorted(made | {"lm_head"})}
+        return config | {"quantization_config": said}
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import blockscale
@@ -81,6 +91,15 @@ class Mxfp4(Form):
         from moetool.kernels import blockscale
 
         return blockscale.encode_mxfp4(matrix)
+
+
+def _module(target: Target) -> str:
+    """The module of a full matrix (all of an attention is one); empty for what is none."""
+    name = target.name.removesuffix(".weight")
+    if len(target.shape) != 2 or name == target.name:
+        return ""
+    at = name.find(".self_attn.")
+    return name if at < 0 else name[: at + len(".self_attn")]
 
 
 def _matrix(blocks: Stored, scales: Stored | None, dtype: str) -> Stored:
