@@ -51,10 +51,14 @@ class Linear:
 
 class Observer(Protocol):
     """Sees every linear of every layer at work, and may give some of them new weights (`changes`:
-    whether it ever does).
+    whether it ever does). `again`, asked after `end`: the layer is to be shown once more, with the
+    weights it was given.
     """
 
     changes: bool
+
+    @property
+    def again(self) -> bool: ...
 
     def begin(self, layer: int, linears: Sequence[Linear]) -> None:
         """A layer begins."""
@@ -255,7 +259,7 @@ class Grams:
     arXiv 2210.17323). Linears that see the same inputs share one.
     """
 
-    changes = False
+    changes, again = False, False
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
@@ -268,9 +272,13 @@ class Grams:
         """X^T X of a linear's inputs [in, in]; KeyError where no token came."""
         return self._sums[self._leads[key]]
 
+    def lead(self, key: str) -> str:
+        """The linear whose inputs stand for those of this one; itself where it saw none."""
+        return self._leads.get(key, key)
+
     def tokens(self, key: str) -> int:
         """How many tokens a linear saw."""
-        return self._tokens.get(self._leads.get(key, ""), 0)
+        return self._tokens.get(self.lead(key), 0)
 
     def begin(self, layer: int, linears: Sequence[Linear]) -> None:
         self._leads, self._sums, self._tokens, self._last = {}, {}, {}, None

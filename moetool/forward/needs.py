@@ -62,6 +62,10 @@ class Promised:
             hint="one layer must fit; raise --memory or lower --batch-tokens, or use a method without text",
         )
 
+    def least(self, *, widened: bool = False) -> int:
+        """The peak of the way that holds least."""
+        return self._peak(widened, True)
+
     def _peak(self, widen: bool, spill: bool) -> int:
         experts = self.widened if widen else self.stored
         return self.floor + max(self.compared, experts) + (0 if spill else self.hidden)

@@ -39,13 +39,15 @@ CHUNK = 1 << 20
 class Solved:
     """What a solver makes of a layer. note: plain data that a resumed run gets back; tensors: kept
     beside it, for the plan; weights: new matrices [out, in] by `Linear.key`, and block: another MoE
-    block, with which the walk goes on (the very values that will be written).
+    block, with which the walk goes on (the very values that will be written). again: the layer is
+    not done, it is shown once more with these weights (note and tensors then count for nothing).
     """
 
     note: JsonObject = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     block: Block | None = None
+    again: bool = False
 
 
 class Solver(Protocol):
@@ -57,7 +59,7 @@ class Solver(Protocol):
     look: Look | None
 
     def begin(self, layer: int, linears: Sequence[Linear]) -> None:
-        """The linears of a layer that now comes."""
+        """The linears of a layer that now comes, or comes again."""
         ...
 
     def inputs(self, linear: Linear, x: Tensor) -> None:
@@ -146,6 +148,10 @@ class _Kept:
         """The block of a layer that was just solved, where linears were seen as well."""
         return self.last.block
 
+    @property
+    def again(self) -> bool:
+        return self.last.again
+
     def begin(self, layer: int, linears: Sequence[Linear]) -> None:
         self.solver.begin(layer, linears)
 
@@ -158,6 +164,8 @@ class _Kept:
 
     def _solved(self, layer: int, block: Block | None) -> Solved:
         made = self.solver.solve(layer, block)
+        if made.again:
+            return made
         seal = save(self.folder, layer, made.tensors) if made.tensors else ""
         body = json.dumps({"note": made.note, "sha256": seal})
         atomic.write(self.folder / f"note-{layer:05d}.json", body)

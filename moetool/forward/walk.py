@@ -190,6 +190,9 @@ class Walk:
                 open_.enter_context(catch)
             self._looked_at(layer, catch, linears, eyes)
             self._changed(layer, catch, linears, eyes)
+            while eyes.watch is not None and eyes.watch.again:
+                self._looked_at(layer, catch, linears, Eyes(watch=eyes.watch))
+                self._changed(layer, catch, linears, Eyes(watch=eyes.watch))
             if eyes.changing:
                 self._pass(layer, catch, store=True)
         self.shell.empty(layer)

@@ -164,7 +164,7 @@ def changed(linear: Linear) -> torch.Tensor:
 class Changing:
     """A solver that gives every linear another weight."""
 
-    linears, look, changes = True, None, True
+    linears, look, changes, again = True, None, True, False
 
     def __init__(self) -> None:
         self.now: list[Linear] = []
@@ -246,6 +246,46 @@ def test_it_goes_on_after_every_layer(
                     solve(source, text, work, solver)
             again = solve(source, text, work, Changing())
             assert again == whole and files(work.folder) == files(tmp_path / "whole")
+
+
+class Twice(Changing):
+    """It changes attention first, and looks at the rest with that in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[int] = []
+        self.seen: dict[tuple[int, int, str], torch.Tensor] = {}
+
+    def begin(self, layer: int, linears: Sequence[Linear]) -> None:
+        super().begin(layer, linears)
+        self.begun.append(layer)
+
+    def inputs(self, linear: Linear, x: torch.Tensor) -> None:
+        self.seen.setdefault((linear.layer, self.begun.count(linear.layer), linear.key), x.clone())
+
+    def solve(self, layer: int, block: Block | None) -> Solved:
+        first = self.begun.count(layer) == 1
+        now = [lin for lin in self.now if ("attn" in lin.key) is first]
+        made = {lin.key: changed(lin) for lin in now}
+        self.made += [(lin, made[lin.key]) for lin in now]
+        return Solved(weights=made, again=first)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_layer_is_shown_again(family: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """What a layer was given the first time is in place the second time, and afterwards."""
+    folder, text, solver = models(family), batches(*SHAPES), Twice()
+    source = Checkpoint.open(folder)
+    done = solve(source, text, Work(tmp_path / "w", "seal"), solver)
+    assert sorted(done.notes) == [0, 1, 2, 3] and solver.begun == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(solver.made) == FAMILIES[family]
+    attention = [(lin, new) for lin, new in solver.made if lin.layer == 0 and "attn" in lin.key]
+    once = Twice()
+    walk = Walk(Checkpoint.open(written(folder, tmp_path / "a", attention)), text, Budget())
+    walk.run(watch=once)
+    key = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.allclose(solver.seen[0, 2, key], once.seen[0, 1, key], atol=1e-5)
+    assert not torch.allclose(solver.seen[0, 1, key], once.seen[0, 1, key], atol=1e-3)
 
 
 def test_it_stops_and_another_seal_begins_anew(models: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from moetool.data import JsonObject
@@ -45,6 +45,7 @@ class Quantized:
     experts: int | None = None
     top_k: int | None = None
     expert_width: int | None = None
+    solved: JsonObject = field(default_factory=dict)  # what a way that solves found on its text
 
     @property
     def target_type(self) -> str:
@@ -67,7 +68,7 @@ class Quantized:
             "experts": self.experts,
             "top_k": self.top_k,
             "expert_width": self.expert_width,
-        }
+        } | ({"solved": self.solved} if self.solved else {})
 
     @property
     def experts_total(self) -> int:

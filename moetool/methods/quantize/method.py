@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from moetool.data import JsonObject
 from moetool.methods.contract import (
     Builder,
     Certificate,
@@ -112,13 +113,16 @@ class Quantize(Several):
         plan = reform.plan(read, made.wanted, max_shard=most, form="full", into=made.into)
         said = (self.way.name, asked.loader(self.options))
         certificate = Certificate("none", f"weights are rounded ({asked})", None)
+        found = facts.of(source, asked, choice, plan, said)
+        solved: JsonObject = {**decisions.report}
+        warnings = (*made.warnings, *solved.pop("warnings", ()))
         return Made(
             plan,
             certificate,
             plan.config,
             {},
-            facts.of(source, asked, choice, plan, said),
-            made.warnings,
+            replace(found, solved=solved),
+            warnings,
             promised=_promised(read, choice, to_gguf.forms_in(plan, into)),
         )
 
