@@ -136,10 +136,35 @@ def test_what_is_no_number_is_refused() -> None:
 
 def test_an_expert_with_few_tokens_leans_on_the_others() -> None:
     _, hessians = correlated(3, 1, 32, 100)
-    tokens = torch.tensor([100, 16, 0])
+    tokens = torch.tensor([100, 8, 0])
     hessians[2] = 0
     made = gptq.shrunk(hessians, tokens)
-    mean = hessians.sum(0) / 116
-    assert torch.equal(made[0], hessians[0])
-    assert torch.allclose(made[1], hessians[1] / 3 + mean * 16 * 2 / 3, rtol=1e-4)
+    mean = hessians.sum(0) / 108
+    assert torch.allclose(made[0], hessians[0] * 100 / 108 + mean * 100 * 8 / 108, rtol=1e-4)
+    assert torch.allclose(made[1], hessians[1] / 2 + mean * 8 / 2, rtol=1e-4)
     assert torch.allclose(made[2], mean, rtol=1e-4)
+    damping = gptq.damping_for(tokens, 32).tolist()
+    assert damping == pytest.approx([0.03 + 0.06 * 0.32, 0.27, 0.3])
+
+
+def test_few_tokens_are_not_believed() -> None:
+    """On what was not seen, an expert with fewer tokens than columns is better off than rounded,
+    and not when its Hessian is taken as it is.
+    """
+    grid = GRIDS["int4"]
+    torch.manual_seed(1)
+    mixed = torch.randn(128, 128) * torch.linspace(2, 0.1, 128)
+    own = torch.eye(128) + 0.1 * torch.randn(8, 128, 128)  # what is of each expert alone
+    tokens = torch.tensor([400] * 7 + [48])
+    seen = [torch.randn(n, 128) @ mixed @ o for n, o in zip(tokens.tolist(), own, strict=True)]
+    hessians = torch.stack([x.T @ x for x in seen])
+    weights = torch.randn(8, 32, 128) * 0.05
+    truth = ((mixed @ own).transpose(1, 2) @ (mixed @ own))[7:]
+
+    def lost(made: Rounded) -> float:
+        return error(weights[7:], Rounded(made.codes[-1:], made.scales[-1:]), grid, truth)
+
+    plain = lost(gptq.solve(weights, hessians, grid))
+    some = gptq.damping_for(tokens, 128)
+    leant = lost(gptq.solve(weights, gptq.shrunk(hessians, tokens), grid, damping=some))
+    assert leant < 0.8 * lost(rounding.searched(weights, grid)) < plain
