@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from moetool import steps
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import current, measured
 from moetool.evaluate.measured import Measured
@@ -52,7 +53,8 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     from moetool import methods
 
     caller = caller or Caller()
-    method = methods.make(options.method, options.values)
+    method, long = methods.make(options.method, options.values), is_long(options)
+    steps.check(options)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
     uncounted = complete.check(sources)
     check_device(options.common.device)
@@ -62,15 +64,15 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     settings = _settings(options, caller)
     check_work(Path(settings.work))
     measuring = _measuring(sources[0], method, options.common)
-    if options.common.strict and method.interruptible:
+    if options.common.strict and long:
         scan.check_finite(
             sources, scan.everything(sources), caller.tell, caller.stop
         )  # before text is sent
     held = None
-    if method.interruptible and not options.common.dry_run:
+    if long and not options.common.dry_run:
         held = Lock.take(Path(settings.work), f"this output ({options.out})")
     try:
-        prepared = _decided(options, method, sources, settings)
+        prepared = steps.decided(options, method, sources, settings)
         made = replace(prepared.made, warnings=(*uncounted, *prepared.made.warnings))
         prepared = replace(prepared, made=made, lock=held, peak=max(prepared.peak, measuring))
         return _checked(prepared)
@@ -80,25 +82,11 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
         raise
 
 
-def _decided(
-    options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
-) -> Prepared:
-    """Decide and plan; the promise so far is that of deciding."""
-    begun = time.perf_counter()
-    decisions = method.decide(sources, settings)
-    took = round(time.perf_counter() - begun, 3)
-    made = method.plan(sources, decisions, settings)
-    return Prepared(
-        options,
-        method,
-        (*sources, *decisions.extra),
-        made,
-        decisions.chosen,
-        0,
-        decisions.memory,
-        work=settings.work,
-        decided_in=took,
-    )
+def is_long(options: Options) -> bool:
+    """Whether deciding may take long, and keeps what it has done in the work folder."""
+    from moetool import methods
+
+    return bool(options.before) or methods.load(options.method).interruptible
 
 
 def _settings(options: Options, caller: Caller) -> Settings:
@@ -181,6 +169,7 @@ def summary(prepared: Prepared) -> Summary:
         dropped_tensors=plan.dropped,
         dropped_fields=made.dropped_fields,
         facts=made.facts,
+        steps=tuple(map(summary, prepared.before)),
     )
 
 
@@ -283,9 +272,10 @@ def measure(prepared: Prepared, writer: Writer, caller: Caller) -> Measured:
 
 def finish(prepared: Prepared, writer: Writer, report: Report) -> None:
     """The small files, `config.json` and the final rename."""
-    beside = len(prepared.sources) > len(prepared.names)
-    written = staged(prepared, writer) if beside else None
+    written = staged(prepared, writer) if _beyond(prepared) else None
+    earlier = zip(prepared.before, report.steps, strict=True)
     files = {
+        **dict(chain.from_iterable(p.method.files(Report.of(s)).items() for p, s in earlier)),
         "moetool.json": provenance.record(prepared, report, written),
         "README.md": card.render(prepared, report),
         **prepared.made.files,
@@ -294,6 +284,12 @@ def finish(prepared: Prepared, writer: Writer, report: Report) -> None:
     base = prepared.sources[0]
     travelling = {n: os.path.join(base.folder, n) for n in base.travelling() if n not in files}
     writer.finish(files, travelling, prepared.made.config)
+
+
+def _beyond(prepared: Prepared) -> bool:
+    """Whether something was read that does not travel with the output."""
+    more = len(prepared.sources) > prepared.named
+    return more or any(s.beyond for s in prepared.sources)
 
 
 def staged(prepared: Prepared, writer: Writer) -> Checkpoint:
@@ -317,7 +313,7 @@ def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) 
         quality=found.quality,
         proof=found.proof,
     )
-    if not prepared.method.interruptible:
+    if not is_long(prepared.options):
         return report
     return replace(
         report,

@@ -1,5 +1,5 @@
-"""A recipe is a short YAML file: one method with its options, the paper it comes from, and the
-command that runs it.
+"""A recipe is a short YAML file: one method with its options, or several such steps, the paper it
+comes from, and the command that runs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from moetool import reading, strict_yaml
 from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
-from moetool.methods.contract import Options
+from moetool.methods.contract import Options, Step
 from moetool.methods.options import Common, build
 
 KEYS = {
@@ -24,25 +24,34 @@ KEYS = {
     "out": "the folder to write; empty: --set out=",
     "seed": "everything random derives from it",
     "options": "what the verb is told",
+    "steps": "instead of method and options: several of them, each reads what the one before makes",
 }
+_STEP = ("method", "options")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe, checked: nothing in it is unknown, nothing that is needed is empty."""
 
-    method: str
+    steps: tuple[Step, ...]  # the last one writes
     source: str
     further: tuple[str, ...]  # `from`
     out: str
     seed: int
-    values: Mapping[str, object]
 
     def options(self, common: Mapping[str, object] | None = None, command: str = "") -> Options:
         """One command, as the pipeline takes it; `common`: what every command understands."""
         made = build(Common, {"seed": self.seed, **(common or {})}, "a recipe")
-        sources = (self.source, *self.further)
-        return Options(self.out, sources, self.method, self.values, made, command)
+        *before, last = self.steps
+        return Options(
+            self.out,
+            (self.source, *self.further),
+            last.method,
+            last.values,
+            made,
+            command,
+            tuple(before),
+        )
 
 
 def read(path: str | Path, changes: list[str]) -> Recipe:
@@ -60,14 +69,9 @@ def read(path: str | Path, changes: list[str]) -> Recipe:
             **{f"mistake {i}": p for i, p in enumerate(problems, 1)},
             hint="correct the file, or use --set key=value",
         )
-    return Recipe(
-        data["method"],
-        data["source"],
-        tuple(data.get("from") or ()),
-        data["out"],
-        data.get("seed", 0),
-        data.get("options") or {},
-    )
+    steps = tuple(Step(s["method"], s.get("options") or {}) for s in _steps(data))
+    further = tuple(data.get("from") or ())
+    return Recipe(steps, data["source"], further, data["out"], data.get("seed", 0))
 
 
 def _load(path: str | Path) -> JsonObject:
@@ -102,8 +106,51 @@ def _apply(data: JsonObject, change: str) -> None:
     value = _value(key, text)
     if key in KEYS:
         data[key] = value
-    else:
-        data["options"] = (data.get("options") or {}) | {key.removeprefix("options."): value}
+        return
+    for step in _meant(data, key):
+        name = key.removeprefix("options.") if len(_steps(data)) == 1 else key.rpartition(".")[2]
+        step["options"] = (step.get("options") or {}) | {name: value}
+
+
+def _steps(data: JsonObject) -> list[JsonObject]:
+    """The steps of a recipe, the last one writes: itself, where it has a method of its own."""
+    found = data.get("steps")
+    return found if isinstance(found, list) and found else [data]
+
+
+def _meant(data: JsonObject, key: str) -> list[JsonObject]:
+    """The steps that `--set KEY=` is for: `2.format` and `quantize.format` name one; any other name
+    is for all that have such an option, one of a gate for the last of them.
+    """
+    from moetool.methods.field import GATE
+
+    steps = [s for s in _steps(data) if isinstance(s, dict)]
+    place, _, name = key.rpartition(".")
+    if len(steps) < 2:
+        return steps
+    if place:
+        named = [s for n, s in enumerate(steps, 1) if place in (str(n), s.get("method"))]
+        if named:
+            return named
+        verbs = [str(s.get("method")) for s in steps]
+        raise UsageError(
+            f"--set {key}: the recipe has no step {place!r}",
+            expected=", ".join(f"{n}.{name} ({verb})" for n, verb in enumerate(verbs, 1)),
+            hint=did_you_mean(place, verbs),
+        )
+    panels = [_panel(str(step.get("method")), name) for step in steps]
+    found = [step for step, panel in zip(steps, panels, strict=True) if panel]
+    return found[-1:] if GATE in panels else found or steps[-1:]
+
+
+def _panel(verb: str, name: str) -> str:
+    """Where an option of a verb stands in its help; empty where it has no such option."""
+    from moetool import methods
+
+    if verb not in methods.METHODS:
+        return ""
+    known = {f.name: f.panel for f in methods.load(verb).fields()}
+    return known.get(name.replace("-", "_"), "")
 
 
 def _value(key: str, text: str) -> Any:
@@ -119,8 +166,6 @@ def _value(key: str, text: str) -> Any:
 
 def _problems(data: JsonObject) -> list[str]:
     """Every mistake, as a sentence."""
-    from moetool import methods
-
     found = [f"unknown key {key!r}: {did_you_mean(key, KEYS)}" for key in data if key not in KEYS]
     for key in ("source", "out"):
         if not isinstance(data.get(key), str) or not data[key]:
@@ -132,13 +177,35 @@ def _problems(data: JsonObject) -> list[str]:
         found.append("from needs the fine-tunes: --set from=A,B,C")
     if not isinstance(data.get("seed", 0), int):
         found.append(f"seed={data['seed']!r} is not a whole number")
+    return found + _of_steps(data)
+
+
+def _of_steps(data: JsonObject) -> list[str]:
+    """What is wrong with the steps; of a recipe with one method, with that."""
+    said = data.get("steps")
+    if "steps" not in data:
+        return _of_step(data)
+    if not isinstance(said, list) or not said or not all(isinstance(s, dict) for s in said):
+        return ["steps needs a list of {method, options}"]
+    found = [
+        f"{key} stands beside steps: it belongs into one of them" for key in _STEP if key in data
+    ]
+    for number, step in enumerate(said, 1):
+        wrong = [f"unknown key {k!r}: {did_you_mean(k, _STEP)}" for k in step if k not in _STEP]
+        found += [f"step {number}: {problem}" for problem in wrong + _of_step(step)]
+    return found
+
+
+def _of_step(data: JsonObject) -> list[str]:
+    from moetool import methods
+
     verb, options = str(data.get("method")), data.get("options") or {}
     if verb not in methods.METHODS:
-        return [*found, f"method {data.get('method')!r}: {did_you_mean(verb, methods.METHODS)}"]
+        return [f"method {data.get('method')!r}: {did_you_mean(verb, methods.METHODS)}"]
     if not isinstance(options, dict):
-        return [*found, f"options={options!r} is not a mapping of names to values"]
+        return [f"options={options!r} is not a mapping of names to values"]
     try:
         methods.make(verb, options)
     except UsageError as problem:
-        found.append(f"{problem.message} ({problem.hint})")
-    return found
+        return [f"{problem.message} ({problem.hint})"]
+    return []

@@ -49,7 +49,8 @@ def shipped() -> list[Shipped]:
     for name, file in _files().items():
         data = strict_yaml.load(file.read_text())
         about = " ".join(str(data["about"]).split())
-        found.append(Shipped(name, file, data["method"], str(data["paper"]), about))
+        verbs = [step["method"] for step in data.get("steps") or [data]]
+        found.append(Shipped(name, file, " + ".join(verbs), str(data["paper"]), about))
     return sorted(found, key=lambda r: (r.method, r.name))
 
 

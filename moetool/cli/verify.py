@@ -57,6 +57,9 @@ def _lines(result: JsonObject) -> list[str]:
         f"  certificate  {certificate['level']}: {certificate['why']}",
         f"  structure    {structure['shards']} files carry the plan's digest, {structure['tensors']} tensors, {structure['names_checked']} names and shapes as the family wants",
     ]
+    for number, step in enumerate(result.get("steps", ()), 1):
+        counts = f"{step['tensors_used']} tensors used, {step['tensors_dropped']} dropped by name"
+        lines.append(f"  step {number}       {step['method']}, planned again: {counts}")
     if result.get("bytes"):
         lines += _bytes(result["bytes"], result["accounted"])
     if result.get("forms"):

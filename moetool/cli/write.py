@@ -76,7 +76,7 @@ def write(options: Options) -> int:
     from moetool import pipeline
 
     sink, caller = session.sink, pipeline.Caller(session.sink.progress, session.stop)
-    session.working = methods.load(options.method).interruptible
+    session.working = pipeline.is_long(options)
     prepared = pipeline.prepare(options, caller)
     if options.common.dry_run:
         return _dry_run(prepared, pipeline.summary(prepared))
@@ -107,6 +107,7 @@ def shown(method: Method, summary: Summary, report: Report | None) -> str:
     workers = f"{summary.jobs} worker{'s' * (summary.jobs != 1)}"
     coverage = f", coverage {certificate.coverage:g}" if certificate.coverage is not None else ""
     lines = [
+        *_before(summary),
         *method.lines(summary),
         Line("output", size),
         Line("memory", f"at most {show_bytes(summary.peak_memory)}, {workers}"),
@@ -115,6 +116,19 @@ def shown(method: Method, summary: Summary, report: Report | None) -> str:
         *(_done(report) if report else ()),
     ]
     return "\n".join([f"{' + '.join(summary.sources)} -> {summary.out}", *map(str, lines)])
+
+
+def _before(summary: Summary) -> list[Line]:
+    """What the earlier steps of a recipe do; nobody writes what lies between."""
+    from moetool.methods.contract import Line
+
+    found = []
+    for number, step in enumerate(summary.steps, 1):
+        size = f"{step.method} to {show_bytes(step.output_bytes)}, which is read and not written"
+        lines = methods.make(step.method, step.options).lines(step)
+        found += [Line(f"step {number}", size), *lines]
+    last = Line(f"step {len(summary.steps) + 1}", summary.method)
+    return [*found, last] if found else []
 
 
 def _done(report: Report) -> list[Line]:

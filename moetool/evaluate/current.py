@@ -61,14 +61,15 @@ def _companions(prepared: Prepared, out: Path) -> Change | None:
 
 def _weights(prepared: Prepared, out: Path) -> Change | None:
     record = read_json(out / "moetool.json", what="record of moetool")
-    named = len(prepared.names)
+    named = prepared.named
     kept = [*record["sources"], *record.get("extra", ())]
-    for source, known in zip(prepared.sources, kept, strict=False):
+    read = (*prepared.origins, *prepared.sources[named:])
+    for source, known in zip(read, kept, strict=False):
         seal = known.get("content")  # 0.2.0 knew headers only
         if seal is not None and seal != identity.content(source):
             return Change(source.folder, "the weights of a source")
     sealed = all("content" in known for known in kept)
-    if sealed and not _touched(prepared.sources[:named], out / "moetool.json"):
+    if sealed and not _touched(prepared.origins, out / "moetool.json"):
         return None
     return _bytes(prepared, out, record, named)
 

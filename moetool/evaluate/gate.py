@@ -92,7 +92,7 @@ def measure(
     found = evaluate(
         written,
         _text(prepared.method, said),
-        reference=prepared.sources[0],
+        reference=prepared.origins[0],
         room=Room(said.memory, Path(prepared.work) / "gate" if said.memory else None, said.device),
         tell=tell,
         stop=stop,

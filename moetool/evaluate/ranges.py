@@ -13,7 +13,7 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
 from moetool.progress import Progress, Stage, silent
-from moetool.surgery import engine
+from moetool.surgery import engine, view
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Task
@@ -35,7 +35,8 @@ class Against:
 
     def is_beyond(self, task: Task) -> bool:
         """Whether a task reads what is not there any more."""
-        return self.named is not None and any(p.source >= self.named for p in task.inputs)
+        named = len(self.sources) if self.named is None else self.named
+        return any(view.is_beyond(p, self.sources, named) for p in task.inputs)
 
 
 def compare_bytes(

@@ -10,18 +10,15 @@ from pathlib import Path
 from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
+from moetool.methods.certificates import LEVELS
 from moetool.surgery import complete
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.containers import gguf
 
-LEVELS = ("exact", "exact_if", "expectation", "none")
+_STEP = {"method": str, "options": dict, "seed": int, "max_shard": int, "tables": dict}
 _RECORD = {
-    "method": str,
-    "options": dict,
-    "seed": int,
-    "max_shard": int,
+    **_STEP,
     "sources": list,
-    "tables": dict,
     "config_sha256": str,
     "report": {
         "plan_digest": str,
@@ -47,6 +44,8 @@ def recorded(folder: str) -> JsonObject:
     strict_json.check_shape(found, _RECORD, path, "record of moetool")
     for part in found["sources"]:
         strict_json.check_shape(part, {"name": str, "files": list}, path, "record of moetool")
+    for step in found.get("before", ()):
+        strict_json.check_shape(step, {**_STEP, "extra": list}, path, "record of moetool")
     level = found["report"]["certificate"]["level"]
     if level not in LEVELS:
         raise VerificationFailed(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError, VerificationFailed
 from moetool.evaluate import blocks, logits, ranges, readback, structure
-from moetool.methods.contract import Decisions, Made, Method, Settings
+from moetool.methods.certificates import weakest
+from moetool.methods.contract import Certificate, Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
 from moetool.methods.proof import Proof
 from moetool.progress import Progress, silent
-from moetool.surgery import identity, source, tables
+from moetool.surgery import identity, source, tables, view
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.device import check_device
 from moetool.surgery.spec import Stored
@@ -56,14 +58,20 @@ def verify(
         return result | {"verified": "structure"}
     sources = [Checkpoint.open(source.locate(name)) for name in _all_sources(record, against)]
     _same_sources(sources, record)
-    again = _plan_again(sources, record, checkpoint.folder)
-    plan, level = again.made.plan, _certified(checkpoint, record, again.made)
-    everything, seals = [*sources, *_extra(record)], record.get("sealed", {})
-    theirs = ranges.Against(everything, len(sources), seals, how.device)
-    result["bytes"] = ranges.compare_bytes(plan, checkpoint, theirs, tell)
-    result["accounted"] = _account(sources, again.made)
-    result |= _read_back(everything, again.made, checkpoint, tell)
-    if again.method.stands_for_ffns(again.made):
+    with tempfile.TemporaryDirectory(prefix="moetool-") as folder:
+        before = _before(sources, record, checkpoint.folder, Path(folder))
+        read = [before[-1].shown] if before else sources
+        again = _plan_again(read, record, checkpoint.folder)
+        made = replace(again.made, certificate=_certificate(before, again.made))
+        level = _certified(checkpoint, record, made)
+        everything, seals = [*read, *_extra(record)], record.get("sealed", {})
+        theirs = ranges.Against(everything, len(read), seals, how.device)
+        result["bytes"] = ranges.compare_bytes(made.plan, checkpoint, theirs, tell)
+        result["accounted"] = _account(read, made)
+        result |= _read_back(everything, made, checkpoint, tell)
+        if before:
+            result["steps"] = [step.accounted for step in before]
+    if not before and again.method.stands_for_ffns(again.made):
         result |= _function(sources[0], checkpoint, record, how)
     return result | {
         "verified": "bytes and function" if level in ("exact", "exact_if") else "bytes"
@@ -82,23 +90,22 @@ def _read_back(
     """The errors of what was rounded; nothing where nothing was."""
     if not made.promised:
         return {}
-    output = readback.Output(made.plan, made.promised, sources, checkpoint)
+    there = [p for p in made.promised if not _is_gone(sources[p.piece.source], p.piece.name)]
+    output = readback.Output(made.plan, there, sources, checkpoint)
     held = readback.errors(output, readback.Readers(os.cpu_count() or 1, tell))
     return {"proof": Proof(held).as_json()}
+
+
+def _is_gone(source: Checkpoint, name: str) -> bool:
+    """Whether a matrix stems from what an earlier step solved."""
+    return any(part.name in source.beyond for part in source.tensor(name).lying)
 
 
 def _certified(checkpoint: Checkpoint, record: JsonObject, made: Made) -> str:
     """The level of the certificate, where plan and certificate are those of the record; raises
     VerificationFailed where they are not.
     """
-    if made.plan.digest != record["report"]["plan_digest"]:
-        raise VerificationFailed(
-            "the same command now makes another plan",
-            file=checkpoint.folder,
-            expected=record["report"]["plan_digest"],
-            found=made.plan.digest,
-            hint="another version of moetool wrote it: verify with that version, or make it again",
-        )
+    _same_plan(made, record, checkpoint.folder)
     level = record["report"]["certificate"]["level"]
     if level != made.certificate.level:
         raise VerificationFailed(
@@ -109,6 +116,52 @@ def _certified(checkpoint: Checkpoint, record: JsonObject, made: Made) -> str:
             hint="restore moetool.json, or make the output again",
         )
     return str(level)
+
+
+def _same_plan(made: Made, record: JsonObject, folder: str) -> None:
+    if made.plan.digest != record["report"]["plan_digest"]:
+        raise VerificationFailed(
+            "the same command now makes another plan",
+            file=folder,
+            expected=record["report"]["plan_digest"],
+            found=made.plan.digest,
+            hint="another version of moetool wrote it: verify with that version, or make it again",
+        )
+
+
+@dataclass(frozen=True)
+class Before:
+    """An earlier step, planned again: its certificate, what it would write, and how much of its
+    source it accounts for. What it solved is gone: what became of that is known by its seal.
+    """
+
+    made: Made
+    shown: Checkpoint
+    accounted: JsonObject
+
+
+def _before(
+    sources: Sequence[Checkpoint], record: JsonObject, folder: str, work: Path
+) -> list[Before]:
+    """Every step before the last, from the sources on."""
+    found: list[Before] = []
+    read = list(sources)
+    for number, step in enumerate(record.get("before", ())):
+        made = _plan_again(read, step, folder).made
+        _same_plan(made, step, folder)
+        everything = [*read, *_extra(step)]
+        gone = view.beyond(made.plan.tasks, everything, len(read))
+        parts = view.parted(made.plan, gone)
+        how = view.Means(work / str(number), jobs=1, sync=False)
+        rest = view.make(parts.rest, everything, how).files if parts.rest else None
+        shown = view.of(made.plan, everything, parts.runs, rest, gone)
+        found.append(Before(made, shown, {"method": step["method"], **_account(read, made)}))
+        read = [shown]
+    return found
+
+
+def _certificate(before: Sequence[Before], made: Made) -> Certificate:
+    return weakest([*(step.made.certificate for step in before), made.certificate])
 
 
 def _all_sources(record: JsonObject, against: Sequence[str]) -> list[str]:

@@ -180,10 +180,13 @@ class Summary:
     dropped_tensors: dict[str, str]
     dropped_fields: dict[str, str]
     facts: Facts
+    steps: tuple[Summary, ...] = ()  # what was done before, where a recipe has several steps
 
     def as_json(self) -> JsonObject:
         """One flat object, facts after what every verb says."""
-        data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name != "facts"}
+        apart = ("facts", "steps")
+        data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name not in apart}
+        data |= {"steps": [s.as_json() for s in self.steps]} if self.steps else {}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
         data["options"] = {
             k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()
@@ -309,8 +312,16 @@ def left_out(summary: Summary) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A verb, and what it was told."""
+
+    method: str
+    values: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Options:
-    """One command that writes: a verb, what it was told, from where to where."""
+    """One command that writes: from where to where, by which verb, after which others."""
 
     out: str
     sources: tuple[str, ...]
@@ -318,6 +329,7 @@ class Options:
     values: Mapping[str, object] = field(default_factory=dict)  # the verb's own options
     common: Common = field(default_factory=Common)
     command: str = ""  # as it was typed, for the model card
+    before: tuple[Step, ...] = ()  # where a recipe has several
 
 
 @dataclass(frozen=True)
@@ -335,10 +347,21 @@ class Prepared:
     work: str = ""  # folder of what long deciding left
     decided_in: float = 0.0  # seconds
     lock: Lock | None = None  # of the work folder, until the output is written
+    before: tuple[Prepared, ...] = ()  # earlier steps; what the last would write is sources[0]
 
     @property
     def plan(self) -> Plan:
         return self.made.plan
+
+    @property
+    def named(self) -> int:
+        """How many of `sources` came first, before what deciding left."""
+        return 1 if self.before else len(self.options.sources)
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that the user named."""
+        return self.before[0].origins if self.before else self.sources[: self.named]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -371,11 +394,5 @@ class Builder:
         self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], **params: Any
     ) -> None:
         """Any other operation; parameters that are None are left out."""
-        self.tasks.append(
-            Task(
-                op,
-                tuple(inputs),
-                tuple(outputs),
-                {k: v for k, v in params.items() if v is not None},
-            )
-        )
+        given = {k: v for k, v in params.items() if v is not None}
+        self.tasks.append(Task(op, tuple(inputs), tuple(outputs), given))

@@ -21,34 +21,48 @@ def render(prepared: Prepared, report: Report) -> bytes:
         *_front(prepared),
         f"# {os.path.basename(report.out)}",
         "",
-        f"A mixture of experts made by [moetool](https://pypi.org/project/moetool) {report.method}, from:",
+        f"A mixture of experts made by [moetool](https://pypi.org/project/moetool) {_verbs(prepared)}, from:",
         "",
         *(f"- `{_shown(name)}`" for name in prepared.names),
         "",
         "```",
-        prepared.options.command or f"moetool {report.method}",
+        prepared.options.command or f"moetool {_verbs(prepared)}",
         "```",
         "",
         *_table(report),
         "",
         "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.",
         "",
-        *(f"- {sentence}" for sentence in prepared.method.card(report)),
+        *(f"- {sentence}" for sentence in _told(prepared, report)),
         *(f"- warning: {warning}" for warning in report.warnings),
     ]
     return ("\n".join(lines).rstrip() + "\n").encode("utf-8", "backslashreplace")
 
 
+def _told(prepared: Prepared, report: Report) -> list[str]:
+    """What every step says of itself."""
+    said: list[str] = []
+    for step, summary in zip(prepared.before, report.steps, strict=True):
+        did = step.method.card(type(report).of(summary))
+        said += [f"{step.options.method} first: {sentence}" for sentence in did]
+    return [*said, *prepared.method.card(report)]
+
+
 def _front(prepared: Prepared) -> list[str]:
     """The Hub's metadata."""
-    tags = ["moe", "moetool", prepared.options.method]
+    verbs = [p.options.method for p in (*prepared.before, prepared)]
+    tags = list(dict.fromkeys(["moe", "moetool", *verbs]))
     lines = ["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags)]
-    bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.sources)) if b]
+    bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.origins)) if b]
     if bases:
         lines += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases))]
-    if len(prepared.sources) > 1:
+    if len(prepared.sources) > 1 or len(prepared.origins) > 1:
         lines += ["base_model_relation: merge"]
     return [*lines, "---", ""]
+
+
+def _verbs(prepared: Prepared) -> str:
+    return ", then ".join(p.options.method for p in (*prepared.before, prepared))
 
 
 def _shown(name: str) -> str:

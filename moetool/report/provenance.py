@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from moetool import strict_json
 from moetool.data import JsonObject
-from moetool.surgery import identity
+from moetool.surgery import identity, view
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from moetool.methods.contract import Prepared, Report
+    from moetool.methods.contract import Prepared, Report, Summary
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.
@@ -33,7 +32,7 @@ _OF_THE_RUN = (
     "quality",
     "proof",
 )
-_ELSEWHERE = ("options", "seed", "method", "decisions")  # at the top of the file
+_ELSEWHERE = ("options", "seed", "method", "decisions", "steps")  # at the top of the file
 
 
 def record(prepared: Prepared, report: Report, written: Checkpoint | None = None) -> bytes:
@@ -54,17 +53,21 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
         "max_shard": prepared.options.common.max_shard_size,
         "sources": [
             {"name": n, "files": s.fingerprint(), "content": identity.content(s)}
-            for n, s in zip(prepared.names, prepared.sources, strict=False)
+            for n, s in zip(prepared.names, prepared.origins, strict=False)
         ],
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "report": {k: v for k, v in said.items() if k not in (*_OF_THE_RUN, *_ELSEWHERE)},
     }
     if written is not None:
-        data["extra"] = [_headers(s) for s in prepared.sources[len(prepared.names) :]]
-        data["sealed"] = sealed(prepared.plan, len(prepared.names), written)
+        data["extra"] = [_headers(s) for s in prepared.sources[prepared.named :]]
+        data["sealed"] = sealed(prepared, written)
     head = strict_json.text(data, indent=1).removesuffix("\n}")
     if prepared.chosen:  # long: a layer on a line
         head += f',\n "decisions": {strict_json.lined(prepared.chosen, "layers")}'
+    if prepared.before:
+        pairs = zip(prepared.before, report.steps, strict=True)
+        lines = ",\n  ".join(json.dumps(_step(*pair)) for pair in pairs)
+        head += f',\n "before": [\n  {lines}\n ]'
     beside = prepared.made.beside
     if beside:
         seals = {name: _sha256(prepared.made.files[name]) for name in sorted({*beside.values()})}
@@ -90,11 +93,26 @@ def _headers(source: Checkpoint) -> JsonObject:
     }
 
 
-def sealed(plan: Plan, named: int, written: Checkpoint) -> dict[str, str]:
-    """{output piece: sha256} of everything that came from sources beyond the named ones."""
+def _step(prepared: Prepared, summary: Summary) -> JsonObject:
+    """An earlier step: enough to plan it again. Its solved tensors are known by their headers."""
+    said = summary.as_json()
+    return {
+        "method": prepared.options.method,
+        "options": said["options"],
+        "seed": prepared.options.common.seed,
+        "max_shard": prepared.options.common.max_shard_size,
+        "report": {k: v for k, v in said.items() if k not in (*_OF_THE_RUN, *_ELSEWHERE)},
+        "extra": [_headers(s) for s in prepared.sources[prepared.named :]],
+        "decisions": prepared.chosen,
+        "tables": prepared.plan.tables,
+    }
+
+
+def sealed(prepared: Prepared, written: Checkpoint) -> dict[str, str]:
+    """{output piece: sha256} of everything that stems from what does not travel with it."""
     seals = {}
-    for task in plan.tasks:
-        if any(p.source >= named for p in task.inputs):
+    for task in prepared.plan.tasks:
+        if any(view.is_beyond(p, prepared.sources, prepared.named) for p in task.inputs):
             for piece in task.outputs:
                 seals[f"{piece.name}@{piece.offset}"] = hashlib.sha256(
                     written.read(piece)

@@ -10,28 +10,24 @@ out of the folder, indexes and shards that disagree. Format: safetensors README.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.reading import opened
-from moetool.surgery import bounds, companions, forms, header, weights
-from moetool.surgery.containers import gguf
+from moetool.surgery import bounds, companions, forms, weights
+from moetool.surgery.headers import WeightFiles
 from moetool.surgery.known import known
 from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, whole
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
 class Extent(NamedTuple):
@@ -49,6 +45,9 @@ class Checkpoint:
     `tensors` and `config` are what a reader works with: matrices by the names of their family,
     whatever they are made of, and a config without what it told loaders of their forms (`told`,
     by form). `lying` are the tensors as they lie in the files, where that is not the same.
+    One that shows what a plan would write (surgery/view.py) has no files of its own: its bytes lie
+    at `places`, in files of the checkpoints `under` it, and tensors in `beyond` stem from what does
+    not travel with an output.
     """
 
     folder: str
@@ -57,6 +56,9 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
     lying: dict[str, Stored] = field(default_factory=dict, repr=False)
     told: dict[str, JsonObject] = field(default_factory=dict)
+    under: tuple[Checkpoint, ...] = ()
+    places: Mapping[str, Extent] = field(default_factory=dict, repr=False)
+    beyond: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -83,28 +85,47 @@ class Checkpoint:
         companions.travelling(folder)  # links out of the folder, pipes: said before any work
         config = read_json(folder / "config.json", what="model config")
         bounds.check(config, folder / "config.json")
-        read = _Files.read(folder, shards)
+        read = WeightFiles.read(folder, shards)
         if promised is not None:
             weights.compare_index(folder, promised, read.tensors)
-        return cls._seen(str(folder), config, read)
+        return cls.seen(str(folder), config, read)
 
     @classmethod
     def staged(cls, folder: str, shards: list[str], config: JsonObject) -> Checkpoint:
         """Finished shards of an output that has no config.json yet."""
-        return cls._seen(folder, config, _Files.read(Path(folder), shards))
+        return cls.seen(folder, config, WeightFiles.read(Path(folder), shards))
 
     @classmethod
-    def _seen(cls, folder: str, config: JsonObject, read: _Files) -> Checkpoint:
-        """Ask which matrices are known among the tensors."""
+    def seen(
+        cls,
+        folder: str,
+        config: JsonObject,
+        read: WeightFiles,
+        places: Mapping[str, Extent] | None = None,
+    ) -> Checkpoint:
+        """A checkpoint of these tensors as they lie: ask which matrices are known among them."""
         try:
-            lying = cls(folder, config, read.tensors, read.files)
+            lying = cls(folder, config, read.tensors, read.files, places=places or {})
             found = known(read.tensors, config, read.types, lying.content)
         except MoetoolError as problem:
             problem.where.setdefault("file", folder)
             raise
         if not found.told:
-            return cls(folder, config, read.tensors, read.files)
-        return cls(folder, found.config, found.tensors, read.files, read.tensors, found.told)
+            return lying
+        return replace(
+            lying,
+            config=found.config,
+            tensors=found.tensors,
+            lying=read.tensors,
+            told=found.told,
+        )
+
+    @property
+    def real(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints whose files hold the bytes: itself, or those under it."""
+        if not self.under:
+            return (self,)
+        return tuple(chain.from_iterable(c.real for c in self.under))
 
     @property
     def stored(self) -> dict[str, Stored]:
@@ -157,12 +178,19 @@ class Checkpoint:
         """
         return companions.travelling(self.folder)
 
+    def place(self, stored: Stored) -> Extent:
+        """Where the bytes of a tensor of `stored` lie."""
+        if stored.name in self.places:
+            return self.places[stored.name]
+        path = os.path.join(self.folder, stored.file)
+        return Extent(path, stored.start, stored.stop - stored.start)
+
     def range_of(self, piece: Piece) -> Extent:
         """(file, first byte, byte count) of a piece of a tensor as it lies in a file."""
         stored = self.part(piece.name)
         bits = DTYPE_BITS[stored.dtype]
         start, count = piece.offset * bits // 8, piece.count * bits // 8
-        if stored.start + start + count > stored.stop:
+        if start + count > stored.stop - stored.start:
             raise MoetoolError(
                 "a plan reads past the end of a tensor",
                 tensor=piece.name,
@@ -170,7 +198,8 @@ class Checkpoint:
                 found=start + count,
                 hint="report this as a bug of moetool",
             )
-        return Extent(os.path.join(self.folder, stored.file), stored.start + start, count)
+        path, begin, _ = self.place(stored)
+        return Extent(path, begin + start, count)
 
     def read(self, piece: Piece) -> bytearray:
         """The bytes of a piece as they lie in a file, by pread (no mapping stays behind)."""
@@ -180,37 +209,6 @@ class Checkpoint:
     def content(self, stored: Stored) -> bytes:
         """The bytes of a small tensor."""
         return bytes(self.read(whole(stored)))
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What the headers of some weight files say; `types`: see `Header`."""
-
-    tensors: dict[str, Stored]
-    files: dict[str, tuple[int, str]]
-    types: dict[str, str] | None = None
-
-    @classmethod
-    def read(cls, folder: Path, names: list[str]) -> _Files:
-        """MoetoolError where a tensor stands in two files."""
-        tensors: dict[str, Stored] = {}
-        files: dict[str, tuple[int, str]] = {}
-        types: dict[str, str] | None = None
-        for name in names:
-            header = read_header(folder / name)
-            files[name] = (header.size, header.seal)
-            types = types if header.types is None else (types or {}) | header.types
-            for tensor in header.tensors:
-                if tensor.name in tensors:
-                    raise MoetoolError(
-                        "the same tensor stands in two files",
-                        tensor=tensor.name,
-                        file=folder / name,
-                        found=f"also in {tensors[tensor.name].file}",
-                        hint="delete the stale shard or its index entry",
-                    )
-                tensors[tensor.name] = tensor
-        return cls(tensors, files, types)
 
 
 def _present(tensors: dict[str, Stored], name: str, folder: str) -> Stored:
@@ -247,133 +245,6 @@ def read_range(path: str, start: int, count: int) -> bytearray:
     finally:
         os.close(handle)
     return buffer
-
-
-class Header(NamedTuple):
-    """What a weight file says of itself: tensors in file order, sha256 of the header, file size; of
-    a GGUF file the kinds of its blocks by tensor, and its fields.
-    """
-
-    tensors: list[Stored]
-    seal: str
-    size: int
-    types: dict[str, str] | None = None
-
-
-def read_header(path: Path) -> Header:
-    """The header of a file; every claim of it is checked."""
-    try:
-        if path.suffix == ".gguf":
-            head = gguf.read_head(path)
-            return Header(head.tensors, head.seal, head.size, head.types)
-        with opened(path, "weight file") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            raw = handle.read(8)
-            if len(raw) < 8:
-                raise MoetoolError(
-                    "the file is too short for a safetensors header",
-                    file=path,
-                    expected="at least 8 bytes",
-                    found=f"{size} bytes",
-                    hint="download or save it again",
-                )
-            (length,) = struct.unpack("<Q", raw)
-            if length > min(MAX_HEADER, size - 8):
-                raise MoetoolError(
-                    "the header length is not possible",
-                    file=path,
-                    expected=f"at most {min(MAX_HEADER, size - 8)}",
-                    found=length,
-                    hint="this is no safetensors file, or it is truncated: download it again",
-                )
-            body = handle.read(length)
-    except FileNotFoundError:
-        raise MoetoolError(
-            "a weight file is missing",
-            file=path,
-            hint="download the missing shard, or correct the index",
-        ) from None
-    except OSError as problem:
-        raise MoetoolError(
-            f"cannot read the file: {problem.strerror}",
-            file=path,
-            hint="check the path and its permissions",
-        ) from None
-    seal = hashlib.sha256(raw + body).hexdigest()
-    return Header(_parse_header(path, body, 8 + length, size), seal, size)
-
-
-def _parse_header(path: Path, body: bytes, base: int, size: int) -> list[Stored]:
-    stored = [_entry(path, name, e, base) for name, e in header.table(body, path).items()]
-    stored.sort(key=lambda t: (t.start, t.stop))
-    position = base
-    for tensor in stored:
-        if tensor.start != position:
-            word = (
-                "overlaps the tensor before it"
-                if tensor.start < position
-                else "leaves a hole before it"
-            )
-            raise MoetoolError(
-                f"a tensor's range {word}",
-                file=path,
-                tensor=tensor.name,
-                expected=f"start at byte {position - base}",
-                found=tensor.start - base,
-                hint="the header lies: save the file again",
-            )
-        position = tensor.stop
-    if position != size:
-        word = "is truncated" if position > size else "has bytes after its last tensor"
-        raise MoetoolError(
-            f"the file {word}",
-            file=path,
-            tensor=stored[-1].name if stored else None,
-            expected=f"{position} bytes",
-            found=f"{size} bytes",
-            hint="download or save it again",
-        )
-    return stored
-
-
-def _entry(path: Path, name: str, entry: Any, base: int) -> Stored:
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        bits = DTYPE_BITS.get(dtype)
-        honest = type(dtype) is str and len(entry) == 3
-        for n in (start, stop, *shape):
-            honest = honest and type(n) is int and 0 <= n < header.LARGEST
-    except (TypeError, KeyError, ValueError):
-        honest = False
-    if not honest:
-        raise MoetoolError(
-            "a header entry is malformed",
-            file=path,
-            tensor=name,
-            expected="dtype, shape and data_offsets",
-            found=json.dumps(entry)[:80],
-            hint="save the file again",
-        )
-    if bits is None:
-        raise MoetoolError(
-            "unknown dtype in the header",
-            file=path,
-            tensor=name,
-            expected=", ".join(DTYPE_BITS),
-            found=dtype,
-            hint="update moetool, or re-save the checkpoint in another dtype",
-        )
-    size = header.byte_count(shape, bits)
-    if stop - start != size:
-        raise MoetoolError(
-            "a tensor's byte range does not fit its shape",
-            file=path,
-            tensor=name,
-            expected=f"{'whole' if size is None else size} bytes for {dtype} {list(shape)}",
-            found=f"{stop - start} bytes",
-            hint="the header lies: save the file again",
-        )
-    return Stored(name, dtype, shape, path.name, base + start, base + stop)
 
 
 def read_json(path: Path, *, what: str) -> JsonObject:

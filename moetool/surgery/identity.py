@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,10 @@ MOST = 4096  # tensors of a file that are looked at
 
 def content(checkpoint: Checkpoint) -> list[list[str]]:
     """[file, seal] of every weight file: what `moetool.json` and statistics keep of a source."""
+    return list(chain.from_iterable(map(_content, checkpoint.real)))
+
+
+def _content(checkpoint: Checkpoint) -> list[list[str]]:
     by_file: dict[str, list[Stored]] = {}
     for tensor in checkpoint.stored.values():
         by_file.setdefault(tensor.file, []).append(tensor)
@@ -47,10 +52,13 @@ def touched_since(checkpoint: Checkpoint, record: Path) -> bool:
     does not say that every byte is still the same.
     """
     then = record.stat().st_mtime_ns
-    return any(
-        max(made.st_mtime_ns, made.st_ctime_ns) > then
-        for made in (os.stat(os.path.join(checkpoint.folder, n)) for n in checkpoint.files)
-    )
+    return any(max(s.st_mtime_ns, s.st_ctime_ns) > then for s in map(os.stat, _paths(checkpoint)))
+
+
+def _paths(checkpoint: Checkpoint) -> list[str]:
+    """The weight files that hold its bytes."""
+    each = ([os.path.join(real.folder, n) for n in sorted(real.files)] for real in checkpoint.real)
+    return list(chain.from_iterable(each))
 
 
 class _Stamp(NamedTuple):

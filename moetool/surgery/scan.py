@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.spec import Task, whole
+from moetool.surgery.spec import Stored, Task, whole
 
 Suspect = tuple[str, int, int, str]  # (path, start, stop, dtype)
 _BLOCK = 1 << 19
@@ -79,7 +79,7 @@ def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> lis
     """Used tensors as (path, start, stop, dtype); neighbours of one dtype joined, long runs cut."""
     places = sorted(
         {
-            (f"{sources[s].folder}/{t.file}", t.start, t.stop, t.dtype)
+            (*_range(sources[s], t), t.dtype)
             for s, n in used
             if (t := sources[s].part(n)).dtype in _PATTERN
         }
@@ -97,6 +97,19 @@ def _runs(sources: Sequence[Checkpoint], used: Sequence[tuple[int, str]]) -> lis
         else:
             joined.append([path, start, stop, dtype])
     return [(p, a, b, d) for p, a, b, d in joined if b > a]
+
+
+class _Range(NamedTuple):
+    """Bytes start:stop of a file."""
+
+    path: str
+    start: int
+    stop: int
+
+
+def _range(source: Checkpoint, tensor: Stored) -> _Range:
+    path, start, size = source.place(tensor)
+    return _Range(path, start, start + size)
 
 
 def _has_bad(path: str, start: int, stop: int, dtype: str) -> bool:
@@ -143,9 +156,9 @@ def named(
     found = []
     for source, name in _used(tasks):
         tensor = sources[source].part(name)
-        path = f"{sources[source].folder}/{tensor.file}"
-        touched = any(r[0] == path and r[1] < tensor.stop and tensor.start < r[2] for r in ranges)
-        if touched and _has_bad(path, tensor.start, tensor.stop, tensor.dtype):
+        path, start, stop = _range(sources[source], tensor)
+        touched = any(r[0] == path and r[1] < stop and start < r[2] for r in ranges)
+        if touched and _has_bad(path, start, stop, tensor.dtype):
             found.append(Bad(path, name, "NaN or inf"))
     return found
 

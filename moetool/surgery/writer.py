@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,7 @@ class Writer:
         return [n for n in found if n not in mine and not n.endswith(".json")]
 
     def _stamps(self) -> list[list[list[Any]]]:
-        return [
-            [[name, os.stat(os.path.join(s.folder, name)).st_mtime_ns] for name in sorted(s.files)]
-            for s in self.sources
-        ]
+        return [list(chain.from_iterable(map(_stamp, s.real))) for s in self.sources]
 
     def is_done(self, shard: Shard) -> bool:
         """A shard is done if it is there, whole, and its header (which holds the plan's digest) is
@@ -221,6 +219,12 @@ class Writer:
                 file=folder,
                 hint="look after the disk, then run the same command again",
             ) from None
+
+
+def _stamp(source: Checkpoint) -> list[list[Any]]:
+    """[file, when it was written] of every weight file."""
+    paths = {name: os.path.join(source.folder, name) for name in sorted(source.files)}
+    return [[name, os.stat(path).st_mtime_ns] for name, path in paths.items()]
 
 
 def as_json(data: Any) -> bytes:

@@ -13,7 +13,8 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from moetool.errors import MoetoolError
-from moetool.surgery.checkpoint import Checkpoint, read_header
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.headers import read_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 BYTES = bytes(range(8))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetool.surgery.checkpoint import Checkpoint, read_header
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.headers import read_header
 from moetool.surgery.spec import Stored
 
 

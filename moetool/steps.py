@@ -1,0 +1,120 @@
+"""Look, decide and plan: one verb, or several in a row. Each step reads what the one before would
+write (surgery/view.py); only what had to be computed for that is made, in the work folder.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from moetool import methods
+from moetool.errors import UsageError
+from moetool.methods.certificates import weakest
+from moetool.methods.contract import Method, Options, Prepared, Settings, Step
+from moetool.progress import Progress, Stage
+from moetool.surgery import view
+from moetool.surgery.checkpoint import Checkpoint
+
+
+def decided(
+    options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
+) -> Prepared:
+    """Decide and plan, step after step; the promise so far is that of deciding."""
+    before: tuple[Prepared, ...] = ()
+    count, peak = len(options.before) + 1, 0
+    for number, step in enumerate(options.before, 1):
+        one = _asked(options, step)
+        mine = replace(
+            settings,
+            work=str(Path(settings.work, "steps", str(number))),
+            tell=_named(settings.tell, f"{number}/{count} {step.method}"),
+        )
+        made = _one(one, methods.make(step.method, step.values), sources, mine)
+        made = replace(made, before=before)
+        shown = _shown(made, mine)
+        before, sources, peak = (*before, made), (shown.files,), max(peak, made.peak, shown.peak)
+    if before:
+        named = _named(settings.tell, f"{count}/{count} {options.method}")
+        settings = replace(settings, tell=named)
+    last = _one(options, method, sources, settings)
+    certificate = weakest([p.made.certificate for p in (*before, last)])
+    warnings = dict.fromkeys(chain.from_iterable(p.made.warnings for p in (*before, last)))
+    return replace(
+        last,
+        made=replace(last.made, certificate=certificate, warnings=tuple(warnings)),
+        before=before,
+        peak=max(peak, last.peak),
+        decided_in=round(sum(p.decided_in for p in (*before, last)), 3),
+    )
+
+
+def check(options: Options) -> None:
+    """Refuse steps that do not go together; UsageError."""
+    for number, step in enumerate(options.before, 1):
+        if methods.make(step.method, step.values).gate is not None:
+            raise UsageError(
+                f"step {number} ({step.method}) has a gate, or text for one",
+                expected="a gate in the last step: it holds the output against SRC",
+                hint=f"leave out max-kl, max-perplexity-increase and text of step {number}",
+            )
+
+
+def _asked(options: Options, step: Step) -> Options:
+    return replace(options, method=step.method, values=step.values, before=())
+
+
+def _one(
+    options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
+) -> Prepared:
+    begun = time.perf_counter()
+    decisions = method.decide(sources, settings)
+    took = round(time.perf_counter() - begun, 3)
+    made = method.plan(sources, decisions, settings)
+    return Prepared(
+        options,
+        method,
+        (*sources, *decisions.extra),
+        made,
+        decisions.chosen,
+        0,
+        decisions.memory,
+        work=settings.work,
+        decided_in=took,
+    )
+
+
+def _shown(prepared: Prepared, settings: Settings) -> view.Between:
+    """What a step would write; what had to be computed for it lies in the work folder."""
+    plan, sources, common = prepared.plan, prepared.sources, prepared.options.common
+    if plan.container:
+        raise UsageError(
+            "only the last step can write another kind of file",
+            found=str(plan.container.get("name")),
+            hint=f"put {prepared.options.method} last",
+        )
+    parts, rest, peak = view.parted(plan), None, 0
+    if parts.rest is not None:
+        how = view.Means(
+            Path(settings.work),
+            common.jobs,
+            common.memory,
+            common.device,
+            common.sync,
+            settings.tell,
+            settings.stop,
+        )
+        made = view.make(parts.rest, sources, how)
+        rest, peak = made.files, made.peak
+    gone = view.beyond(plan.tasks, sources, prepared.named)
+    return view.Between(view.of(plan, sources, parts.runs, rest, gone), peak)
+
+
+def _named(tell: Progress, step: str) -> Progress:
+    """Progress that says which step it is of."""
+
+    def told(stage: Stage, done: int, total: int) -> None:
+        tell(replace(stage, name=f"{step}: {stage.name}"), done, total)
+
+    return told
