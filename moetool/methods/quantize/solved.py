@@ -7,8 +7,9 @@ from pathlib import Path
 
 from moetool.methods.quantize.scheme import Choice
 from moetool.surgery import forms
-from moetool.surgery.checkpoint import Checkpoint, read_header
+from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms.form import made_of
+from moetool.surgery.headers import read_header
 from moetool.surgery.roles import Matrix
 from moetool.surgery.spec import InParts, Stored, Target
 
