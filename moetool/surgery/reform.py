@@ -79,7 +79,7 @@ class _Reform:
         into: Mapping[str, Into],
     ) -> None:
         self.sources, self.wanted, self.into = sources, wanted, into
-        makers: dict[str, Makers] = {}
+        self.makers = makers = dict[str, Makers]()
         for task in wanted.tasks:
             for out in task.outputs:
                 makers.setdefault(out.name, []).append((task, out))
@@ -223,7 +223,7 @@ class _Reform:
                 and self._moves(Task(op, inputs, (out,)), target, out, like)
             )
         ):
-            yield self._computed("reform", inputs, (out,), {})
+            yield self._computed("reform", (*inputs, *self._beside(out, like)), (out,), {})
             return
         outs = self._pieces_of(target, out, like)
         assert outs is not None
@@ -232,6 +232,13 @@ class _Reform:
             if (piece.name, piece.offset) not in self._copied:
                 self._copied.add((piece.name, piece.offset))
                 yield Task(op, own[number : number + 1], (piece,))
+
+    def _beside(self, out: Piece, like: InParts | None) -> Iterator[Piece]:
+        """What else a matrix must be seen with to be encoded: others that get the same form."""
+        for name in forms.named(like.form).beside(out.name) if like else ():
+            other = self.chosen.get(name)
+            if other and like and other.form == like.form:
+                yield from (t.inputs[t.outputs.index(p)] for t, p in self.makers.get(name, ()))
 
     def _computed(
         self, op: str, inputs: Sequence[Piece], outputs: Sequence[Piece], params: JsonObject
@@ -259,7 +266,9 @@ class _Reform:
         asked = self.into.get(out.name)
         rounding = {"rounding": asked.rounding} if asked and asked.rounding else {}
         shape = list(out.shape)
-        return {"form": like.form, "parts": parts, "shape": shape, "params": like.params} | rounding
+        beside = {"beside": n} if (n := len(list(self._beside(out, like)))) else {}
+        entry = {"form": like.form, "parts": parts, "shape": shape, "params": like.params}
+        return entry | rounding | beside
 
     def _dropped(self, tasks: Sequence[Task]) -> dict[str, str]:
         """Parts of matrices that are left out, by name."""

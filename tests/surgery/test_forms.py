@@ -91,13 +91,17 @@ def test_the_forms_there_are() -> None:
         "fp4",
         "fp8",
         "fp8_block",
+        "fp8_ct_block",
         "full",
         "gguf",
         "in_gguf",
         "int8_activations",
         "mxfp4",
         "mxfp4_packed",
+        "mxfp8",
         "nf4",
+        "nvfp4",
+        "packed_asym",
         "packed_int",
     ]
     with pytest.raises(MoetoolError, match="no form 'fp8_blok'"):

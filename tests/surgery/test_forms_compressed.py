@@ -25,6 +25,7 @@ from moetool.surgery.spec import Stored, Target
 Made = Callable[..., Path]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WORDS = ["int2/32", "int3", "int4", "int4/channel", "int8", "int8/channel", "fp8", "mxfp4", "w8a8"]
+FORCED = ["int4-asym", "int4-asym/channel", "int8-asym/32", "nvfp4", "mxfp8"]
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -102,13 +103,13 @@ def test_as_the_formats_are_defined(word: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", [*WORDS, *FORCED])
 def test_bytes_are_those_of_the_library(word: str, dtype: str) -> None:
     """Its scales, its packing, its names and dtypes; and what it decodes."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     matrix = awkward(dtype)
     asked, lying = encoded(word, dtype, matrix)
@@ -116,16 +117,21 @@ def test_bytes_are_those_of_the_library(word: str, dtype: str) -> None:
     scheme = QuantizationScheme(targets=["Linear"], **form.scheme(asked.params))
     group = scheme.weights.group_size or matrix.shape[1]
     grouped = matrix.unflatten(-1, (-1, group))
-    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+    state = {"weight": matrix}
+    if word == "nvfp4":
+        state["weight_global_scale"] = generate_gparam(matrix.amin(), matrix.amax())
+    scale, zero = calculate_qparams(
+        grouped.amin(-1), grouped.amax(-1), scheme.weights, state.get("weight_global_scale")
+    )
     library = BaseCompressor.get_value_from_registry(form.kind(asked.params))
-    state = {"weight": matrix, "weight_scale": scale}
+    state["weight_scale"] = scale
     if not scheme.weights.symmetric:
         state["weight_zero_point"] = zero
     theirs = library.compress(state, scheme)
     assert set(theirs) == set(lying)
     for name, mine in lying.items():
         assert mine.dtype == theirs[name].dtype and mine.shape == theirs[name].shape, name
-        whole = [t.contiguous().view(torch.uint8) for t in (mine, theirs[name])]
+        whole = [t.reshape(-1).view(torch.uint8) for t in (mine, theirs[name])]
         assert torch.equal(*whole), name
     decoded = library.decompress(dict(lying), scheme)["weight"]
     mine = form.decode(list(lying.values()), asked.params)

@@ -219,18 +219,20 @@ def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> li
 def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterator[Any]:
     """An operation's results as what lies in the file: each as it is (None), or in its parts, by an
     entry {form, parts, params, shape} and, where its rounding is not the form's own, `rounding`.
+    `beside`: how many results after it are no outputs, and only seen.
     """
     if how is None:
         yield from made
         return
-    for entry, matrix in zip(how, made, strict=True):
+    for entry in how:
+        matrix = next(made)
         if entry is None:
             yield matrix
         else:
-            yield from _parts(matrix, entry)
+            yield from _parts(matrix, list(islice(made, entry.get("beside", 0))), entry)
 
 
-def _parts(matrix: Tensor, entry: Params) -> Sequence[Tensor]:
+def _parts(matrix: Tensor, beside: Sequence[Tensor], entry: Params) -> Sequence[Tensor]:
     """The parts of a matrix: as its form rounds, or where it has a grid as `rounding` says
     ({"search": "mse"}: under the scale of least squared error).
     """
@@ -238,7 +240,7 @@ def _parts(matrix: Tensor, entry: Params) -> Sequence[Tensor]:
     _refuse_infinite(matrix)
     grid = form.grid(tuple(matrix.shape), params)
     if "rounding" not in entry or grid is None:
-        return form.encode(matrix, params)
+        return form.encode_beside(matrix, beside, params)
     from moetool.kernels import rounding
 
     return form.pack(rounding.searched(matrix, grid), params)

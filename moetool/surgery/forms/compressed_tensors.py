@@ -36,6 +36,7 @@ SCALES = ("BF16", "F16", "F32")
 WEIGHT = ".weight"
 # Scales of activations that were fixed beforehand: they travel with their matrix.
 _STATIC = (".input_scale", ".input_global_scale", ".input_zero_point")
+_OBSERVED = ("observer", "observer_kwargs")  # how scales were found, not what they are
 # Everything else that the library ever stores beside or instead of a weight.
 _PARTS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
           ".weight_global_scale", ".bitmask", ".compressed", ".row_offsets", ".meta",
@@ -60,8 +61,8 @@ class CompressedTensors(Form):
         """The params that a config group's `weights` mean; None where they are another form's."""
         raise NotImplementedError
 
-    def settle(self, params: Params, parts: Sequence[Stored]) -> Params:
-        """What the parts themselves say."""
+    def settle(self, params: Params, parts: Sequence[Stored], read: Read | None) -> Params:
+        """The params with what the parts themselves say."""
         return params
 
     def shape_of(self, parts: Sequence[Stored], params: Params) -> Shape | None:
@@ -124,7 +125,7 @@ class CompressedTensors(Form):
         if not isinstance(said, dict) or said.get("quant_method") != METHOD:
             return None
         try:
-            found = self._found(tensors, said, float_of(config))
+            found = self._found(tensors, config, read)
         except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as problem:
             raise MoetoolError(
                 "quantization_config is not as compressed-tensors writes it",
@@ -137,10 +138,11 @@ class CompressedTensors(Form):
         return Recognised(found, config, {KEY: said})
 
     def _found(
-        self, tensors: Mapping[str, Stored], said: JsonObject, dtype: str
+        self, tensors: Mapping[str, Stored], config: Config, read: Read | None
     ) -> dict[str, Stored]:
         """The matrices whose config group means this form."""
         found: dict[str, Stored] = {}
+        said, dtype = config[KEY], float_of(config)
         groups, lead = Groups.of(said), self.suffixes[0]
         for name in tensors:
             if not name.endswith(lead):
@@ -149,7 +151,12 @@ class CompressedTensors(Form):
             params = self._told(said, groups.find(stem))
             if params is not None:
                 full = stem + WEIGHT
-                found[full] = self._read(full, tensors, params, dtype)
+                parts, params = self._whole(full, tensors, params, read)
+                shape = self.shape_of(parts, params)
+                self._check(Target(full, dtype, shape or ()), parts, params)
+                assert shape is not None
+                held = InParts(self.name, parts, params)
+                found[full] = made_of(self.name, full, dtype, shape, held)
         return found
 
     def _told(self, said: JsonObject, group: JsonObject | None) -> Params | None:
@@ -160,30 +167,36 @@ class CompressedTensors(Form):
         if (group.get("format") or said.get("format")) not in self.kinds:
             return None
         params = self.params_of(weights)
-        if params is not None and group.get("input_activations"):
-            params["activations"] = group["input_activations"]
+        if params is not None and (activations := group.get("input_activations")):
+            params["activations"] = {
+                k: v for k, v in activations.items() if v is not None and k not in _OBSERVED
+            }
         return params
 
-    def _read(self, full: str, tensors: Mapping[str, Stored], params: Params, dtype: str) -> Stored:
-        """The matrix of this name. Raises MoetoolError where a part lacks or does not fit."""
+    def _whole(
+        self, full: str, tensors: Mapping[str, Stored], params: Params, read: Read | None
+    ) -> tuple[tuple[Stored, ...], Params]:
+        """Its parts, and the params with what they say. Raises MoetoolError where one lacks."""
         stem = full.removesuffix(WEIGHT)
-        held = [_part(tensors, full, stem + s) for s in self.suffixes]
-        static = [tensors[stem + s] for s in _STATIC if stem + s in tensors]
-        params = self.settle(dict(params), held)
-        shape = self.shape_of(held, params)
-        expected = self.own(Target(full, dtype, shape), params) if shape else ()
-        if [(t.dtype, t.shape) for t in expected] != [(t.dtype, t.shape) for t in held]:
+        held = tuple(_part(tensors, full, stem + s) for s in self.suffixes)
+        params = self.settle(dict(params), held, read)
+        static = tuple(tensors[stem + s] for s in _STATIC if stem + s in tensors)
+        if static:
+            said = [[t.name.removeprefix(stem), t.dtype, list(t.shape)] for t in static]
+            params["static"] = said
+        return (*held, *static), params
+
+    def _check(self, target: Target, parts: Sequence[Stored], params: Params) -> None:
+        """Refuse parts that are not those of a matrix of this shape."""
+        expected = self.parts(target, params) if target.shape else ()
+        if [(t.dtype, t.shape) for t in expected] != [(t.dtype, t.shape) for t in parts]:
             raise MoetoolError(
                 "the parts of a quantized matrix do not fit together, or not its config group",
-                tensor=full,
+                tensor=target.name,
                 expected=_said(expected) if expected else json.dumps(self.weights_of(params)),
-                found=_said(held),
+                found=_said(parts),
                 hint="config.json is another model's, or the checkpoint is incomplete",
             )
-        assert shape is not None
-        if static:
-            params["static"] = [[t.name.removeprefix(stem), t.dtype, list(t.shape)] for t in static]
-        return made_of(self.name, full, dtype, shape, InParts(self.name, (*held, *static), params))
 
     def complete(self, tensors: Mapping[str, Stored], config: Config) -> None:
         """Refuse what the library stored and no form knows."""
@@ -257,7 +270,7 @@ def weights(bits: int, kind: str, strategy: str, group: int = 0) -> JsonObject:
 
 
 def scaled_by(dtype: str) -> str:
-    """The dtype of scales for a matrix: its own, as the library has it, where scales can have it."""
+    """The dtype of scales for a matrix: its own, as the library has it, if scales can have it."""
     return dtype if dtype in SCALES else "F32"
 
 

@@ -143,6 +143,16 @@ class Form:
         assert grid is not None
         return self.pack(rounding.nearest(matrix, grid), params)
 
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Names of other matrices that one is encoded beside, where all of these have this form."""
+        return ()
+
+    def encode_beside(
+        self, matrix: Tensor, others: Sequence[Tensor], params: Params
+    ) -> Sequence[Tensor]:
+        """`encode`, with the matrices that `beside` names."""
+        return self.encode(matrix, params)
+
     def grid(self, shape: Shape, params: Params) -> Grid | None:
         """What rounding methods aim at; None for a form that nobody rounds to."""
         return None

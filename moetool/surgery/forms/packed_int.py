@@ -17,7 +17,7 @@ from moetool.surgery.forms.compressed_tensors import (
     scaled_by,
     weights,
 )
-from moetool.surgery.forms.form import Format, Params
+from moetool.surgery.forms.form import Format, Params, Read
 from moetool.surgery.spec import Shape, Stored, Target
 
 if TYPE_CHECKING:
@@ -58,8 +58,20 @@ class PackedInt(CompressedTensors):
             return None
         return {"bits": weights["num_bits"], "group": group}
 
-    def settle(self, params: Params, parts: Sequence[Stored]) -> Params:
-        return {**params, "scale": parts[1].dtype}
+    def settle(self, params: Params, parts: Sequence[Stored], read: Read | None) -> Params:
+        """Between whole words lie some widths: without groups the matrix itself must say its own."""
+        found = {**params, "scale": parts[1].dtype}
+        if not params["group"] and read is not None and parts[2].dtype == "I64":
+            columns = int.from_bytes(read(parts[2])[8:16], "little")
+            if columns != parts[0].shape[-1] * 32 // params["bits"]:
+                found["columns"] = columns
+        return found
+
+    @staticmethod
+    def columns(packed: Tensor, scale: Tensor, params: Params) -> int:
+        """The input width of a matrix."""
+        whole = scale.shape[1] * params["group"] or packed.shape[1] * 32 // params["bits"]
+        return int(params.get("columns") or whole)
 
     def shape_of(self, parts: Sequence[Stored], params: Params) -> Shape | None:
         packed, scale = parts[:2]
@@ -78,7 +90,7 @@ class PackedInt(CompressedTensors):
             Target(f"{stem}.weight_shape", "I64", (2,)),
         )
 
-    def grid(self, shape: Shape, params: Params) -> Grid:
+    def grid(self, shape: Shape, params: Params) -> Grid | None:
         return grid.integers(params["bits"], params["group"], params.get("scale", "BF16"))
 
     def pack(self, rounded: Rounded, params: Params) -> Sequence[Tensor]:
@@ -90,13 +102,12 @@ class PackedInt(CompressedTensors):
         shape = torch.tensor(codes.shape, dtype=torch.int64)
         return [packing.words(codes, params["bits"]), rounded.scales, shape.to(codes.device)]
 
-    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded:
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
         from moetool.kernels import packing
         from moetool.kernels.rounding import Rounded
 
         packed, scale, shape = parts[:3]
-        width = scale.shape[1] * params["group"] or packed.shape[1] * 32 // params["bits"]
-        width = params.get("columns") or width
+        width = self.columns(packed, scale, params)
         if not shape.is_meta and shape.tolist() != [len(packed), width]:
             raise MoetoolError(
                 "a packed matrix says another shape than it has",
@@ -110,7 +121,10 @@ class PackedInt(CompressedTensors):
         from moetool.kernels import rounding
 
         unpacked = self.unpack(parts, params)
-        return rounding.values(unpacked, self.grid(tuple(unpacked.codes.shape), params))
+        assert unpacked is not None
+        grid = self.grid(tuple(unpacked.codes.shape), params)
+        assert grid is not None
+        return rounding.values(unpacked, grid)
 
 
 def integer_group(weights: JsonObject) -> int | None:

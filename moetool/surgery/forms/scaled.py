@@ -1,5 +1,5 @@
-"""Weights of 8 bits as they are, in a dtype of their own, with a scale for a row, for the matrix, or
-for some neighbours (compressed-tensors' naive-quantized and its aliases): what such forms share.
+"""Weights of 8 bits as they are, in a dtype of their own, with scales of rows, blocks or the matrix
+(compressed-tensors' naive-quantized and its aliases): what such forms share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moetool.surgery.forms.compressed_tensors import (
     scaled_by,
     weights,
 )
-from moetool.surgery.forms.form import Params
+from moetool.surgery.forms.form import Params, Read
 from moetool.surgery.spec import Shape, Stored, Target
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Scaled(CompressedTensors):
             return None
         return {"strategy": strategy}
 
-    def settle(self, params: Params, parts: Sequence[Stored]) -> Params:
+    def settle(self, params: Params, parts: Sequence[Stored], read: Read | None) -> Params:
         found = {**params, "scale": parts[0].dtype}
-        if params["strategy"] == "tensor" and parts[0].shape != (1,):
+        if params.get("strategy") == "tensor" and parts[0].shape != (1,):
             found["of"] = list(parts[0].shape)
         return found
 

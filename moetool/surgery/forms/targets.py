@@ -3,8 +3,8 @@ patterns that say it of ours.
 
 Facts: compressed_tensors/utils/match.py and quantization/lifecycle/apply.py 0.20. What is ignored
 belongs to no group; names come before patterns, patterns before classes; of several patterns the
-first in the order of their text. transformers' integrations/compressed_tensors.py 5.24 takes for all
-experts of a model the first group with a pattern that speaks of experts, else the first of a class.
+first in the order of their text. transformers 5.24 (integrations/compressed_tensors.py) takes for
+all experts the first group with a pattern that speaks of experts, else the first of a class.
 """
 
 from __future__ import annotations
