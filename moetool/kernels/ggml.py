@@ -39,8 +39,8 @@ def encode(matrix: Tensor, kind: str) -> Tensor:
 
 
 def pack(codes: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """codes [..., columns] (indexes into `levels`) and scales [..., columns / size], both chosen
-    elsewhere -> uint8 [..., bytes a row].
+    """codes [..., columns] (the number of each weight's level, ascending) and scales [..., columns /
+    size], both chosen elsewhere -> uint8 [..., bytes a row].
     """
     block = BLOCKS[kind]
     flat, d = codes.reshape(-1, block.size), scales.reshape(-1, 1).float()
@@ -56,19 +56,6 @@ def decode(data: Tensor, kind: str) -> Tensor:
     """uint8 [..., bytes a row] -> float32 [..., columns]."""
     block = BLOCKS[kind]
     return _stepwise(data, block.held, block.size, block.values, torch.float32)
-
-
-def levels(kind: str) -> tuple[float, ...]:
-    """What a weight can be, in units of its scale, ascending; () where a block has a minimum."""
-    fp4 = [n / 2 for n in _FP4]
-    return {
-        "q4_0": tuple(map(float, range(-8, 8))),
-        "q5_0": tuple(map(float, range(-16, 16))),
-        "q8_0": tuple(map(float, range(-127, 128))),
-        "mxfp4": (*(-n for n in reversed(fp4[1:])), *fp4),
-        "tq1_0": (-1.0, 0.0, 1.0),
-        "tq2_0": (-1.0, 0.0, 1.0),
-    }.get(kind, ())
 
 
 def row_bytes(columns: int, kind: str) -> int:
@@ -236,9 +223,8 @@ def _round_mxfp4(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _signed_fp4(codes: Tensor) -> Tensor:
-    """Indexes into `levels("mxfp4")` -> sign and magnitude."""
-    size = codes.to(torch.int16) - 7
-    return (size.abs() | (size < 0).to(torch.int16) << 3).to(torch.uint8)
+    """Numbers of the 16 ascending levels, both zeros among them -> sign and magnitude."""
+    return torch.where(codes < 8, 15 - codes, codes - 8)
 
 
 def _halved(exponents: Tensor) -> Tensor:

@@ -35,6 +35,18 @@ def shape_of(shape: Sequence[int], turn: Sequence[Any]) -> tuple[int, ...]:
     return (*halved[:-2], halved[-1], halved[-2]) if word.endswith("transposed") else halved
 
 
+def shape_before(shape: Sequence[int], turn: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of what was turned, from that of (the first of) what it became."""
+    word, *numbers = turn
+    if word == "keys":
+        heads, keys, values = numbers
+        return (heads * (keys + values), shape[1])
+    if word == "flat":
+        return (1, *shape)
+    swapped = (*shape[:-2], shape[-1], shape[-2]) if word.endswith("transposed") else tuple(shape)
+    return (*swapped[:-1], 2 * swapped[-1]) if word.startswith("every") else swapped
+
+
 def back(parts: Sequence[Tensor], turn: Sequence[Any]) -> Tensor:
     """What was turned, as it was: all that was made of one tensor goes in."""
     word, *numbers = turn

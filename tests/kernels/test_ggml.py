@@ -7,6 +7,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
 from moetool.kernels import ggml
+from moetool.surgery.forms.gguf import Gguf
 
 KINDS = sorted(ggml.BLOCKS)
 
@@ -53,9 +54,13 @@ def test_values_are_those_of_gguf(kind: str) -> None:
     assert np.array_equal(mine[good], theirs[good])
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if ggml.levels(k)])
+GRIDS = {kind: Gguf().grid((4, 256), {"kind": kind}) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if GRIDS[k]])
 def test_codes_and_scales_chosen_elsewhere(kind: str) -> None:
-    draw, levels, size = np.random.default_rng(2), ggml.levels(kind), ggml.BLOCKS[kind].size
+    draw, levels, size = np.random.default_rng(2), GRIDS[kind].levels, ggml.BLOCKS[kind].size
+    assert GRIDS[kind].group == size
     codes = torch.from_numpy(draw.integers(0, len(levels), (3, 4, 2 * size)).astype(np.uint8))
     scales = torch.from_numpy(2.0 ** draw.integers(-9, 3, (3, 4, 2))).float()
     if kind != "mxfp4":

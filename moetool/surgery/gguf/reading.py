@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.kernels import turn
 from moetool.surgery.containers.gguf import logical
 from moetool.surgery.forms import Known
 from moetool.surgery.forms.form import float_of
@@ -32,7 +33,7 @@ def seen(tensors: Mapping[str, Stored], types: Mapping[str, str], config: JsonOb
         if places and len(stored) == len(places):
             kinds = [types.get(t.name, "") for t in stored]
             dtype = "F32" if needed.slot.role == "router.bias" else float_of(config)
-            shape = _shape(needed, stored[0], kinds[0])
+            shape = _shape(needed, places[0], stored[0], kinds[0])
             made[needed.name] = _matrix(needed.name, dtype, shape, _held(places[0], stored, kinds))
     if not made:
         raise MoetoolError(
@@ -44,11 +45,14 @@ def seen(tensors: Mapping[str, Stored], types: Mapping[str, str], config: JsonOb
     return Known(made, {k: v for k, v in config.items() if k != "quantization_config"}, {FORM: {}})
 
 
-def _shape(needed: Needed, stored: Stored, kind: str) -> Shape:
+def _shape(needed: Needed, place: Place, stored: Stored, kind: str) -> Shape:
     """As the config says; where it does not, as the file does."""
     said = needed.shape or (None,)
     known = tuple(n for n in said if n is not None)
-    return known if len(known) == len(said) else logical(stored.shape, kind or None)
+    if len(known) == len(said):
+        return known
+    lies = logical(stored.shape, kind or None)
+    return turn.shape_before(lies if place.expert is None else lies[1:], place.turn)
 
 
 def _held(place: Place, stored: tuple[Stored, ...], kinds: list[str]) -> InParts:
