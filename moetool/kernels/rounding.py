@@ -242,7 +242,8 @@ def _power(most: Tensor, full: float) -> Tensor:
 def _starts(grid: Grid) -> _Starts:
     bits = math.log2(len(grid.levels))
     if grid.integers and bits in _INTEGERS:
-        return _INTEGERS[int(bits)]
+        starts = _INTEGERS[int(bits)]
+        return starts if grid.signed else _even(starts, min(starts.long), max(starts.long) + 0.07)
     centre = -math.log(grid.full)
     if grid.scale == "E8M0":
         return _Starts(1.0, centre, (0.0, math.log(2)))
@@ -251,10 +252,13 @@ def _starts(grid: Grid) -> _Starts:
 
 def _more(starts: _Starts) -> _Starts:
     """More of them and farther apart: where few weights count, any scale may be the best."""
-    low, high = min(-0.06, 2.5 * min(starts.long)), 1.2 * max(starts.long)
-    step = (high - low) / 15
-    long = tuple(low + i * step for i in range(16))
-    return starts._replace(long=long, short=long[::2])
+    made = _even(starts, min(-0.06, 2.5 * min(starts.long)), 1.2 * max(starts.long), 16)
+    return made._replace(short=made.long[::2])
+
+
+def _even(starts: _Starts, low: float, high: float, count: int = 8) -> _Starts:
+    steps = (low + i * (high - low) / (count - 1) for i in range(count))
+    return starts._replace(long=tuple(steps), short=())
 
 
 class _Search:
