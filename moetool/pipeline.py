@@ -109,7 +109,9 @@ def _checked(prepared: Prepared) -> Prepared:
     dtype_of = lambda piece: sources[piece.source].part(piece.name).dtype  # noqa: E731
     ops.rehearse(plan.tasks, dtype_of, plan.tables)
     fitted = promise.fit(plan, sources, options.common.jobs, options.common.memory)
-    writer = Writer(options.out, plan, overwrite=options.common.overwrite, sources=sources)
+    said = options.common
+    how = {"overwrite": said.overwrite, "cloned": said.clone}
+    writer = Writer(options.out, plan, sources=sources, **how)
     done = writer.finished()
     if done:
         current.check(prepared, writer.out)
@@ -245,6 +247,7 @@ def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
             prepared.options.common.device,
             prepared.jobs,
             watch=not prepared.options.common.strict,
+            clone=prepared.options.common.clone,
         ),
     )
 

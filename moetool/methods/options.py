@@ -165,6 +165,12 @@ class Common:
         "wait until the disk holds the output before it gets its name; --no-sync is faster",
         RUN,
     )
+    clone: bool = option(
+        True,
+        "share blocks with the source and between equal tensors where the file system can (btrfs, "
+        "XFS); --no-clone writes every byte",
+        RUN,
+    )
     strict: bool = option(False, "refuse sources with NaN or inf instead of warning", RUN)
     dry_run: bool = option(False, "say what would be written, and write nothing", RUN)
     device: str = option(

@@ -20,7 +20,7 @@ from typing import Any
 
 from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
-from moetool.surgery import ops, scan
+from moetool.surgery import clone, ops, scan
 from moetool.surgery.checkpoint import Checkpoint, Extent, read_range
 from moetool.surgery.plan import Plan, Shard, elements
 from moetool.surgery.scan import Suspect
@@ -68,17 +68,19 @@ class Job:
     device: str
     threads: int
     watch: bool = False  # look for NaN and inf in what is copied
+    clone: bool = True  # share blocks where the file system can
 
 
 @dataclass(frozen=True)
 class How:
     """How shards are made. `threads` are dealt out by size, at least one a shard; `watch`: look for
-    NaN and inf in what is copied.
+    NaN and inf in what is copied; `clone`: share blocks where the file system can.
     """
 
     device: str = "cpu"
     threads: int = 1
     watch: bool = False
+    clone: bool = True
 
 
 def jobs_of(
@@ -110,6 +112,7 @@ def jobs_of(
             how.device,
             max(1, round(how.threads * shard.size / everything)),
             how.watch,
+            how.clone,
         )
 
 
@@ -193,23 +196,27 @@ def _steps(copy: Copy) -> Iterator[Copy]:
 
 
 def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> list[Suspect]:
-    moves = list(chain.from_iterable(map(_steps, job.copies)))
-    opened = {path: os.open(path, os.O_RDONLY) for path in sorted({m.path for m in moves})}
-    mover = Mover(handle, watch=job.watch)
+    firsts = [c for c in job.copies if c.first]
+    again = [c for c in job.copies if not c.first]  # when what they repeat already stands there
+    donors = clone.Donors(firsts) if job.clone else None
+    opened = {path: os.open(path, os.O_RDONLY) for path in sorted({c.path for c in job.copies})}
+    mover = Mover(handle, watch=job.watch, donors=donors)
+
+    def one(move: Copy) -> None:
+        if stop():
+            raise Stopped("stopped")
+        mover.move(opened[move.path], move)
+        tell(move.count)
+
     try:
-
-        def one(move: Copy) -> None:
-            if stop():
-                raise Stopped("stopped")
-            mover.move(opened[move.path], move)
-            tell(move.count)
-
-        if job.threads > 1 and len(moves) > 1:
-            with ThreadPoolExecutor(job.threads) as pool:
-                list(pool.map(one, moves))
-        else:
-            for move in moves:
-                one(move)
+        for copies in (firsts, again):
+            moves = list(chain.from_iterable(map(_steps, copies)))
+            if job.threads > 1 and len(moves) > 1:
+                with ThreadPoolExecutor(job.threads) as pool:
+                    list(pool.map(one, moves))
+            else:
+                for move in moves:
+                    one(move)
     finally:
         for source in opened.values():
             os.close(source)
@@ -224,12 +231,18 @@ class Mover:
     its page-wise splice takes a third longer than a small buffer (6.18, measured), and two threads
     on one file get in each other's way. So the first large ranges are timed, one each way, and the
     faster way does the rest. The bytes are the same.
+
+    With `donors` (what of the sources already stands in the target) blocks are shared first, with
+    the target's own or with the source's, until the file system refuses.
     """
 
     _TIMED = 8 << 20
 
-    def __init__(self, target: int, *, watch: bool = False) -> None:
-        self._target, self._watch = target, watch
+    def __init__(
+        self, target: int, *, watch: bool = False, donors: clone.Donors | None = None
+    ) -> None:
+        self._target, self._watch, self._donors = target, watch, donors
+        self._refused: set[int] = set()  # files that share no blocks with the target
         self._rates: dict[bool, float] = (
             {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
         )
@@ -238,6 +251,9 @@ class Mover:
 
     def move(self, source: int, copy: Copy) -> None:
         """All bytes of a move. With `watch`, ranges with NaN or inf end up in `suspects`."""
+        if self._donors is not None and self._cloned(source, copy, self._donors):
+            self._look(copy)
+            return
         in_kernel = self._choose()
         begun = time.perf_counter()
         if in_kernel:
@@ -252,10 +268,39 @@ class Mover:
             self._through_buffer(source, copy)
         if copy.count >= self._TIMED:
             self._rates.setdefault(in_kernel, copy.count / (time.perf_counter() - begun))
-        if in_kernel and self._watch and copy.first:
+        if in_kernel:
+            self._look(copy)
+
+    def _look(self, copy: Copy) -> None:
+        """Look at what did not pass through a buffer."""
+        if self._watch and copy.first:
             self.suspects += scan.bad_ranges(
                 copy.path, copy.start, copy.start + copy.count, copy.dtype
             )
+
+    def _cloned(self, source: int, copy: Copy, donors: clone.Donors) -> bool:
+        """Whether the blocks of a move could be shared; what is no whole block is copied then."""
+        place = None if copy.first else donors.find(copy)
+        for file, start in ((self._target, place), (source, copy.start)):
+            if start is None or file in self._refused:
+                continue
+            first, count = clone.blocks_of(start, copy.to, copy.count)
+            if not count:
+                continue
+            if clone.clone(file, self._target, start + first, copy.to + first, count):
+                rest = first + count
+                self._edge(source, copy, 0, first)
+                self._edge(source, copy, rest, copy.count - rest)
+                return True
+            self._refused.add(file)
+        return False
+
+    def _edge(self, source: int, copy: Copy, at: int, count: int) -> None:
+        """A part of a move that is less than a block."""
+        if count:
+            done = os.pread(source, count, copy.start + at)
+            _some(len(done), copy, at)
+            _pwrite(self._target, done, copy.to + at)
 
     def _choose(self) -> bool:
         if len(self._rates) < 2:

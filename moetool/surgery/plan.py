@@ -20,7 +20,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery import active, containers, forms
 from moetool.surgery.containers import Shard, Whole
 from moetool.surgery.known import known
-from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task
+from moetool.surgery.spec import DTYPE_BITS, Piece, Stored, Target, Task, size_of
 
 __all__ = ["Outputs", "Plan", "Shard", "elements"]
 
@@ -146,6 +146,25 @@ class Plan:
     def disk(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(len(self.header(s)) + s.size for s in self.shards)
+
+    @property
+    def repeated(self) -> int:
+        """Bytes of copies that stand in the same shard already: on file systems that share blocks
+        they take no disk.
+        """
+        total = 0
+        for shard in self.shards:
+            seen: set[tuple[int, str, int, int]] = set()
+            for number in shard.tasks:
+                task = self.tasks[number]
+                if task.op != "copy":
+                    continue
+                for piece, out in zip(task.inputs, task.outputs, strict=True):
+                    key = (piece.source, piece.name, piece.offset, piece.count)
+                    if key in seen:
+                        total += size_of(self.targets[out.name].dtype, out.shape)
+                    seen.add(key)
+        return total
 
     @property
     def parameters(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from moetool import atomic
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import companions
+from moetool.surgery import clone, companions
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
     check_replaceable,
@@ -44,10 +44,11 @@ class Writer:
         overwrite: bool = False,
         sources: Sequence[Checkpoint] = (),
         sync: bool = True,
+        cloned: bool = False,
     ) -> None:
         self.out, self.plan, self.overwrite = resolved(out), plan, overwrite
         self.staging = self.out.parent / f".{self.out.name}.moetool"
-        self.sources, self.sync = sources, sync
+        self.sources, self.sync, self.cloned = sources, sync, cloned
         self._lock: int | None = None
 
     def finished(self) -> bool:
@@ -72,7 +73,10 @@ class Writer:
             for s in self.plan.shards
             if (self.staging / s.name).exists()
         )
-        free = shutil.disk_usage(existing(self.out.parent)).free
+        room = existing(self.out.parent)
+        free = shutil.disk_usage(room).free
+        if left > free and self.cloned and clone.works_in(room):
+            left -= self.plan.repeated
         if left > free:
             raise MoetoolError(
                 "not enough space on the disk",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from moetool.data import JsonObject
+from moetool.surgery.clone import BLOCK
 from moetool.surgery.containers.container import Container, Shard, Whole
 from moetool.surgery.spec import DTYPE_BITS, Target
 
@@ -20,10 +21,13 @@ class Safetensors(Container):
     name: ClassVar[str] = "safetensors"
 
     def lay(self, number: int, count: int, tensors: Sequence[Target], tasks: list[int]) -> Shard:
-        """Wide dtypes first: every tensor then starts at a multiple of its element size."""
+        """Tensors of whole blocks first, so that equal ones lie alike in blocks (what is alike can
+        be shared, surgery/clone.py); wide dtypes before narrow ones: every tensor starts at a
+        multiple of its element size.
+        """
         part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
         offsets, position = {}, 0
-        for tensor in sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype]):
+        for tensor in sorted(tensors, key=_order):
             offsets[tensor.name] = (position, position + tensor.size)
             position += tensor.size
         return Shard(f"model{part}.safetensors", offsets, tuple(sorted(tasks)))
@@ -37,7 +41,7 @@ class Safetensors(Container):
                 "data_offsets": list(offsets),
             }
         body = json.dumps(table, separators=(",", ":")).encode()
-        body += b" " * (-len(body) % 8)
+        body += b" " * (-(8 + len(body)) % BLOCK)  # legal: the library allows spaces here
         return struct.pack("<Q", len(body)) + body
 
     def beside(self, whole: Whole) -> dict[str, JsonObject]:
@@ -51,3 +55,7 @@ class Safetensors(Container):
         return {
             INDEX: {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         }
+
+
+def _order(tensor: Target) -> tuple[bool, int]:
+    return tensor.size % BLOCK != 0, -DTYPE_BITS[tensor.dtype]
