@@ -18,7 +18,7 @@ _FICLONERANGE = 0x4020940D
 _RANGE = "=qQQQ"  # source, its offset, bytes, where to
 
 
-class Range(Protocol):
+class Move(Protocol):
     """A byte move of `count` bytes from `start` of a file to `to` of the target."""
 
     @property
@@ -43,8 +43,8 @@ def clone(source: int, target: int, start: int, to: int, count: int) -> bool:
 
 
 def blocks_of(start: int, to: int, count: int) -> tuple[int, int]:
-    """(first, count) of the whole blocks in a move, counted from its start; count 0 where source and
-    target lie differently in their blocks.
+    """(first, count) of the whole blocks in a move, counted from its start; count 0 where source
+    and target lie differently in their blocks.
     """
     if (start - to) % BLOCK:
         return 0, 0
@@ -67,14 +67,14 @@ def works_in(folder: Path) -> bool:
 class Donors:
     """Where in a target bytes of a source already stand, to be found again."""
 
-    def __init__(self, moves: Iterable[Range]) -> None:
+    def __init__(self, moves: Iterable[Move]) -> None:
         self._runs: dict[str, list[tuple[int, int, int]]] = {}
         for move in moves:
             self._runs.setdefault(move.path, []).append((move.start, move.count, move.to))
         for runs in self._runs.values():
             runs.sort()
 
-    def find(self, move: Range) -> int | None:
+    def find(self, move: Move) -> int | None:
         """The place in the target of the bytes that a move brings; None where they are not."""
         runs = self._runs.get(move.path, [])
         at = bisect_right(runs, (move.start, float("inf"), 0)) - 1

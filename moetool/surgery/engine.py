@@ -1,17 +1,15 @@
 """Make a plan's shards, on threads here or on a Ray cluster: one worker function of plain values
 serves both.
 
-Bytes that are only moved go through `copy_file_range` or a small buffer (see Mover); computed
+Bytes that are only moved go through `copy_file_range` or a small buffer (mover.py); computed
 tensors come one task at a time. Nothing is left under a shard's final name until the shard is
 whole.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,36 +18,15 @@ from typing import Any
 
 from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
-from moetool.surgery import clone, ops, scan
+from moetool.surgery import clone, ops
 from moetool.surgery.checkpoint import Checkpoint, Extent, read_range
+from moetool.surgery.mover import Copy, Mover, write_at
 from moetool.surgery.plan import Plan, Shard, elements
 from moetool.surgery.scan import Suspect
 from moetool.surgery.spec import Piece, Task
 
 Tell = Callable[[int], None]
 _STEP = 64 << 20  # between two looks at the stop flag
-_NO_RANGE_COPY = {
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EBADF,
-    errno.EPERM,
-}
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A byte move, absolute positions. `first`: no other move of the job reads these bytes (so
-    they are looked at once).
-    """
-
-    path: str
-    start: int
-    to: int
-    count: int
-    dtype: str
-    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,7 +153,7 @@ def make_shard(
     tell = tell or (lambda count: None)
     handle = os.open(job.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        _pwrite(handle, job.header, 0)
+        write_at(handle, job.header, 0)
         os.ftruncate(handle, job.size)  # `zeros` need no work: a hole reads as zeros
         found = _copy_all(job, handle, tell, stop)
         for number, task in enumerate(job.tasks):
@@ -223,136 +200,6 @@ def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> li
     return mover.suspects
 
 
-class Mover:
-    """Moves byte ranges into one file, in the kernel (`copy_file_range`) or through a buffer,
-    whichever proves faster.
-
-    Where blocks can be shared or a server copies (XFS, btrfs, NFS) the kernel wins by far; on ext4
-    its page-wise splice takes a third longer than a small buffer (6.18, measured), and two threads
-    on one file get in each other's way. So the first large ranges are timed, one each way, and the
-    faster way does the rest. The bytes are the same.
-
-    With `donors` (what of the sources already stands in the target) blocks are shared first, with
-    the target's own or with the source's, until the file system refuses.
-    """
-
-    _TIMED = 8 << 20
-
-    def __init__(
-        self, target: int, *, watch: bool = False, donors: clone.Donors | None = None
-    ) -> None:
-        self._target, self._watch, self._donors = target, watch, donors
-        self._refused: set[int] = set()  # files that share no blocks with the target
-        self._rates: dict[bool, float] = (
-            {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
-        )
-        self._local = threading.local()
-        self.suspects: list[Suspect] = []
-
-    def move(self, source: int, copy: Copy) -> None:
-        """All bytes of a move. With `watch`, ranges with NaN or inf end up in `suspects`."""
-        if self._donors is not None and self._cloned(source, copy, self._donors):
-            self._look(copy)
-            return
-        in_kernel = self._choose()
-        begun = time.perf_counter()
-        if in_kernel:
-            try:
-                self._in_kernel(source, copy)
-            except OSError as problem:
-                if problem.errno not in _NO_RANGE_COPY:
-                    raise
-                self._rates = {True: 0.0, False: 1.0}
-                in_kernel = False
-        if not in_kernel:
-            self._through_buffer(source, copy)
-        if copy.count >= self._TIMED:
-            self._rates.setdefault(in_kernel, copy.count / (time.perf_counter() - begun))
-        if in_kernel:
-            self._look(copy)
-
-    def _look(self, copy: Copy) -> None:
-        """Look at what did not pass through a buffer."""
-        if self._watch and copy.first:
-            self.suspects += scan.bad_ranges(
-                copy.path, copy.start, copy.start + copy.count, copy.dtype
-            )
-
-    def _cloned(self, source: int, copy: Copy, donors: clone.Donors) -> bool:
-        """Whether the blocks of a move could be shared; what is no whole block is copied then."""
-        place = None if copy.first else donors.find(copy)
-        for file, start in ((self._target, place), (source, copy.start)):
-            if start is None or file in self._refused:
-                continue
-            first, count = clone.blocks_of(start, copy.to, copy.count)
-            if not count:
-                continue
-            if clone.clone(file, self._target, start + first, copy.to + first, count):
-                rest = first + count
-                self._edge(source, copy, 0, first)
-                self._edge(source, copy, rest, copy.count - rest)
-                return True
-            self._refused.add(file)
-        return False
-
-    def _edge(self, source: int, copy: Copy, at: int, count: int) -> None:
-        """A part of a move that is less than a block."""
-        if count:
-            done = os.pread(source, count, copy.start + at)
-            _some(len(done), copy, at)
-            _pwrite(self._target, done, copy.to + at)
-
-    def _choose(self) -> bool:
-        if len(self._rates) < 2:
-            return True not in self._rates
-        return self._rates[True] > self._rates[False]
-
-    def _in_kernel(self, source: int, copy: Copy) -> None:
-        done = 0
-        while done < copy.count:
-            got = os.copy_file_range(
-                source, self._target, copy.count - done, copy.start + done, copy.to + done
-            )
-            _some(got, copy, done)
-            done += got
-
-    def _through_buffer(self, source: int, copy: Copy) -> None:
-        if not hasattr(self._local, "view"):
-            self._local.view = memoryview(bytearray(ops.COPY_BUFFER))
-        view, done, watch = self._local.view, 0, self._watch and copy.first
-        while done < copy.count:
-            want = min(len(view), copy.count - done)
-            got = 0
-            while got < want:  # whole blocks, so that values are not cut
-                more = os.preadv(source, [view[got:want]], copy.start + done + got)
-                _some(more, copy, done + got)
-                got += more
-            _pwrite(self._target, view[:got], copy.to + done)
-            if watch and scan.bad_block(view[:got], copy.dtype):
-                self.suspects.append(
-                    (copy.path, copy.start + done, copy.start + done + got, copy.dtype)
-                )
-            done += got
-
-
-def _some(got: int, copy: Copy, done: int) -> None:
-    if got == 0:
-        raise MoetoolError(
-            "the file became shorter while it was read",
-            file=copy.path,
-            expected=f"{copy.start + copy.count} bytes",
-            found=f"{copy.start + done} bytes",
-            hint="do not change a source while moetool works on it",
-        )
-
-
-def _pwrite(handle: int, data: Any, position: int) -> None:
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done : done + (1 << 30)], position + done)
-
-
 def computed(job: Job, number: int, task: Task) -> Iterator[tuple[Piece, Any]]:
     """The outputs of a computed task, as bytes: what `make_shard` writes and what verification
     compares with.
@@ -370,7 +217,7 @@ def computed(job: Job, number: int, task: Task) -> Iterator[tuple[Piece, Any]]:
 def _compute(job: Job, number: int, task: Task, handle: int, tell: Tell) -> None:
     for piece, data in computed(job, number, task):
         offset, size = elements(piece, job.dtypes[piece.name])
-        _pwrite(handle, data, job.starts[piece.name] + offset)
+        write_at(handle, data, job.starts[piece.name] + offset)
         tell(size)
 
 

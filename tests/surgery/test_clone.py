@@ -15,7 +15,7 @@ import moetool as api
 from moetool.errors import MoetoolError
 from moetool.surgery import clone
 from moetool.surgery.clone import BLOCK, Donors, blocks_of
-from moetool.surgery.engine import Copy
+from moetool.surgery.mover import Copy
 
 Made = Callable[..., Path]
 

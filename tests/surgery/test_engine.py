@@ -12,7 +12,7 @@ from conftest import tree
 
 import moetool
 from moetool.errors import MoetoolError
-from moetool.surgery.engine import Copy, Mover
+from moetool.surgery.mover import Copy, Mover
 
 
 @pytest.fixture
