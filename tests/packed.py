@@ -132,6 +132,7 @@ def read(path: Path, name: str) -> np.ndarray:
         made = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
         return made.reshape(entry["shape"])
     kind = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+    kind |= {"I32": np.int32, "I8": np.int8}
     return np.frombuffer(data, kind.get(entry["dtype"], np.uint8)).reshape(entry["shape"])
 
 

@@ -156,7 +156,7 @@ MODULES = [
 
 
 def split(where: Callable[[str], str]) -> tuple[list[list[str]], list[str], list[list[str]]]:
-    """Groups of modules by a word, those of no word, and the targets for the groups."""
+    """ConfigGroups of modules by a word, those of no word, and the targets for the groups."""
     words = {m: where(m) for m in MODULES}
     groups = [[m for m in MODULES if words[m] == w] for w in sorted({*words.values()} - {""})]
     full = [m for m in MODULES if not words[m]]
@@ -190,7 +190,7 @@ def test_targets_mean_what_they_should(name: str) -> None:
         "config_groups": {str(i): {"targets": t, "n": i} for i, t in enumerate(said)},
         "ignore": ignored,
     }
-    read = targets.Groups.of(config)
+    read = targets.ConfigGroups.of(config)
     for i, group in enumerate(groups):
         assert all((read.find(m) or {}).get("n") == i for m in group), (said, ignored)
     assert not any(read.means(m) for m in full)

@@ -23,7 +23,7 @@ from moetool.surgery.forms.form import (
     float_of,
     made_of,
 )
-from moetool.surgery.forms.targets import Groups, chosen, ignore
+from moetool.surgery.forms.targets import ConfigGroups, chosen, ignore
 from moetool.surgery.spec import FLOATS, InParts, Shape, Stored, Target
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class CompressedTensors(Form):
         """The matrices whose config group means this form."""
         found: dict[str, Stored] = {}
         said, dtype = config[KEY], float_of(config)
-        groups, lead = Groups.of(said), self.suffixes[0]
+        groups, lead = ConfigGroups.of(said), self.suffixes[0]
         for name in tensors:
             if not name.endswith(lead):
                 continue
@@ -211,7 +211,7 @@ class CompressedTensors(Form):
                     expected="weights in a format that moetool reads: symmetric or asymmetric "
                     "integers, fp8, mxfp4, mxfp8, nvfp4; no sparsity, g_idx or cached keys",
                     found=f"{tensor.dtype} {list(tensor.shape)}; its config group: "
-                    + json.dumps(Groups.of(said).find(name.rpartition(".")[0]))[:300],
+                    + json.dumps(ConfigGroups.of(said).find(name.rpartition(".")[0]))[:300],
                     hint="decompress the model with compressed-tensors first",
                 )
 
@@ -280,7 +280,7 @@ def _experts(modules: Sequence[str]) -> int:
 
 def _still(said: JsonObject, written: Written) -> bool:
     """Whether a source's config says of every matrix what it is, and nothing of the full ones."""
-    groups = Groups.of(said)
+    groups = ConfigGroups.of(said)
     for name, (_, form, params) in written.kin.items():
         assert isinstance(form, CompressedTensors)
         found = form._told(said, groups.find(name.removesuffix(WEIGHT)))

@@ -26,7 +26,7 @@ _Opened = tuple[str, ...]  # a module's name, `#` for its numbers
 
 
 @dataclass(frozen=True)
-class Groups:
+class ConfigGroups:
     """The config groups of a file, as a loader looks them up."""
 
     groups: tuple[JsonObject, ...]
@@ -34,7 +34,7 @@ class Groups:
     targets: Mapping[str, JsonObject]
 
     @classmethod
-    def of(cls, said: JsonObject) -> Groups:
+    def of(cls, said: JsonObject) -> ConfigGroups:
         """Those of a `quantization_config`."""
         groups = tuple(g for g in (said.get("config_groups") or {}).values() if isinstance(g, dict))
         targets = {t: g for g in groups for t in g.get("targets") or ()}
