@@ -1,8 +1,9 @@
 """moetool: turn dense checkpoints into mixtures of experts, make those smaller, and measure what
 it did to them.
 
-The command line's verbs as functions (`help(moetool.prune)` lists its options); nothing heavy is
-imported until one is called. Errors are `moetool.MoetoolError`.
+The command line's verbs as functions (`help(moetool.prune)` lists its options), and
+`moetool.load`, a model to run; nothing heavy is imported until one is called. Errors are
+`moetool.MoetoolError`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from moetool.forward.load import load
     from moetool.surgery.plan import Plan
     from moetool.verbs import inspect
 
@@ -41,6 +43,7 @@ __all__ = [
     "dequantize",
     "eval",
     "inspect",
+    "load",
     "merge",
     "plan",
     "profile",

@@ -34,6 +34,10 @@ def make(name: str) -> Callable[..., Any]:
         return made[name]()
     if name == "inspect":
         return inspect
+    if name == "load":
+        from moetool.forward.load import load
+
+        return load
     return _writing(name.replace("_", "-"), name)
 
 

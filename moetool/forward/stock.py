@@ -93,7 +93,7 @@ def empty_model(raw: JsonMapping, folder: str) -> Any:
 
     made = config(raw, folder)
     made.use_cache = False
-    cls = _class(raw)
+    cls = model_class(raw)
     with (
         _guarded("transformers cannot build the model of this config", f"{folder}/config.json"),
         init_empty_weights(include_buffers=False),
@@ -109,8 +109,8 @@ def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
     import torch
 
     raw = read_json(Path(checkpoint.folder) / "config.json", what="model config")
-    with _view(checkpoint.folder, raw, checkpoint) as folder, _quietly():
-        model, info = _class(raw).from_pretrained(
+    with _view(checkpoint.folder, raw, checkpoint) as folder, quietly():
+        model, info = model_class(raw).from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
@@ -159,7 +159,7 @@ def _has_words(tokenizer: Any, folder: Path) -> bool:
     return not names or bool(names & found) or len(tokenizer) > _SPECIAL
 
 
-def _class(raw: JsonMapping) -> Any:
+def model_class(raw: JsonMapping) -> Any:
     """The class that the config names, if it is a model of transformers; else the causal one."""
     transformers = library()
     named = raw.get("architectures")
@@ -174,7 +174,7 @@ def attends_eagerly(raw: JsonMapping, folder: str) -> bool:
     """Whether the class of this config computes attention as matrices [heads, length, length] that
     are held whole: it has no other way.
     """
-    cls = _class(raw)
+    cls = model_class(raw)
     if not hasattr(cls, "_supports_sdpa"):  # the class is found by the config
         known = library().MODEL_FOR_CAUSAL_LM_MAPPING
         cls = known.get(type(config(raw, folder)), None)
@@ -211,7 +211,7 @@ def _link_weights(checkpoint: Checkpoint, real: Path, view: Path) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No advice, and nobody at the keyboard."""
     keyboard, sys.stdin = sys.stdin, io.StringIO("")
     try:
@@ -229,7 +229,7 @@ def _guarded(message: str, file: object, **where: str) -> Iterator[None]:
     """
     where.setdefault("hint", "restore it from the original model, or upgrade transformers")
     try:
-        with _quietly():
+        with quietly():
             yield
     except _PASSED:
         raise

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moetool.kernels import rounding
-from moetool.kernels.grid import Grid
 from moetool.kernels.rounding import Rounded
 
 Tensor = torch.Tensor
@@ -38,24 +36,6 @@ def pack(codes: Tensor) -> Tensor:
     """uint8 codes below 16, an even count -> uint8 [count / 2, 1], the first in the high half."""
     flat = codes.reshape(-1)
     return flat[0::2].bitwise_left_shift(4).bitwise_or_(flat[1::2])[:, None]
-
-
-def round_flat(matrix: Tensor, grid: Grid) -> Rounded:
-    """Blocks of `grid.group` weights that run on over the ends of rows, the last one shorter:
-    codes of the matrix's shape and scales [blocks].
-    """
-    flat = matrix.reshape(-1)
-    full = len(flat) - len(flat) % grid.group
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    scales = torch.empty(-(-len(flat) // grid.group), device=flat.device)
-    if full:
-        made = rounding.nearest(flat[:full].view(-1, grid.group), grid)
-        codes[:full], scales[: full // grid.group] = made.codes.view(-1), made.scales.view(-1)
-    if full < len(flat):
-        rest = flat[full:].float()
-        scales[-1] = rest.abs().amax().clamp(min=1e-38)
-        rounding.snap((rest / scales[-1]).clamp_(-1, 1), grid, codes[full:])
-    return Rounded(codes.view(matrix.shape), scales)
 
 
 def unpack(packed: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:

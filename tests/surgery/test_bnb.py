@@ -24,8 +24,10 @@ from moetool.surgery.spec import Target
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 NAME = "model.layers.0.mlp.experts.3.up_proj.weight"
+WIDE = {"head_dim": 32, "moe_intermediate_size": 128}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-SHAPES = [(96, 64), (128, 256), (6, 100), (3, 14), (260, 512)]
+SHAPES = [(96, 64), (128, 256), (5, 320), (260, 512)]
+DECODED = [*SHAPES[:3], (6, 100), (3, 14)]  # blocks that run on over the ends of rows
 Made = Callable[..., Any]
 Tensors = dict[str, torch.Tensor]
 
@@ -107,7 +109,7 @@ def test_the_bytes_of_int8(shape: tuple[int, int], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["nf4", "nf4-double", "fp4", "bnb-int8"])
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", DECODED, ids=str)
 def test_decoded_as_the_library_does(word: str, shape: tuple[int, int]) -> None:
     from bitsandbytes import functional
 
@@ -183,7 +185,7 @@ def mixtures(models: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
             folder = root / f"{family}-{word}"
             full = folder.with_name(folder.name + "-full")
             how = {"method": "rtn", "search": "none", "for_": "transformers4", "force": True}
-            api.quantize(str(models(family)), str(folder), format=word, **how)
+            api.quantize(str(models(family, **WIDE)), str(folder), format=word, **how)
             api.dequantize(str(folder), str(full))
             made[family, word] = folder, full
         return made[family, word]
@@ -216,7 +218,7 @@ def test_every_verb_reads_it(word: str, mixtures: Made, tmp_path: Path) -> None:
     for name, value in tensors(twin).items():
         assert torch.equal(made.matrix(name), value), name
     for side, source in (("a", folder), ("b", full)):
-        api.quantize(str(source), str(tmp_path / side), format="int4/16", method="rtn")
+        api.quantize(str(source), str(tmp_path / side), format="int4/32", method="rtn")
     one, other = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(same(one[n], other[n]) for n in one)
@@ -226,7 +228,7 @@ def test_every_verb_reads_it(word: str, mixtures: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_what_is_not_finite_is_named(word: str, value: float, models: Made, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(models("llama"), source)
+    shutil.copytree(models("llama", head_dim=32), source)
     weights = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name][3, 5] = value
@@ -246,7 +248,7 @@ def test_what_half_precision_cannot_hold(models: Made) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"shape": [5, 7]}, "does not fit"),
+        ({"shape": [64, 64]}, "does not fit"),
         ({"shape": "wide"}, "means nothing"),
         ({"dtype": "int8"}, "means nothing"),
         ({"blocksize": 32}, "does not fit"),
@@ -268,7 +270,15 @@ def test_a_damaged_state(
         Checkpoint.open(folder)
 
 
+def test_a_width_that_the_library_decodes_wrongly(models: Made, tmp_path: Path) -> None:
+    with pytest.raises(MoetoolError, match="no multiple of 64") as problem:
+        api.quantize(str(models("llama", head_dim=24)), str(tmp_path / "out"), format="nf4")
+    assert "o_proj" in problem.value.where["tensor"]
+
+
 def test_one_format_a_model(models: Made, tmp_path: Path) -> None:
     for plan in ("attn=nf4,dense=fp4", "attn=nf4,dense=bnb-int8", "attn=nf4,dense=nf4-double"):
         with pytest.raises(MoetoolError, match="one format"):
-            api.quantize(str(models("llama")), str(tmp_path / "out"), plan=plan, method="rtn")
+            api.quantize(
+                str(models("llama", head_dim=32)), str(tmp_path / "out"), plan=plan, method="rtn"
+            )

@@ -45,7 +45,7 @@ class Seen:
 
 
 class BitsAndBytes(Form):
-    """A form of that library. Subclasses say how their tensors lie, and what config tells of them."""
+    """A form of that library. Subclasses say how their tensors lie, and what a config tells."""
 
     method: ClassVar[str] = METHOD
     lead: ClassVar[str] = ""  # suffix, after the module's name, of the part that finds a matrix
@@ -65,8 +65,6 @@ class BitsAndBytes(Form):
         single = len(target.shape) == 2 and target.name.endswith(WEIGHT)
         if not (single and target.dtype in FLOATS):
             return "bitsandbytes holds single matrices called `.weight`"
-        if target.shape[1] % 2:
-            return f"its input width {target.shape[1]} is odd"
         return ""
 
     def recognise(self, tensors: Mapping[str, Stored], config: Config) -> Recognised | None:

@@ -113,20 +113,18 @@ class Bnb4Bit(BitsAndBytes):
                 )
         return made_of(self.name, full, dtype, shape, InParts(self.name, lying, params))
 
-    def grid(self, shape: Shape, params: Params) -> Grid | None:
-        """None where blocks run on over the ends of rows."""
-        if shape[-1] % params.get("block", BLOCK):
-            return None
-        return replace(self._grid(params), signed=not params["double"])
+    def misfit(self, target: Target, params: Params) -> str:
+        block = params.get("block", BLOCK)
+        if len(target.shape) == 2 and target.shape[1] % block:
+            return (
+                f"its input width {target.shape[1]} is no multiple of {block}, and bitsandbytes "
+                "decodes such a matrix wrongly on CPUs with AVX-512"
+            )
+        return super().misfit(target, params)
 
-    def _grid(self, params: Params) -> Grid:
+    def grid(self, shape: Shape, params: Params) -> Grid:
         table = {"nf4": grid.nf4, "fp4": grid.fp4}[self.name]
-        return table(params.get("block", BLOCK))
-
-    def encode(self, matrix: Tensor, params: Params) -> Sequence[Tensor]:
-        from moetool.kernels import bnb
-
-        return self.pack(bnb.round_flat(matrix, self._grid(params)), params)
+        return replace(table(params.get("block", BLOCK)), signed=not params["double"])
 
     def pack(self, rounded: Rounded, params: Params) -> Sequence[Tensor]:
         import torch
@@ -137,7 +135,7 @@ class Bnb4Bit(BitsAndBytes):
         order = torch.tensor(self.order, dtype=torch.uint8, device=device)
         table = torch.empty(16, device=device)
         table[order.long()] = (
-            torch.tensor(self._grid(params).levels, device=device) + 0.0
+            torch.tensor(self.grid((), params).levels, device=device) + 0.0
         )  # no -0.0
         lying = [scales]
         if params["double"]:
@@ -152,13 +150,25 @@ class Bnb4Bit(BitsAndBytes):
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import bnb
 
-        packed, table, state, scales, *nested = parts
-        said = {"shape": [-1]} if state.is_meta else json.loads(bytes(state.tolist()))
-        if nested:
-            offset = nested[0].new_tensor(said.get("nested_offset", 0.0))
-            scales = bnb.unnest(bnb.Nested(scales, nested[0], offset), nested[1])
-        made = bnb.unpack(packed, scales, table, params.get("block", BLOCK))
-        return made.reshape(said["shape"])
+        packed, table, state, *scales = parts
+        shape = [-1] if state.is_meta else _said(state)["shape"]
+        block = params.get("block", BLOCK)
+        return bnb.unpack(packed, self.scales(state, *scales), table, block).reshape(shape)
+
+    def scales(self, state: Tensor, absmax: Tensor, *nested: Tensor) -> Tensor:
+        """The float32 scales [blocks] of a matrix, from its parts of these names."""
+        from moetool.kernels import bnb
+
+        if not nested:
+            return absmax
+        most, table = nested
+        offset = most.new_tensor(0.0 if state.is_meta else _said(state)["nested_offset"])
+        return bnb.unnest(bnb.Nested(absmax, most, offset), table)
+
+
+def _said(state: Tensor) -> Params:
+    made: Params = json.loads(bytes(state.tolist()))
+    return made
 
 
 class Nf4(Bnb4Bit):

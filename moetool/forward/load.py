@@ -1,0 +1,156 @@
+"""moetool.load: a model as stock transformers computes with it, experts packed where its own loader
+has no place for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.forward import stock
+from moetool.surgery import clients, forms, source
+from moetool.surgery.active import Matching
+from moetool.surgery.checkpoint import Checkpoint, read_json
+from moetool.surgery.forms.bitsandbytes import KEY, METHOD
+from moetool.surgery.spec import whole
+
+_LOADER = "transformers5"
+
+
+def load(path: str | Path, *, dtype: Any = "auto", device_map: Any = None, **options: Any) -> Any:
+    """The model at `path` (a folder, or org/name on the Hub) in its stock transformers class.
+
+    What transformers 5 loads by itself goes through its `from_pretrained`. Experts in nf4, fp4 or
+    bnb-int8, which it does not load, stay packed in memory: a quarter or half of bf16, scales
+    beside them. `dtype` is what is computed in (torch.bfloat16, "float32", ...; auto: as the config
+    says), `device_map` and `options` are those of `from_pretrained`.
+
+    Raises MoetoolError for what is no checkpoint, for a package that is missing, and for forms that
+    no loader here reads.
+    """
+    folder = str(source.locate(str(path)))
+    opened = Checkpoint.open(folder)
+    how = {"dtype": _dtype(dtype), "device_map": device_map, **options}
+    packed = _packed_experts(opened)
+    _require(opened)
+    raw = read_json(Path(opened.folder) / "config.json", what="model config")
+    config = stock.config(raw, opened.folder)
+    if not packed:
+        return stock.model_class(raw).from_pretrained(opened.folder, config=config, **how)
+    return _with_experts(opened, raw, config, how)
+
+
+def _dtype(said: Any) -> Any:
+    """A torch dtype, or "auto"; MoetoolError for words that name none."""
+    import torch
+
+    found = getattr(torch, said, None) if isinstance(said, str) and said != "auto" else said
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise MoetoolError(
+            f"{said!r} is no dtype to compute in",
+            expected="auto, float32, bfloat16, float16",
+            hint="for example dtype='bfloat16'",
+        )
+    return found
+
+
+def _packed_experts(opened: Checkpoint) -> bool:
+    """Whether routed experts are in a form of bitsandbytes. MoetoolError for any form, of experts
+    or others, that transformers does not read and that does not run here.
+    """
+    matching = Matching.of(opened.config, opened.tensors)
+    found = False
+    for stored in opened.tensors.values():
+        if stored.parts is None:
+            continue
+        matched = matching.match(stored.name)
+        expert = matched is not None and (matched.slot.role or "").startswith("expert.")
+        name, params = stored.parts.form, stored.parts.params
+        if not forms.named(name).alone:
+            raise MoetoolError(
+                f"transformers has no class for experts stored as {name}",
+                file=opened.folder,
+                hint="write them in full with `moetool dequantize`, and load that",
+            )
+        told = clients.verdict(_LOADER, name, params, moe=expert)
+        mine = expert and forms.named(name).method == METHOD
+        found = found or mine
+        if told.state in ("refuses", "wrong") and not mine:
+            raise MoetoolError(
+                f"transformers does not load this model as it is stored: {told.why}",
+                file=opened.folder,
+                tensor=stored.name,
+                found=f"{'experts' if expert else 'a matrix'} in {name}",
+                hint="write it in full with `moetool dequantize`, and load that",
+            )
+    return found
+
+
+def _require(opened: Checkpoint) -> None:
+    """MoetoolError where a package that a form needs is not installed."""
+    import importlib.util
+
+    needed = {forms.named(name).method.replace("-", "_") for name in opened.told}
+    for package in sorted(needed & {METHOD, "compressed_tensors"}):
+        if importlib.util.find_spec(package) is None:
+            word = package.replace("_", "-")
+            raise MoetoolError(
+                f"{word} is not installed, and this model is stored in its form",
+                file=opened.folder,
+                hint=f"pip install {word}",
+            )
+
+
+def _with_experts(opened: Checkpoint, raw: JsonObject, config: Any, how: JsonObject) -> Any:
+    """Everything but the experts as transformers loads it, and these in their form."""
+    import torch
+
+    from moetool.modeling import bitsandbytes, stacks
+
+    named = config.get_text_config(decoder=True).dtype or torch.bfloat16
+    dtype = named if how["dtype"] == "auto" else how["dtype"]
+    held = bitsandbytes.StackedExperts(opened, stacks.stacks(opened), dtype)
+    del config.quantization_config
+    with stock.quietly():
+        model, info = stock.model_class(raw).from_pretrained(
+            None,
+            config=config,
+            state_dict=_rest(opened, held.parts),
+            quantization_config=bitsandbytes.told(raw[KEY], held),
+            output_loading_info=True,
+            **{**held.options, **how, "dtype": dtype},
+        )
+    _refuse_other(opened, {k: set(v) for k, v in info.items()}, held.names)
+    bitsandbytes.settle(model, dtype)
+    model.config.name_or_path = opened.folder
+    if model.can_generate() and (Path(opened.folder) / "generation_config.json").exists():
+        model.generation_config = stock.library().GenerationConfig.from_pretrained(opened.folder)
+    return model
+
+
+def _rest(opened: Checkpoint, packed: set[str]) -> dict[str, Any]:
+    """Every tensor as it lies in the files, but those that experts are made of."""
+    from moetool.kernels import codec
+
+    return {
+        name: codec.decode(opened.read(whole(stored)), stored.dtype, stored.shape)
+        for name, stored in opened.stored.items()
+        if name not in packed
+    }
+
+
+def _refuse_other(opened: Checkpoint, info: dict[str, set[str]], expected: set[str]) -> None:
+    """MoetoolError where transformers missed anything but the experts, or knew something not."""
+    found = {k: v - expected if k == "missing_keys" else v for k, v in info.items()}
+    wrong = {k: sorted(map(str, v)) for k, v in found.items() if v}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise MoetoolError(
+            "transformers did not load the whole model",
+            file=opened.folder,
+            tensor=names[0],
+            found=f"{len(names)} {kind.replace('_', ' ')}",
+            hint="`moetool verify` says what the checkpoint lacks",
+        )
