@@ -23,7 +23,7 @@ from moetool.forward.profile import Calibration
 from moetool.forward.solve import Layers, Solved, Work
 from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import Wanted
-from moetool.kernels import gptq, rounding
+from moetool.kernels import codec, gptq, rounding
 from moetool.kernels.rounding import Rounded
 from moetool.methods.contract import Decisions
 from moetool.methods.quantize import solved, turns
@@ -32,6 +32,7 @@ from moetool.methods.quantize.scheme import Choice
 from moetool.methods.quantize.turns import Part, Turn, Unit
 from moetool.methods.quantize.way import ToRound
 from moetool.surgery import forms
+from moetool.surgery.spec import Target
 
 Tensor = torch.Tensor
 COUNTED = ("solved", "experts_without_tokens", "experts_with_few_tokens")
@@ -157,8 +158,12 @@ class Rounder:
         if not units:
             return
         hessians = torch.stack([self.grams.gram(u.lead) for u in units])
+        tokens = torch.tensor([self.grams.tokens(u.lead) for u in units])
+        damping = self.own["damping"] or gptq.damping_for(tokens, hessians.shape[-1])
+        if units[0].parts[0].linear.expert is not None:
+            hessians = gptq.shrunk(hessians, tokens)
         grid = _grid(units[0])
-        self._keep(units, gptq.solve(_weights(units), hessians, grid, damping=self.own["damping"]))
+        self._keep(units, gptq.solve(_weights(units), hessians, grid, damping=damping))
         for unit in units:
             first = unit.parts[0].linear
             few = self.grams.tokens(unit.lead) < first.shape[1]
@@ -180,9 +185,12 @@ class Rounder:
                 row += part.rows
                 one = Rounded(made.codes[number, rows], made.scales[number, rows])
                 form = forms.named(part.format.form)
-                names = [t.name for t in solved.parts(part.matrix, self.choice)]
                 packed = form.pack(one, part.format.params)
-                self.tensors |= dict(zip(names, packed, strict=True))
+                for target, value in zip(self._lying(part), packed, strict=True):
+                    self.tensors[target.name] = value.to(codec.torch_dtype(target.dtype))
+
+    def _lying(self, part: Part) -> Sequence[Target]:
+        return solved.parts(part.matrix, self.choice)
 
 
 def _grid(unit: Unit) -> forms.Grid:

@@ -7,6 +7,7 @@ chunk) does not depend on the room, so that the bytes do not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +22,7 @@ from moetool.surgery.roles import Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 64 << 20  # bytes of the Hessians of experts that are solved in one go
+CHUNK = 128 << 20  # bytes of the Hessians of experts that are solved in one go
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,11 @@ class Part:
     @property
     def rows(self) -> int:
         return self.matrix.shape[0]
+
+    @property
+    def told(self) -> str:
+        """Its format: what parts that are solved as one have in common."""
+        return json.dumps([self.format.form, self.format.params], sort_keys=True)
 
     @property
     def weight(self) -> Tensor:
@@ -54,9 +60,8 @@ class Unit:
     def like(self) -> tuple[object, ...]:
         """What units must have in common to be solved side by side."""
         first = self.parts[0]
-        params = tuple(sorted(first.format.params.items()))
         rows = tuple(p.rows for p in self.parts)
-        return first.linear.role, rows, first.linear.shape[1], first.format.form, params
+        return first.linear.role, rows, first.linear.shape[1], first.told
 
 
 Chunk = tuple[Part, ...]
@@ -141,7 +146,7 @@ def units(chunk: Chunk, leads: dict[str, str]) -> list[list[Unit]]:
     """
     by_input: dict[tuple[str, str], list[Part]] = {}
     for part in chunk:
-        by_input.setdefault((leads[part.linear.key], str(part.format)), []).append(part)
+        by_input.setdefault((leads[part.linear.key], part.told), []).append(part)
     alike: dict[tuple[object, ...], list[Unit]] = {}
     for (lead, _), parts in by_input.items():
         unit = Unit(lead, tuple(parts))
