@@ -383,8 +383,8 @@ def _look(prepared: Prepared, todo: Sequence[Shard], caller: Caller) -> list[sca
     """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and
     shards that were there already.
     """
-    if prepared.options.common.strict:
-        return []
+    if prepared.options.common.strict or prepared.made.promised:
+        return []  # looked at before
     tasks = prepared.plan.tasks
     fresh = set(chain.from_iterable(s.tasks for s in todo))
     rest = [t for i, t in enumerate(tasks) if t.inputs and (t.op != "copy" or i not in fresh)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import ranges
-from moetool.methods.proof import Held, Pledge, Proof
+from moetool.methods.proof import Pledge, Proof, ReadBack
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery import forms, ops
 from moetool.surgery.checkpoint import Checkpoint, read_range
@@ -80,12 +80,12 @@ def read_back(output: Output, how: Readers = Readers()) -> Proof:
     return Proof(errors(output, how), moved)
 
 
-def errors(output: Output, how: Readers = Readers()) -> tuple[Held, ...]:
+def errors(output: Output, how: Readers = Readers()) -> tuple[ReadBack, ...]:
     """The matrices alone, in the order in which they are promised."""
     stored = [_found(output, p) for p in output.promised]
     counter = _Told(how, sum(map(_weights, output.promised)))
 
-    def one(promised: Pledge, lying: Stored) -> Held:
+    def one(promised: Pledge, lying: Stored) -> ReadBack:
         counter.check()
         made = _held(output, promised, lying)
         counter(_weights(promised))
@@ -97,10 +97,10 @@ def errors(output: Output, how: Readers = Readers()) -> tuple[Held, ...]:
 
 def _all(
     pool: ThreadPoolExecutor,
-    one: Callable[[Pledge, Stored], Held],
+    one: Callable[[Pledge, Stored], ReadBack],
     promised: Sequence[Pledge],
     stored: Sequence[Stored],
-) -> list[Held]:
+) -> list[ReadBack]:
     """In order; the first failure ends the rest."""
     futures = [pool.submit(one, *pair) for pair in zip(promised, stored, strict=True)]
     try:
@@ -164,7 +164,7 @@ def _found(output: Output, promised: Pledge) -> Stored:
     return stored
 
 
-def _held(output: Output, promised: Pledge, lying: Stored) -> Held:
+def _held(output: Output, promised: Pledge, lying: Stored) -> ReadBack:
     """One matrix against its source."""
     matrix = output.sources[promised.piece.source].matrix(promised.piece)
     try:
@@ -189,7 +189,7 @@ def _held(output: Output, promised: Pledge, lying: Stored) -> Held:
             expected=f"relative error at most {most:.4g}",
             found=f"{relative:.4g}",
         )
-    return Held(promised.name, promised.role, apart.error, apart.norm)
+    return ReadBack(promised.name, promised.role, apart.error, apart.norm)
 
 
 def _distance(written: Checkpoint, promised: Pledge, lying: Stored, matrix: Tensor) -> Distance:

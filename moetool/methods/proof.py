@@ -30,7 +30,7 @@ class Pledge:
 
 
 @dataclass(frozen=True)
-class Held:
+class ReadBack:
     """A matrix that was read back: squared error and squared weights, summed."""
 
     name: str
@@ -74,17 +74,17 @@ class Loaded:
 class Proof:
     """Every rounded matrix of an output, read from its bytes and held against its source."""
 
-    held: tuple[Held, ...]
+    held: tuple[ReadBack, ...]
     moved: int = 0  # bytes that were only moved, and are those of their source
     loaded: Loaded | None = None
 
     @property
-    def worst(self) -> Held:
+    def worst(self) -> ReadBack:
         """The matrix farthest from its source."""
         return max(self.held, key=lambda h: h.relative)
 
     @property
-    def roles(self) -> dict[str, tuple[Held, ...]]:
+    def roles(self) -> dict[str, tuple[ReadBack, ...]]:
         """By role, in the order in which they come."""
         named = dict.fromkeys(h.role for h in self.held)
         return {role: tuple(h for h in self.held if h.role == role) for role in named}
@@ -121,11 +121,11 @@ class Proof:
         return [*said, *([str(self.loaded)] if self.loaded else [])]
 
 
-def _named(held: Held) -> JsonObject:
+def _named(held: ReadBack) -> JsonObject:
     return {"tensor": held.name, "relative_error": held.relative}
 
 
-def _relative(held: Iterable[Held]) -> float:
+def _relative(held: Iterable[ReadBack]) -> float:
     """Of several matrices together."""
     known = list(held)
     error, norm = sum(h.error for h in known), sum(h.norm for h in known)

@@ -104,7 +104,8 @@ class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json). `fixed`: config fields
     that a conversion sets; `gate_up`: how the two lie in one tensor; `returns_logits`: whether the
     block's forward gives (output, router logits); `adjusts_width`: the config's flag under which
-    the class computes the width of an FFN from more than its field.
+    the class computes the width of an FFN from more than its field; `linears`: transposed where
+    the class's linears are Conv1D, whose weights are [in, out].
     """
 
     law: RouterLaw = field(default_factory=RouterLaw)
@@ -114,6 +115,7 @@ class Overlay:
     gate_up: str = "concatenated"
     returns_logits: bool = False
     adjusts_width: str = ""
+    linears: str = ""
     note: str = ""
 
     @classmethod
@@ -133,12 +135,14 @@ class Overlay:
 class Names:
     """Words in tensor names that hold for every family (archs/names.json). `dead`: ends of old
     buffers that no class reads; `mtp`: heads of layers that predict more tokens and lie outside
-    the stack; `first`: what comes before the layers, such as embeddings.
+    the stack; `first`: what comes before the layers, such as embeddings; `tables`: parts of names
+    of embeddings inside layers.
     """
 
     dead: tuple[str, ...]
     mtp: tuple[str, ...]
     first: tuple[str, ...]
+    tables: tuple[str, ...]
 
     @classmethod
     def read(cls, text: str) -> Names:
@@ -148,6 +152,10 @@ class Names:
     def is_dead(self, name: str) -> bool:
         """Whether a tensor holds nothing that a model reads."""
         return name.endswith(self.dead)
+
+    def is_table(self, name: str) -> bool:
+        """Whether a tensor of a layer is looked up, not multiplied with."""
+        return any(word in name for word in self.tables)
 
     def is_first(self, name: str) -> bool:
         """Whether a tensor outside the layers comes before them."""

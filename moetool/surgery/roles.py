@@ -15,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moetool.data import JsonObject
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.surgery.family import Slot
+from moetool.surgery.layout import words
 from moetool.surgery.plain_experts import PlainExperts
 from moetool.surgery.spec import FLOATS, Piece, Stored, whole
 from moetool.surgery.text_model import TextModel, text_model
@@ -24,6 +27,8 @@ from moetool.surgery.text_model import TextModel, text_model
 ROLES = ("experts", "shared", "dense", "attn", "lm_head", "embed")
 _BY_SLOT = {"ffn": "dense", "shared": "shared"}
 _NONE = ("router", "shared.switch")
+MTP = "it is of a layer that predicts further tokens (MTP)"
+TIED = "it is tied to the input embedding"
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Roles:
             if name in experts:
                 found += experts[name]
                 continue
-            role = _role(at, stored)
+            role = _role(at, stored, source.config)
             if role in ROLES:
                 layer = _layer(at, name)
                 found.append(Matrix(name, role, whole(stored), stored.dtype, layer))
@@ -76,26 +81,39 @@ def _layer(at: TextModel, name: str) -> int | None:
     return matched.layer if matched else None
 
 
-def _role(at: TextModel, stored: Stored) -> str:
+def _role(at: TextModel, stored: Stored, config: JsonObject) -> str:
     """A role; else why a matrix has none, in words; empty for what is no matrix."""
-    if len(stored.shape) != 2 or stored.dtype not in FLOATS or min(stored.shape) < 2:
+    if len(stored.shape) < 2 or stored.dtype not in FLOATS:
         return ""
     matched = at.match(stored.name)
     if matched is None or not at.layout.in_text(matched.slot):
-        return "it is outside the text model"
+        return MTP if words().in_mtp(stored.name) else "it is outside the text model"
     layout, slot = at.layout, matched.slot
     if slot.name in layout.tied:
-        return "lm_head"
+        return TIED if _is_tied(at, config) else "lm_head"
     if slot.name in layout.tied.values():
         return "embed"
     if slot.role in _NONE or str(slot.role).startswith("router"):
         return "routers are never quantized"
-    if slot.layers is None or not slot.name.endswith(".weight"):
+    if _is_no_linear(slot, stored):
         return "it is no linear of a layer"
+    if layout.overlay.linears == "transposed":
+        return "its family stores linears as [in, out], which no quantized form is read as"
     count = at.field("layers")
     if matched.layer is not None and count and matched.layer >= count:
-        return "it is of a layer that predicts further tokens (MTP)"
+        return MTP
     return _BY_SLOT.get(str(slot.role).partition(".")[0], "attn")
+
+
+def _is_tied(at: TextModel, config: JsonObject) -> bool:
+    """Whether the output embedding is the input's, and a tensor of its own is read by nobody."""
+    return bool(at.text.get("tie_word_embeddings", config.get("tie_word_embeddings")))
+
+
+def _is_no_linear(slot: Slot, stored: Stored) -> bool:
+    """Convolutions, tables, vectors written as rows, parameters that are no module's weight."""
+    outside = slot.layers is None or not slot.name.endswith(".weight")
+    return outside or len(stored.shape) != 2 or min(stored.shape) < 2 or words().is_table(slot.name)
 
 
 def _experts(mixture: Mixture) -> dict[str, list[Matrix]]:

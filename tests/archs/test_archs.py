@@ -24,7 +24,9 @@ def test_counts() -> None:
     assert len(list((DATA / "families").glob("*.json"))) == 198
     overlay = json.loads((DATA / "overlay.json").read_text())
     adjusting = {name for name, said in overlay.items() if "adjusts_width" in said}
-    assert set(overlay) == set(families()["moe"]) | adjusting and adjusting == {"lfm2"}
+    turned = {name for name, said in overlay.items() if "linears" in said}
+    assert set(overlay) == set(families()["moe"]) | adjusting | turned
+    assert adjusting == {"lfm2"} and turned == {"gpt2"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def solved(model: Path, out: Path, text: Path, **options: Any) -> Checkpoint:
-    moetool.quantize(str(model), str(out), calibrate=[str(text)], **FORMAT | options)
+    moetool.quantize(
+        str(model),
+        str(out),
+        calibrate=[str(text)],
+        **(options if "plan" in options else FORMAT | options),
+    )
     return Checkpoint.open(out)
 
 
@@ -122,7 +127,9 @@ def test_memory_is_promised_and_refused(models: Models, text: Path, tmp_path: Pa
 
 def test_each_role_has_its_format(models: Models, text: Path, tmp_path: Path) -> None:
     plan = "experts=int2/16,attn=int8/32,dense=int4/channel"
-    made = solved(models("qwen3_moe"), tmp_path / "out", text, plan=plan)
+    made = solved(
+        models("qwen3_moe"), tmp_path / "out", text, **FORMAT | {"format": "int4", "plan": plan}
+    )
     held = {
         name.split(".", 3)[-1]: (stored.parts.params["bits"], stored.parts.params["group"])
         for name, stored in made.tensors.items()

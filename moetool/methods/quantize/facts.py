@@ -8,7 +8,8 @@ from math import prod
 
 from moetool.data import JsonObject
 from moetool.methods.contract import Line
-from moetool.methods.quantize.scheme import Choice, Scheme
+from moetool.methods.quantize.choice import Choice
+from moetool.methods.quantize.scheme import Scheme
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture

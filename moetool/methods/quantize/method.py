@@ -29,8 +29,8 @@ from moetool.surgery.plan import Outputs
 from moetool.surgery.spec import whole
 
 if TYPE_CHECKING:
+    from moetool.methods.quantize.choice import Choice
     from moetool.methods.quantize.facts import Quantized
-    from moetool.methods.quantize.scheme import Choice
     from moetool.surgery.roles import Matrix
 
 
@@ -85,13 +85,17 @@ class Quantize(Several):
         return self.options if self.options.gated or self.options.text else None
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
-        way: Rounding = self.way
-        return way.decide(ToRound(sources[0], self._choice(sources[0]), settings))
+        from moetool.methods.quantize import refuse
+
+        choice, way = self._choice(sources[0]), self.way
+        if not settings.dry_run:
+            refuse.not_finite(sources[0], choice, settings)
+        return way.decide(ToRound(sources[0], choice, settings))
 
     def _choice(self, source: Checkpoint) -> Choice:
         from moetool.methods.quantize import scheme
 
-        return scheme.choose(source, scheme.Scheme.of(self.options))
+        return scheme.choose(source, scheme.Scheme.of(self.options), self.options)
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every tensor as it is, but for the matrices that get a form."""
@@ -115,7 +119,7 @@ class Quantize(Several):
         certificate = Certificate("none", f"weights are rounded ({asked})", None)
         found = facts.of(source, asked, choice, plan, said)
         solved: JsonObject = {**decisions.report}
-        warnings = (*made.warnings, *solved.pop("warnings", ()))
+        warnings = (*choice.warnings, *made.warnings, *solved.pop("warnings", ()))
         return Made(
             plan,
             certificate,

@@ -9,6 +9,7 @@ from moetool.methods.field import FINE, WHAT
 from moetool.methods.options import Gate, Text, option
 from moetool.surgery import forms
 
+DEFAULT = "int4"
 LOADERS = ("transformers5", "transformers4", "vllm", "llama.cpp", "mlx")
 
 
@@ -17,7 +18,7 @@ class Formats:
     """Which matrices become what."""
 
     format: str = option(
-        "int4",
+        DEFAULT,
         lambda: (
             f"format of every linear, WORD or WORD/GROUP (int4/64): {', '.join(forms.formats())}"
         ),

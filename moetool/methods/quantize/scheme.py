@@ -4,11 +4,15 @@ work.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from moetool.errors import MoetoolError, UsageError, did_you_mean
-from moetool.methods.quantize.options import Quantizing
+from moetool.methods.quantize import refuse
+from moetool.methods.quantize.choice import Choice
+from moetool.methods.quantize.options import DEFAULT, Quantizing
+from moetool.methods.quantize.refuse import FULL
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms import Spelled
@@ -16,7 +20,6 @@ from moetool.surgery.roles import ROLES, Matrix, Roles
 from moetool.surgery.spec import Target
 
 EVERY_LINEAR = ("experts", "shared", "dense", "attn")  # what --format means
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,14 @@ class Scheme:
             beside = forms.named(asked.form).formats[asked.word].beside
             others = {role: _spelled(text, options) for role, text in beside.items()}
             return cls(dict.fromkeys(EVERY_LINEAR, asked) | others)
-        roles: dict[str, Spelled] = {}
-        for item in options.plan.split(","):
-            role, _, text = (part.strip() for part in item.partition("="))
-            if role not in ROLES or role in roles or not text:
-                raise UsageError(
-                    f"--plan {item!r} is no ROLE=FORMAT, or says a role twice",
-                    expected=f"a role of {', '.join(ROLES)}",
-                    found=role,
-                    hint=did_you_mean(role, ROLES),
-                )
-            if text != FULL:
-                roles[role] = _spelled(text, options)
+        if options.format != DEFAULT:
+            raise UsageError(
+                "--format and --plan exclude each other",
+                found=f"--format {options.format} --plan {options.plan}",
+                hint="say it by role in --plan, or leave it out",
+            )
+        named = _named(options.plan)
+        roles = {r: _spelled(text, options) for r, text in named.items() if text != FULL}
         if not roles:
             raise UsageError("--plan leaves everything full", hint="use `moetool dequantize`")
         if len({forms.named(asked.form).container for asked in roles.values()}) > 1:
@@ -70,6 +69,29 @@ class Scheme:
         return ",".join(f"{role}={asked}" for role, asked in self.roles.items())
 
 
+def _named(plan: str) -> dict[str, str]:
+    """--plan as role -> format; UsageError for what is not one."""
+    found: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in plan.split(","))):
+        role, _, text = (part.strip() for part in item.partition("="))
+        problem = ""
+        if not text:
+            problem = f"--plan {item!r} is no ROLE=FORMAT"
+        elif role not in ROLES:
+            problem = f"--plan names no role {role!r}"
+        elif found.get(role, text) != text:
+            problem = f"--plan gives {role} two formats"
+        if problem:
+            raise UsageError(
+                problem,
+                expected=f"a role of {', '.join(ROLES)}",
+                found=plan,
+                hint=did_you_mean(role, ROLES) if role not in ROLES else f"say {role}=FORMAT once",
+            )
+        found[role] = text
+    return found
+
+
 def _spelled(text: str, options: Quantizing) -> Spelled:
     """A format with its params, under --force those that take any matrix."""
     asked = forms.asked(text, options.group_size)
@@ -78,47 +100,56 @@ def _spelled(text: str, options: Quantizing) -> Spelled:
     return replace(asked, params=forms.named(asked.form).forced(asked.params))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Every matrix with its format, and those that stay as they are, by name with the reason."""
-
-    formats: Mapping[str, Spelled]  # by the name in the output
-    matrices: Mapping[str, Matrix]
-    left: Mapping[str, str] = field(default_factory=dict)
-
-
-def choose(source: Checkpoint, scheme: Scheme) -> Choice:
-    """Formats for the matrices of a checkpoint. Raises MoetoolError for a matrix that cannot take
-    its format.
+def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
+    """Formats for the matrices of a checkpoint. Raises MoetoolError for all that can be known of
+    headers alone: see refuse.py.
     """
+    refuse.unreadable(source)
     roles = Roles.of(source)
+    if options.plan:
+        refuse.absent(source, scheme.roles, roles.matrices)
     formats: dict[str, Spelled] = {}
+    misfits: list[tuple[Matrix, Spelled, str]] = []
     left = dict(roles.without)
     for matrix in roles.matrices:
         asked = scheme.roles.get(matrix.role)
         if asked is None:
             left[matrix.name] = f"the plan leaves {matrix.role} as they are"
             continue
-        given = forms.settled(asked, Target(matrix.name, matrix.dtype, matrix.shape))
-        _check(source, matrix, given)
+        target = Target(matrix.name, matrix.dtype, matrix.shape)
+        given = forms.settled(asked, target)
+        if why := forms.named(given.form).misfit(target, given.params):
+            misfits.append((matrix, given, why))
         formats[matrix.name] = given
+    refuse.misfits(source, misfits)
     _one_method(source, formats, roles, left)
     if not formats:
-        raise MoetoolError(
-            "nothing in this model takes part in the plan",
-            file=source.folder,
-            expected=f"matrices of {', '.join(scheme.roles)}",
-            found=", ".join(sorted({m.role for m in roles.matrices})) or "none",
-            hint="`moetool inspect` says what is there",
-        )
-    return Choice(formats, {m.name: m for m in roles.matrices}, left)
+        raise _nothing(source, scheme, roles)
+    choice = Choice(formats, {m.name: m for m in roles.matrices}, left)
+    refuse.done(source, choice)
+    loader = scheme.loader(options)
+    return replace(choice, warnings=refuse.unread(source, choice, loader, force=options.force))
+
+
+def _nothing(source: Checkpoint, scheme: Scheme, roles: Roles) -> MoetoolError:
+    """No matrix takes part: which roles there are, and why most others have none."""
+    there = ", ".join(dict.fromkeys(m.role for m in roles.matrices)) or "none"
+    reasons = Counter(roles.without.values()).most_common(1)
+    return MoetoolError(
+        "nothing in this model takes part in the plan",
+        file=source.folder,
+        expected=f"matrices of {', '.join(scheme.roles)}",
+        found="; ".join([there, *(f"{count} matrices left: {why}" for why, count in reasons)]),
+        hint="`moetool inspect` says what is there",
+    )
 
 
 def _one_method(
     source: Checkpoint, formats: dict[str, Spelled], roles: Roles, left: dict[str, str]
 ) -> None:
-    """A model has one quantizer. Where a format means another for the experts (gpt-oss's stacks have
-    an mxfp4 of their own), what only the usual one holds is left full; else this is refused.
+    """A model has one quantizer. Where a format means another for the experts (the stacks of
+    gpt-oss have an mxfp4 of their own), what only the usual one holds is left full; else this is
+    refused.
     """
     methods = {name: forms.named(given.form).method for name, given in formats.items()}
     if len(set(methods.values())) < 2:
@@ -137,31 +168,3 @@ def _one_method(
     for name in [n for n, method in methods.items() if method != kept]:
         left[name] = f"beside experts in {kept}, nothing else is quantized"
         del formats[name]
-
-
-def _check(source: Checkpoint, matrix: Matrix, asked: Spelled) -> None:
-    """Refuse a matrix that its format cannot hold."""
-    target = Target(matrix.name, matrix.dtype, matrix.shape)
-    why = forms.named(asked.form).misfit(target, asked.params)
-    if why:
-        raise MoetoolError(
-            f"{asked} does not hold this matrix: {why}",
-            file=source.folder,
-            tensor=matrix.name,
-            found=f"{matrix.dtype} {list(matrix.shape)}",
-            hint=_advice(matrix, asked),
-        )
-
-
-def _advice(matrix: Matrix, asked: Spelled) -> str:
-    """What to ask for instead."""
-    groups = forms.named(asked.form).formats[asked.word].groups
-    target = Target(matrix.name, matrix.dtype, matrix.shape)
-    able = [
-        f"{asked.word}/{group or 'channel'}"
-        for group in sorted(groups, reverse=True)
-        if forms.named(asked.form).fits(target, {**asked.params, "group": group})
-    ]
-    if able:
-        return f"ask for {' or '.join(able)}"
-    return f"leave these out with --plan ({matrix.role}=full), or choose another format"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from moetool.methods.quantize.scheme import Choice
+from moetool.methods.quantize.choice import Choice
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms.form import made_of

@@ -27,8 +27,8 @@ from moetool.kernels import codec, gptq, rounding
 from moetool.kernels.rounding import Rounded
 from moetool.methods.contract import Decisions
 from moetool.methods.quantize import solved, turns
+from moetool.methods.quantize.choice import Choice
 from moetool.methods.quantize.options import Quantizing
-from moetool.methods.quantize.scheme import Choice
 from moetool.methods.quantize.turns import Part, Turn, Unit
 from moetool.methods.quantize.way import ToRound
 from moetool.surgery import forms

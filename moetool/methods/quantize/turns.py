@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from moetool.forward.linears import Linear
-from moetool.methods.quantize.scheme import Choice
+from moetool.methods.quantize.choice import Choice
 from moetool.surgery import forms
 from moetool.surgery.forms import Spelled
 from moetool.surgery.roles import Matrix

@@ -13,8 +13,8 @@ from moetool.methods.several import Nothing
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Decisions, Settings
+    from moetool.methods.quantize.choice import Choice
     from moetool.methods.quantize.options import Quantizing
-    from moetool.methods.quantize.scheme import Choice
     from moetool.surgery.checkpoint import Checkpoint
 
 

@@ -1,0 +1,163 @@
+"""What quantize refuses, in a sentence and before any work; what it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from moetool import quantize
+from moetool.errors import MoetoolError, UsageError
+from moetool.methods.quantize.options import Quantizing
+from moetool.methods.quantize.scheme import Scheme
+
+Source = Callable[..., Path]
+
+
+@pytest.fixture
+def source(models: Source) -> Source:
+    return lambda family, **more: models(family, dtype="bfloat16", num_hidden_layers=2, **more)
+
+
+def refused(source: Path, out: Path, **asked: Any) -> MoetoolError:
+    with pytest.raises(MoetoolError) as problem:
+        quantize(str(source), str(out / "out"), **asked)
+    assert not [p for p in out.rglob("*.safetensors") if "source" not in str(p)]
+    return problem.value
+
+
+@pytest.mark.parametrize(
+    ("plan", "said", "hint"),
+    [
+        ("experts=int4,atn=int8", "no role 'atn'", "did you mean attn?"),
+        ("experts=int4,experts=int8", "experts two formats", "once"),
+        ("experts", "is no ROLE=FORMAT", "once"),
+        ("experts=int44", "no format 'int44'", "int4"),
+        ("experts=int4/100", "no group of 100", "int4/128"),
+        ("experts=full", "leaves everything full", "dequantize"),
+        ("experts=int4,attn=gguf:q8_0", "mixes formats", "gguf:"),
+    ],
+)
+def test_plans_that_mean_nothing(plan: str, said: str, hint: str) -> None:
+    with pytest.raises(UsageError) as problem:
+        Scheme.of(Quantizing(plan=plan))
+    assert said in problem.value.message and hint in problem.value.hint
+
+
+def test_plans_as_people_write_them() -> None:
+    asked = Scheme.of(Quantizing(plan=" experts = int4/64 , attn=int8/channel, dense=full,"))
+    assert str(asked) == "experts=int4/64,attn=int8/channel"
+    twice = Scheme.of(Quantizing(plan="experts=int4/64,experts=int4/64"))
+    assert str(twice) == "experts=int4/64"
+    with pytest.raises(UsageError, match="exclude each other"):
+        Scheme.of(Quantizing(format="int8", plan="experts=int4"))
+
+
+def test_a_width_that_no_group_divides(source: Source, tmp_path: Path) -> None:
+    """The first is named, all are counted, and what is offered is taken."""
+    model = source("mixtral")
+    problem = refused(model, tmp_path, format="int4")
+    assert problem.where["tensor"] == "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    assert "64 is no multiple of the group 128" in problem.message
+    assert "and 39 more" in problem.where["found"]
+    assert problem.hint == "ask for int4/64, int4/32, int4/16 or int4/channel"
+    assert quantize(str(model), str(tmp_path / "out"), format="int4/64")["experts_total"] == 48
+
+
+def test_a_role_that_is_not_there(source: Source, tmp_path: Path) -> None:
+    problem = refused(source("llama"), tmp_path, plan="experts=int4/32,attn=int8/32")
+    assert isinstance(problem, UsageError) and problem.where["found"] == "experts"
+    assert quantize(str(source("llama")), str(tmp_path / "out"), format="int4/32")
+
+
+def test_numbers_that_are_none(source: Source, tmp_path: Path) -> None:
+    model, broken = source("qwen3_moe"), tmp_path / "source"
+    broken.mkdir()
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (broken / "config.json").write_text((model / "config.json").read_text())
+    problem = refused(broken, tmp_path, format="int4/16")
+    assert problem.where["tensor"] == name and "not finite" in problem.message
+
+
+def test_what_is_quantized_already(source: Source, tmp_path: Path) -> None:
+    made = tmp_path / "source"
+    quantize(str(source("llama")), str(made), format="int4/32")
+    problem = refused(made, tmp_path, format="int4/32")
+    assert isinstance(problem, UsageError) and "int4/32 already" in problem.message
+    report = quantize(str(made), str(tmp_path / "other"), format="int8/32")
+    assert report["proof"]["relative_error"] < 0.02
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "quanto"])
+def test_a_form_that_nobody_reads(method: str, source: Source, tmp_path: Path) -> None:
+    made = tmp_path / "source"
+    made.mkdir()
+    tensors = load_file(source("llama") / "model.safetensors")
+    renamed = {n.replace("q_proj.weight", "q_proj.qweight"): t for n, t in tensors.items()}
+    save_file(renamed, made / "model.safetensors", {"format": "pt"})
+    config = json.loads((source("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (made / "config.json").write_text(json.dumps(config))
+    problem = refused(made, tmp_path, format="int4/32")
+    assert f"by {method}" in problem.message and "made from" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "loader", "said", "hint"),
+    [
+        ("mixtral", {"plan": "attn=int4/32"}, "transformers5", "experts left full",
+         "experts=int4/32"),
+        ("mixtral", {"format": "w8a8"}, "transformers5", "RuntimeError", "--for transformers4"),
+        ("mixtral", {"format": "int3/32"}, "vllm", "4 or 8 bits", "--for transformers5"),
+        ("llama", {"plan": "embed=int8/32"}, "transformers5", "embedding", "--force"),
+        ("llama", {"format": "int4/32"}, "llama.cpp", "GGUF", "--format gguf:q4_0"),
+        ("llama", {"format": "gguf:q4_0"}, "vllm", "GGUF", "--for llama.cpp"),
+    ],
+)  # fmt: skip
+def test_what_the_loader_does_not_read(
+    family: str, asked: dict[str, str], loader: str, said: str, hint: str, source: Source,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Loader, version and reason, and what to use instead; --force writes it with the reason."""
+    more = {} if family == "mixtral" else {"tie_word_embeddings": False}
+    problem = refused(source(family, **more), tmp_path, for_=loader, **asked)
+    assert isinstance(problem, UsageError) and loader in problem.message
+    assert said in str(problem) and hint in problem.hint
+    if "gguf" in str(asked):
+        return
+    report = quantize(
+        str(source(family, **more)), str(tmp_path / "out"), for_=loader, force=True, **asked
+    )
+    warning, *_ = (w for w in report["warnings"] if "--force" in w)
+    assert loader in warning
+    assert warning in (tmp_path / "out" / "README.md").read_text()
+    assert warning in json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+
+
+def test_linears_that_lie_the_other_way_round(tmp_path: Path) -> None:
+    """gpt2's are Conv1D: packed along the wrong side they would load and be garbage."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
+    problem = refused(tmp_path / "source", tmp_path, format="int4/32")
+    assert "[in, out]" in str(problem)
+
+
+def test_an_untied_head_on_request(source: Source, tmp_path: Path) -> None:
+    model = source("llama", tie_word_embeddings=False)
+    plan = "dense=int4/32,attn=int8/32,lm_head=int8/32"
+    report = quantize(str(model), str(tmp_path / "out"), plan=plan)
+    assert report["roles"]["lm_head"]["matrices"] == 1
+    tied = source("llama", tie_word_embeddings=True)
+    problem = refused(tied, tmp_path / "no", plan=plan)
+    assert problem.where["found"] == "lm_head"
