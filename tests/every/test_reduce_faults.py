@@ -1,5 +1,5 @@
-"""prune and merge under stress: killed at every rename, gates that are missed, little memory,
-other workers, dry runs.
+"""prune, merge and quantize under stress: killed at every rename, missed gates, little memory, other
+workers, dry runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CALLS = {
     "prune": ["prune", "--ratio", "0.5", "--method", "reap"],
     "refit": ["prune", "--ratio", "0.5", *REFIT],
     "merge": ["merge", "--ratio", "0.5", "--method", "m-smoe", "--sample", "100"],
+    "quantize": ["quantize", "--format", "int4/16", "--max-shard-size", "100kB"],
 }
 OF_THE_RUN = ("moetool.json", "README.md", "report.json")
 
@@ -53,8 +54,7 @@ def call(kind: str, source: Path, out: Path, text: Path, *more: str) -> list[str
         "400",
         "--seq-len",
         "40",
-        "--max-shard-size",
-        "300kB",
+        *(["--max-shard-size", "300kB"] if kind != "quantize" else []),
         "--quiet",
         *more,
     ]
@@ -74,6 +74,7 @@ warnings.simplefilter("ignore")
 import accelerate, scipy.cluster.hierarchy, torch, transformers
 from transformers import Qwen3MoeForCausalLM
 import moetool.forward.walk, moetool.evaluate.gate, moetool.methods.reduce.solving
+import moetool.methods.quantize.solving
 from moetool.cli import main
 torch.set_num_threads(1)
 moetool.forward.walk.KEPT_FIRST = float("inf")  # on a slow machine as on a fast one
