@@ -14,7 +14,7 @@ LARGEST = {"BF16": 3.3895313892515355e38, "F16": 65504.0, "F32": 3.4028234663852
 LARGEST["E8M0"] = 2.0**127
 # The least magnitude whose inverse is finite.
 LEAST = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126, "E8M0": 2.0**-127}
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The quantiles of a normal distribution of QLoRA (arXiv 2305.14314), as bitsandbytes has them.
 _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -84,7 +84,7 @@ def e4m3(group: int, scale: str) -> Grid:
 
 def e2m1(group: int, scale: str) -> Grid:
     """FP4 of OCP, both zeros: level i is code 15 - i below the zero at 8, else code i - 8."""
-    return Grid(_mirrored(_E2M1), group, 6.0, scale, signed=scale != "E8M0")
+    return Grid(E2M1, group, 6.0, scale, signed=scale != "E8M0")
 
 
 def nf4(group: int, scale: str = "F32") -> Grid:

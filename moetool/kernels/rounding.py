@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from moetool.kernels.codec import torch_dtype
-from moetool.kernels.grid import LARGEST, LEAST, Grid
+from moetool.kernels.grid import E2M1, LARGEST, LEAST, Grid
 
 Tensor = torch.Tensor
 _CHUNK = 1 << 20  # weights whose scales are worked on at once
@@ -243,7 +243,7 @@ def _starts(grid: Grid) -> _Starts:
     centre = -math.log(grid.full)
     if grid.scale == "E8M0":
         return _Starts(1.0, centre, (0.0, math.log(2)))
-    return _Starts(1.0, centre, (0.0, -0.05, -0.1, -0.15, -0.2, -0.25))
+    return _Starts(1.0, centre, (0.0, -0.05) if len(grid.levels) == _E4M3 else (0.0, -0.1))
 
 
 def _even(starts: _Starts, low: float, high: float, count: int = 8) -> _Starts:
@@ -346,7 +346,12 @@ def _snapped(scaled: Tensor, grid: Grid) -> Tensor:
     if grid.integers:
         return scaled.round_().clamp_(grid.levels[0], grid.levels[-1])
     if len(grid.levels) == _E4M3:
-        return scaled.copy_(_fp8(scaled, grid))
+        scaled.clamp_(grid.levels[0], grid.levels[-1])
+        return scaled.copy_(scaled.to(torch.float8_e4m3fn))
+    if grid.levels == E2M1:  # steps are half the power of two below, at least a half
+        steps = scaled.clamp_(-6, 6).view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        steps.mul_(0.5).clamp_(min=0.5)
+        return scaled.div_(steps).round_().mul_(steps)
     return scaled.copy_(
         level(snap(scaled, grid, torch.empty_like(scaled, dtype=torch.uint8)), grid)
     )

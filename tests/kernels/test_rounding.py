@@ -73,6 +73,16 @@ def test_ties_are_even(name: str) -> None:
         assert grid.levels[int(found)] == slowly((low + high) / 2, grid), (low, high)
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_levels_are_the_same_with_and_without_codes(name: str) -> None:
+    """The search has a shorter road."""
+    grid = GRIDS[name]
+    ties = (torch.tensor(grid.levels[1:]) + torch.tensor(grid.levels[:-1])) / 2
+    some = torch.cat([ties, torch.linspace(-1.1, 1.1, 999) * grid.full])
+    codes = rounding.snap(some.clone(), grid, torch.empty(len(some), dtype=torch.uint8))
+    assert torch.equal(rounding._snapped(some.clone(), grid), rounding.level(codes, grid))
+
+
 def test_a_negative_weight_keeps_the_sign_of_its_zero() -> None:
     for grid in (GRIDS["fp8"], GRIDS["mxfp4"]):
         weights = torch.tensor([[1.0, -1e-5, 1e-5, -0.0]]).repeat(1, 16)
