@@ -40,12 +40,14 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:
     """Packed codes, float32 scales [blocks] and the 16 levels by code -> the weights, flat."""
+    each = torch.arange(256, device=table.device)
+    pairs = torch.stack([table[each >> 4], table[each & 15]], 1).view(torch.float64).view(-1)
     halves = packed.reshape(-1).view(torch.uint8)
     made = torch.empty(2 * len(halves), dtype=torch.float32, device=halves.device)
+    both = made.view(torch.float64)  # one look-up for the two weights of a byte
     for start in range(0, len(halves), _CHUNK):
-        some = halves[start : start + _CHUNK].int()
-        made[2 * start : 2 * (start + _CHUNK) : 2] = table[some >> 4]
-        made[2 * start + 1 : 2 * (start + _CHUNK) : 2] = table[some & 15]
+        some = slice(start, start + _CHUNK)
+        torch.index_select(pairs, 0, halves[some].int(), out=both[some])
     full = len(made) - len(made) % block
     made[:full].view(-1, block).mul_(scales[: full // block, None])
     if full < len(made):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from moetool.kernels import cells
 from moetool.kernels.codec import torch_dtype
 from moetool.kernels.grid import E2M1, LARGEST, LEAST, Grid
 
@@ -22,7 +23,7 @@ _CHUNK = 1 << 20  # weights whose scales are worked on at once
 _TILE = 1 << 17  # weights worked on at once
 _E4M3 = 254  # levels of fp8, both zeros
 _LOW = 12582912.0
-_FEW = 32  # levels that are found by comparing with each threshold
+_FEW = 32  # levels that are looked up by cells
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,7 @@ def snap(scaled: Tensor, grid: Grid, out: Tensor) -> Tensor:
     if len(grid.levels) > _FEW:
         between = torch.tensor(grid.thresholds, dtype=torch.float32, device=scaled.device)
         return out.copy_(torch.bucketize(scaled.float(), between))
-    out.zero_()
-    for threshold in grid.thresholds:
-        out += scaled > threshold
-    return out
+    return out.copy_(cells.codes(scaled, grid))
 
 
 def fp8_codes(values: Tensor) -> Tensor:
