@@ -28,8 +28,8 @@ class _Cells:
 
     def of(self, weights: Tensor) -> Tensor:
         """int32 numbers of cells. Never falling, so that weights of a lower cell are lower."""
-        found = weights.sub(self.first).mul_(self.scale).int()
-        return found.clamp_(0, len(self.lower) - 1)
+        found = weights.sub(self.first).mul_(self.scale).clamp_(0, len(self.lower) - 1)
+        return found.int().clamp_(min=0)  # NaN
 
 
 def codes(weights: Tensor, grid: Grid) -> Tensor:
@@ -54,7 +54,7 @@ def _cells(grid: Grid, device: torch.device) -> _Cells:
         assert count <= _MOST, "thresholds too near to each other"
         empty = torch.empty(count, dtype=torch.uint8)
         at = _Cells(first, count / width, empty, empty).of(known)
-        alone = len(at.unique()) == len(known)
+        alone = int(torch.bincount(at).max()) == 1
     inside = torch.full((count,), float("inf"))
     inside[at.long()] = known
     held = torch.bincount(at, minlength=count)
