@@ -39,8 +39,8 @@ def encode(matrix: Tensor, kind: str) -> Tensor:
 
 
 def pack(codes: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """codes [..., columns] (the number of each weight's level, ascending) and scales [..., columns /
-    size], both chosen elsewhere -> uint8 [..., bytes a row].
+    """codes [..., columns] (the number of each weight's level, ascending) and scales [..., columns
+    / size], both chosen elsewhere -> uint8 [..., bytes a row].
     """
     block = BLOCKS[kind]
     flat, d = codes.reshape(-1, block.size), scales.reshape(-1, 1).float()
