@@ -141,7 +141,7 @@ class Bnb4Bit(BitsAndBytes):
         if params["double"]:
             nested = bnb.nest(scales)
             offset = 0.0 if nested.offset.is_meta else float(nested.offset)
-            lying = [nested.codes, nested.scales, bnb.dynamic_map().to(device)]
+            lying = [nested.codes, nested.scales, bnb.dynamic_map().to(device, copy=True)]
         state = self._state(tuple(rounded.codes.shape), params, offset)
         codes = order[rounded.codes.int()] if self.order[1] != 1 else rounded.codes
         packed = bnb.pack(codes)
