@@ -39,6 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError("tests/slow.py: " + "; ".join(wrong))
 
 
+@pytest.fixture(autouse=True)
+def loader_is_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests marked `loads` start another process for transformers: it takes seconds."""
+    if request.node.get_closest_marker("loads") is None:
+        from moetool.evaluate import measured
+
+        monkeypatch.setattr(measured, "_loaded", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """models("llama") -> folder of a tiny random model, made once a session; keyword arguments

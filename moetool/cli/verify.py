@@ -67,6 +67,10 @@ def _lines(result: JsonObject) -> list[str]:
         lines.append(f"  stored       {stored}")
     if result.get("proof"):
         lines.append(_rounded(result["proof"]))
+    if result.get("loaded"):
+        from moetool.methods.proof import Loaded
+
+        lines.append(f"  loader       {Loaded.from_json(result['loaded'])}")
     if result.get("blocks"):
         worst = max(result["blocks"], key=lambda b: b["relative"])
         lines.append(

@@ -4,12 +4,13 @@ back, and text is sent through it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
 from moetool.methods.contract import Prepared
-from moetool.methods.proof import Proof
+from moetool.methods.proof import Loaded, Proof
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -84,4 +85,17 @@ def _proof(
     output = readback.Output(
         prepared.plan, made.promised, prepared.sources, written, prepared.options.out
     )
-    return readback.read_back(output, readback.Readers(workers, tell, stop))
+    proof = readback.read_back(output, readback.Readers(workers, tell, stop))
+    return replace(proof, loaded=_loaded(prepared, written, tell, stop))
+
+
+def _loaded(
+    prepared: Prepared, written: Checkpoint, tell: Progress, stop: threading.Event | None
+) -> Loaded | None:
+    """What the named loader makes of it; None where nobody asked."""
+    if not prepared.made.loader:
+        return None
+    from moetool.evaluate import loaded
+
+    within = loaded.Within(written.folder, _memory(prepared), tell, stop)
+    return loaded.check(written, prepared.made.config, prepared.made.loader, within)

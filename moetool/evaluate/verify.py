@@ -12,14 +12,14 @@ from pathlib import Path
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError, VerificationFailed
-from moetool.evaluate import blocks, logits, ranges, readback, structure
+from moetool.evaluate import blocks, loaded, logits, ranges, readback, structure
 from moetool.methods.certificates import weakest
 from moetool.methods.contract import Certificate, Decisions, Made, Method, Settings
 from moetool.methods.options import Checking
-from moetool.methods.proof import Proof
+from moetool.methods.proof import Loaded, Proof
 from moetool.progress import Progress, silent
 from moetool.surgery import identity, source, tables, view
-from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.device import check_device
 from moetool.surgery.spec import Stored
 
@@ -49,7 +49,7 @@ def verify(
         "path": checkpoint.folder,
         "certificate": record["report"]["certificate"],
         "structure": structure.check_structure(checkpoint, record),
-        **_forms(checkpoint),
+        **_stored(checkpoint, how, tell),
     }
     if not against:
         if how.load:
@@ -78,10 +78,28 @@ def verify(
     }
 
 
-def _forms(checkpoint: Checkpoint) -> JsonObject:
-    """How many matrices are stored in which form, where any is not full."""
+def _stored(checkpoint: Checkpoint, how: Checking, tell: Progress) -> JsonObject:
+    """How many matrices are stored in which form, where any is not full, and what the loader that
+    was asked for makes of them.
+    """
     named = [t.parts.form for t in checkpoint.tensors.values() if t.parts]
-    return {"forms": {name: named.count(name) for name in sorted(set(named))}} if named else {}
+    found: JsonObject = {name: named.count(name) for name in sorted(set(named))}
+    said = {"forms": found} if named else {}
+    if how.loader:
+        said["loaded"] = _loaded(checkpoint, how, tell).as_json()
+    return said
+
+
+def _loaded(checkpoint: Checkpoint, how: Checking, tell: Progress) -> Loaded:
+    """What the loader makes of its first layers."""
+    if not checkpoint.told:
+        raise UsageError(
+            "--loader compares what is stored in another form, and here all is full",
+            file=checkpoint.folder,
+            hint="--load compares logits",
+        )
+    config = read_json(Path(checkpoint.folder) / "config.json", what="model config")
+    return loaded.check(checkpoint, config, how.loader, loaded.Within(memory=how.memory, tell=tell))
 
 
 def _read_back(

@@ -81,6 +81,7 @@ class Made:
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
     beside: dict[str, str] = field(default_factory=dict)  # table -> which of `files` holds it
     promised: tuple[Pledge, ...] = ()  # matrices that are rounded: read back when written
+    loader: str = ""  # who must load it, to be compared by value; empty: nobody is asked
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from moetool.surgery.reform import FORMS
 if TYPE_CHECKING:
     from typing import Any
 
+CHECKED = ("transformers5",)  # loaders that can be asked on this machine
 PANELS = (WHAT, TEXT, GATE, RUN, FINE)
 
 Chosen = TypeVar("Chosen")
@@ -302,5 +303,12 @@ class Checking:
         RUN,
         unit="bytes",
         metavar="SIZE",
+    )
+    loader: str = option(
+        "",
+        "of a quantized output: load its first layers with this loader, and compare every "
+        "parameter by value",
+        WHAT,
+        choices=("", *CHECKED),
     )
     device: str = same(Common, "device", help="where models run")

@@ -52,7 +52,7 @@ class Loaded:
     version: str = ""
     parameters: int = 0  # tensors that were compared by value
     layers: int = 0
-    logits: float = 0.0  # largest difference by the largest logit
+    logits: float = 0.0  # relative difference of the logits
     why: str = ""
 
     def as_json(self) -> JsonObject:
@@ -60,6 +60,12 @@ class Loaded:
         if self.why:
             return {"loader": self.loader, "skipped": self.why}
         return {k: v for k, v in vars(self).items() if k != "why"}
+
+    @classmethod
+    def from_json(cls, said: JsonObject) -> Loaded:
+        """The inverse of `as_json`."""
+        rest = {k: v for k, v in said.items() if k != "skipped"}
+        return cls(**rest, why=said.get("skipped", ""))
 
     def __str__(self) -> str:
         if self.why:

@@ -49,13 +49,15 @@ class Assigned:
 @dataclass(frozen=True)
 class Verdict:
     """What a loader makes of a matrix in a form. `state`: works, refuses (loudly), wrong (silently)
-    or untried; `known`: whether somebody ran it or read it in the source of `version`.
+    or untried; `known`: whether somebody ran it or read it in the source of `version`; `through`:
+    what makes it read this all the same.
     """
 
     state: str
     why: str
     version: str
     known: str
+    through: str = ""
 
     @property
     def works(self) -> bool:
@@ -70,6 +72,7 @@ class Cell:
     known: str
     why: str = ""
     version: str = ""
+    through: str = ""
 
     def __post_init__(self) -> None:
         if self.state not in STATES or self.known not in KNOWN:
@@ -227,16 +230,20 @@ def verdict(loader: str, form: str, params: JsonObject, *, moe: bool) -> Verdict
     for case in told.forms.get(form) or told.forms.get(_OTHER, ()):
         if case.meets(params):
             cell = case.experts if moe else case.dense
-            return Verdict(cell.state, cell.why, cell.version or told.version, cell.known)
+            version = cell.version or told.version
+            return Verdict(cell.state, cell.why, version, cell.known, cell.through)
     return Verdict("untried", "nobody has tried it", told.version, "untried")
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a loader would not read an output as it is meant: what it would do, and a sentence."""
+    """Why a loader would not read an output as it is meant: what it would do, a sentence, and what
+    makes it read this all the same.
+    """
 
     state: str
     said: str
+    through: str = ""
 
 
 def refusals(loader: str, scheme: Iterable[Assigned]) -> list[Refusal]:
@@ -251,7 +258,7 @@ def refusals(loader: str, scheme: Iterable[Assigned]) -> list[Refusal]:
         given = verdict(loader, one.form, one.params, moe=one.role == _EXPERTS)
         if not given.works:
             said = _sentence(loader, given.state, one.what, given)
-            found[Refusal(given.state, said)] = None
+            found[Refusal(given.state, said, given.through)] = None
     for rule in told.rules:
         if problem := rule.refusal(asked):
             given = Verdict(rule.state, rule.why, told.version, rule.known)

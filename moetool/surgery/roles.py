@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moetool.archs.templates import Template, role_of
 from moetool.data import JsonObject
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -28,6 +29,7 @@ ROLES = ("experts", "shared", "dense", "attn", "lm_head", "embed")
 _BY_SLOT = {"ffn": "dense", "shared": "shared"}
 _NONE = ("router", "shared.switch")
 MTP = "it is of a layer that predicts further tokens (MTP)"
+NO_LINEAR = "it is no linear of a layer"
 TIED = "it is tied to the input embedding"
 
 
@@ -69,16 +71,11 @@ class Roles:
                 continue
             role = _role(at, stored, source.config)
             if role in ROLES:
-                layer = _layer(at, name)
+                layer = at.layer_of(name)
                 found.append(Matrix(name, role, whole(stored), stored.dtype, layer))
             elif role:
                 without[name] = role
         return cls(tuple(found), without)
-
-
-def _layer(at: TextModel, name: str) -> int | None:
-    matched = at.match(name)
-    return matched.layer if matched else None
 
 
 def _role(at: TextModel, stored: Stored, config: JsonObject) -> str:
@@ -86,6 +83,8 @@ def _role(at: TextModel, stored: Stored, config: JsonObject) -> str:
     if len(stored.shape) < 2 or stored.dtype not in FLOATS:
         return ""
     matched = at.match(stored.name)
+    if matched is None and at.layer_of(stored.name) is not None:
+        return _of_unknown(stored)
     if matched is None or not at.layout.in_text(matched.slot):
         return MTP if words().in_mtp(stored.name) else "it is outside the text model"
     layout, slot = at.layout, matched.slot
@@ -96,13 +95,26 @@ def _role(at: TextModel, stored: Stored, config: JsonObject) -> str:
     if slot.role in _NONE or str(slot.role).startswith("router"):
         return "routers are never quantized"
     if _is_no_linear(slot, stored):
-        return "it is no linear of a layer"
+        return NO_LINEAR
     if layout.overlay.linears == "transposed":
         return "its family stores linears as [in, out], which no quantized form is read as"
     count = at.field("layers")
     if matched.layer is not None and count and matched.layer >= count:
         return MTP
     return _BY_SLOT.get(str(slot.role).partition(".")[0], "attn")
+
+
+def _of_unknown(stored: Stored) -> str:
+    """The role of a matrix in a layer that the family's data does not name: layers are of kinds
+    that not every config has.
+    """
+    if len(stored.shape) != 2 or not stored.name.endswith(".weight"):
+        return NO_LINEAR
+    found = role_of(Template.of(stored.name).name) or ""
+    head = found.partition(".")[0]
+    if head in ("expert", "router") or found in _NONE:
+        return "its family knows no such tensor"
+    return _BY_SLOT.get(head, "attn")
 
 
 def _is_tied(at: TextModel, config: JsonObject) -> bool:

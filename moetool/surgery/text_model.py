@@ -55,6 +55,15 @@ class TextModel:
             return None
         return self.layout.match(inner) or self._stacked(inner)
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a name in the file lies in, whether the family knows the name or not."""
+        found = self.match(name)
+        if found is not None:
+            return found.layer if self.layout.in_text(found.slot) else None
+        inner = self.inner(name) or ""
+        number = inner.removeprefix(self.layout.stem).partition(".")[0]
+        return int(number) if inner.startswith(self.layout.stem) and number.isdigit() else None
+
     def _stacked(self, inner: str) -> Matched | None:
         """A stacked tensor of a family whose files have one tensor an expert."""
         for role, template in self.layout.fused().items():

@@ -124,6 +124,14 @@ def test_what_is_left_is_named_with_its_reason(models: Callable[..., Path]) -> N
     assert {m.role for m in untied.matrices} == {"embed", "attn", "dense", "lm_head"}
 
 
+def test_kinds_of_layers_that_the_data_does_not_name(models: Callable[..., Path]) -> None:
+    """llama4's dense layers are in no default config."""
+    found = {m.name: m for m in Roles.of(Checkpoint.open(models("llama4_text"))).matrices}
+    for layer in (0, 2):
+        one = found[f"model.layers.{layer}.feed_forward.up_proj.weight"]
+        assert (one.role, one.layer) == ("dense", layer)
+
+
 def test_further_tokens_are_named(models: Callable[..., Path], tmp_path: Path) -> None:
     """Layers behind the last one (MTP) get no format, experts of theirs included."""
     from safetensors.torch import load_file, save_file

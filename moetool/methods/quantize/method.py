@@ -128,7 +128,12 @@ class Quantize(Several):
             replace(found, solved=solved),
             warnings,
             promised=_promised(read, choice, to_gguf.forms_in(plan, into)),
+            loader=said[1] if self._asks_loader(choice) else "",
         )
+
+    def _asks_loader(self, choice: Choice) -> bool:
+        """Not for what --force writes against its advice."""
+        return self.options.loader_check and not (self.options.force and choice.warnings)
 
     def lines(self, summary: Summary) -> list[Line]:
         return _quantized(summary).lines()

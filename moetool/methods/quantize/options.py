@@ -47,6 +47,12 @@ class Formats:
         WHAT,
         choices=("auto", *LOADERS),
     )
+    loader_check: bool = option(
+        True,
+        "load the first layers with the loader of --for, in a process of its own, and compare every "
+        "parameter by value; where it is not installed, that is said",
+        FINE,
+    )
     force: bool = option(
         False, "write what the loader of --for cannot read, and say so in the report", FINE
     )

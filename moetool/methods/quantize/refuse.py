@@ -103,8 +103,8 @@ def unread(source: Checkpoint, choice: Choice, loader: str, *, force: bool) -> t
     """What the loader would not read, or read wrongly. With `force` as warnings."""
     assigned = [_assigned(source, choice, m) for m in choice.matrices.values()]
     found = clients.refusals(loader, assigned)
-    if not found:
-        return ()
+    if all(r.through for r in found):
+        return tuple(f"{r.said}; {r.through} reads it" for r in found)
     if force:
         return tuple(f"written by --force: {r.said}" for r in found)
     first, *rest = found
