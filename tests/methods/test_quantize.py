@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,22 @@ def test_a_form_that_nobody_reads(method: str, source: Source, tmp_path: Path) -
     (made / "config.json").write_text(json.dumps(config))
     problem = refused(made, tmp_path, format="int4/32")
     assert f"by {method}" in problem.message and "made from" in problem.hint
+
+
+def test_a_config_that_says_nothing_of_quantization(source: Source, tmp_path: Path) -> None:
+    """`null` is what some tools write for it."""
+    model = tmp_path / "source"
+    shutil.copytree(source("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert quantize(str(model), str(tmp_path / "out"), format="int4/32")["roles"]
+
+
+@pytest.mark.parametrize("word", ["nf4", "bnb-int8", "nvfp4", "mxfp8", "fp8", "fp8-block"])
+def test_the_input_embedding_stays_full(word: str, source: Source, tmp_path: Path) -> None:
+    model = source("llama", hidden_size=128, vocab_size=256)
+    problem = refused(model, tmp_path, plan=f"embed={word}")
+    assert f"{word} embed" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,16 @@ def _experts(form, params, name="a", **more) -> Assigned:
             "",
         ),
         ("transformers5", [Assigned("embed", "packed_int", INT8)], "packed_int embed"),
+        ("transformers5", [Assigned("embed", "nf4", {})], "does not read nf4 embed"),
+        ("transformers5", [Assigned("embed", "bnb_int8", {})], "raises at the first forward"),
+        ("transformers5", [Assigned("embed", "nvfp4", {})], "reads wrongly nvfp4 embed"),
+        ("transformers5", [Assigned("embed", "mxfp8", {})], "reads wrongly mxfp8 embed"),
+        (
+            "transformers5",
+            [_experts("full", {}, "x"), Assigned("attn", "nvfp4", {})],
+            r"experts left full beside nvfp4 attn \(x\)",
+        ),
+        ("transformers5", [_experts("full", {}), Assigned("attn", "mxfp8", {})], ""),
         ("transformers5", [_experts("nvfp4", {})], "reads wrongly nvfp4 experts"),
         ("transformers5", [Assigned("attn", "nvfp4", {})], ""),
         (

@@ -27,9 +27,9 @@ _USUAL = ("int4", "int8", "fp8", "mxfp4", "nf4", "gguf:q4_0", "gguf:q8_0")
 
 def unreadable(source: Checkpoint) -> None:
     """A checkpoint that is quantized in a form that no file of surgery/forms/ reads."""
-    if KEY not in source.config:
+    said = source.config.get(KEY)
+    if not said:
         return
-    said = source.config[KEY]
     kind = said.get("quant_method", "?") if isinstance(said, dict) else said
     more = f", {said['format']}" if isinstance(said, dict) and "format" in said else ""
     raise MoetoolError(

@@ -47,6 +47,15 @@ class Fp8CtBlock(Scaled):
         rows, columns = (int(side) for side in sides)
         return {"block": [rows, columns]} if min(rows, columns) > 0 else None
 
+    def misfit(self, target: Target, params: Params) -> str:
+        """Its input is quantized in blocks as well, and none may be smaller: the first forward of
+        compressed-tensors raises.
+        """
+        width = (params.get("activations") or {}).get("group_size") or 1
+        if target.shape[-1] % width:
+            return f"its input width {target.shape[-1]} is no multiple of {width}"
+        return super().misfit(target, params)
+
     def own(self, target: Target, params: Params) -> tuple[Target, ...]:
         stem = target.name.removesuffix(WEIGHT)
         sides = zip(target.shape, params["block"], strict=True)
