@@ -285,6 +285,22 @@ def test_a_damaged_state(
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(("word", "part"), [("bnb-int8", "SCB"), ("nf4", "quant_state")])
+def test_integers_that_nothing_scales(word: str, part: str, mixtures: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(mixtures("qwen3_moe", word)[0], folder)
+    lying = tensors(folder)
+    lost = next(n for n in lying if part in n)
+    del lying[lost]
+    save_file(lying, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoetoolError, match="lacks a part") as problem:
+        Checkpoint.open(folder)
+    assert (
+        problem.value.where["tensor"]
+        == lost.partition(part)[0].rstrip(".").removesuffix(".weight") + ".weight"
+    )
+
+
 def test_a_width_that_the_library_decodes_wrongly(models: Made, tmp_path: Path) -> None:
     with pytest.raises(MoetoolError, match="no multiple of 64") as problem:
         api.quantize(str(models("llama", head_dim=24)), str(tmp_path / "out"), format="nf4")

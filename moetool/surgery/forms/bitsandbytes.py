@@ -84,6 +84,22 @@ class BitsAndBytes(Form):
                 found[full] = self.read(full, tensors, seen)
         return Recognised(found, config, {KEY: said}) if found else None
 
+    def complete(self, tensors: Mapping[str, Stored], config: Config) -> None:
+        """Refuse integers that no part makes a matrix of: they would be taken for weights."""
+        said = config.get(KEY)
+        if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+            return
+        for name, tensor in tensors.items():
+            if name.endswith(WEIGHT) and tensor.dtype in ("I8", "U8") and not tensor.parts:
+                stem = name.removesuffix(WEIGHT)
+                raise MoetoolError(
+                    "a matrix of bitsandbytes lacks a part",
+                    tensor=name,
+                    expected=f"{stem}.SCB" if tensor.dtype == "I8" else f"{name}.quant_state...",
+                    found=f"{tensor.dtype} {list(tensor.shape)} alone",
+                    hint="the checkpoint is incomplete: download it again",
+                )
+
     def config(self, config: Config, told: Config, written: Written) -> Config:
         dtype, before = float_of(config), told.get(KEY)
         each = [self.said(params, dtype) for _, params in written.matrices.values()]
