@@ -299,3 +299,39 @@ def test_a_broken_file_is_named(said: str, models: Made, tmp_path: Path) -> None
     BROKEN[said](tensors, config["quantization_config"])
     with pytest.raises(MoetoolError, match=said):
         forms.seen(tensors, config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config_groups", []),
+        ("ignore", "lm_head"),
+        ("ignore", [["lm_head"]]),
+        ("config_groups.group_0", "int4"),
+        ("config_groups.group_0.targets", "Linear"),
+        ("config_groups.group_0.targets", [1]),
+        ("config_groups.group_0.input_activations", []),
+        ("config_groups.group_0.weights", []),
+        ("config_groups.group_0.weights.num_bits", 4.0),
+        ("config_groups.group_0.weights.num_bits", True),
+        ("config_groups.group_0.weights.group_size", "32"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(
+    field: str, value: object, models: Made, tmp_path: Path
+) -> None:
+    api.quantize(str(models("llama")), str(tmp_path / "out"), format="int4/32")
+    tensors, config = _lying(tmp_path / "out")
+    *path, last = field.split(".")
+    part = config["quantization_config"]
+    for word in path:
+        part = part[word]
+    part[last] = value
+    with pytest.raises(MoetoolError, match="cannot be what it is") as problem:
+        forms.seen(tensors, config)
+    assert problem.value.where["field"] == f"quantization_config.{field}"
+
+
+def test_blocks_of_what_comes_in_are_whole(models: Made, tmp_path: Path) -> None:
+    with pytest.raises(MoetoolError, match="input width 64 is no multiple of 128"):
+        api.quantize(str(models("llama")), str(tmp_path / "out"), format="fp8-block-ct")

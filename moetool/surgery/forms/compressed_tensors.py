@@ -23,7 +23,7 @@ from moetool.surgery.forms.form import (
     float_of,
     made_of,
 )
-from moetool.surgery.forms.targets import ConfigGroups, chosen, ignore
+from moetool.surgery.forms.targets import ConfigGroups, check, chosen, ignore
 from moetool.surgery.spec import FLOATS, InParts, Shape, Stored, Target
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class CompressedTensors(Form):
         said = config.get(KEY)
         if not isinstance(said, dict) or said.get("quant_method") != METHOD:
             return None
+        check(said)
         try:
             found = self._found(tensors, config, read)
         except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as problem:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
@@ -57,6 +58,37 @@ class ConfigGroups:
         return not any(matches(i, module) for i in self.ignored) and any(
             t in _CLASSES or matches(t, module) for t in self.targets
         )
+
+
+def check(said: JsonObject) -> None:
+    """MoetoolError naming the field of a `quantization_config` that cannot be what it is."""
+    groups = _field("config_groups", said.get("config_groups"), dict) or {}
+    _field("ignore", said.get("ignore"), list, str)
+    for name, group in groups.items():
+        here = f"config_groups.{name}"
+        _field(here, group, dict)
+        _field(f"{here}.targets", group.get("targets"), list, str)
+        _field(f"{here}.input_activations", group.get("input_activations"), dict)
+        weights = _field(f"{here}.weights", group.get("weights"), dict) or {}
+        for key in ("num_bits", "group_size"):
+            _field(f"{here}.weights.{key}", weights.get(key), int)
+
+
+_KINDS = {dict: "an object", list: "a list", int: "a whole number", str: "text"}
+
+
+def _field(name: str, value: Any, kind: type, each: type | None = None) -> Any:
+    """The value, which is of this kind, or null; `each`: what a list holds."""
+    strange = value is not None and type(value) is not kind
+    if strange or (each is not None and any(type(v) is not each for v in value or ())):
+        raise MoetoolError(
+            "a field of the config cannot be what it is",
+            field=f"quantization_config.{name}",
+            expected=_KINDS[kind] + (f" of {_KINDS[each]}" if each else "") + ", or null",
+            found=repr(value)[:80],
+            hint="restore the config.json that came with the model",
+        )
+    return value
 
 
 def matches(target: str, module: str) -> bool:
