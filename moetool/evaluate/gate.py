@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moetool.data import JsonMapping, JsonObject
 from moetool.errors import UsageError, VerificationFailed
-from moetool.evaluate.perplexity import LOGIT_BYTES, Room, evaluate
+from moetool.evaluate.perplexity import Room, evaluate
+from moetool.forward.answers import LOGIT_BYTES
 from moetool.forward.batches import Cut
 from moetool.forward.needs import needs
 from moetool.forward.profile import Calibration

@@ -272,6 +272,8 @@ def _account(sources: Sequence[Checkpoint], made: Made) -> dict[str, int]:
     plan = made.plan
     pieces = chain.from_iterable(task.inputs for task in plan.tasks)
     used = {p.name for p in pieces if p.source == 0}
+    solved = (sources[0].tensor(p.piece.name) for p in made.promised if p.solved)
+    used |= {part.name for part in chain.from_iterable(matrix.lying for matrix in solved)}
     lost = sorted(set(sources[0].stored) - used - set(plan.dropped))
     if lost and len(sources) == 1:
         raise VerificationFailed(

@@ -63,7 +63,7 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
         data["sealed"] = sealed(prepared, written)
     head = strict_json.text(data, indent=1).removesuffix("\n}")
     if prepared.chosen:  # long: a layer on a line
-        head += f',\n "decisions": {strict_json.lined(prepared.chosen, "layers")}'
+        head += f',\n "decisions": {_lined(prepared.chosen)}'
     if prepared.before:
         pairs = zip(prepared.before, report.steps, strict=True)
         lines = ",\n  ".join(json.dumps(_step(*pair)) for pair in pairs)
@@ -77,6 +77,11 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
     return f'{head},\n "tables": {line}\n}}\n'.encode("utf-8", "backslashreplace")
 
 
+def _lined(chosen: JsonObject) -> str:
+    """What was decided, a layer on a line."""
+    return strict_json.lined(chosen, "layers") if "layers" in chosen else json.dumps(chosen)
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -84,7 +89,7 @@ def _sha256(data: bytes) -> str:
 def _headers(source: Checkpoint) -> JsonObject:
     """A source that does not travel with the output, by its headers alone."""
     tensors = [
-        [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in source.tensors.values()
+        [t.name, t.dtype, list(t.shape), t.file, t.start, t.stop] for t in source.stored.values()
     ]
     return {
         "files": source.fingerprint(),

@@ -15,7 +15,7 @@ from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import companions
 
 SHOWN = 4
-WORK = ("stats", "walk", "solved", "gate", "steps")  # what the steps leave in a work folder
+WORK = ("stats", "walk", "solved", "gate", "steps", "fit")  # what the steps leave in a work folder
 
 
 def resolved(out: str | Path) -> Path:

@@ -72,7 +72,7 @@ class Meter:
 
         model = self.walked("model", Checkpoint.open(out))
         sums = perplexity._sums([self.reference, model], self.batches, lambda *_: None, None)
-        everything = perplexity.Sums()
+        everything = answers.Sums()
         for one in sums:
             everything.add(one)
         found = everything.row(True)

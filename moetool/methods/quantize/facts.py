@@ -17,7 +17,7 @@ from moetool.surgery.forms import Spelled
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Shape
 from moetool.surgery.text_model import text_model
-from moetool.units import show_count
+from moetool.units import show_bytes, show_count
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Quantized:
     top_k: int | None = None
     expert_width: int | None = None
     solved: JsonObject = field(default_factory=dict)  # what a way that solves found on its text
+    fit: JsonObject = field(default_factory=dict)  # how the formats were chosen (fit.py)
 
     @property
     def target_type(self) -> str:
@@ -69,7 +70,7 @@ class Quantized:
             "experts": self.experts,
             "top_k": self.top_k,
             "expert_width": self.expert_width,
-        } | ({"solved": self.solved} if self.solved else {})
+        } | {k: v for k, v in (("solved", self.solved), ("fit", self.fit)) if v}
 
     @property
     def experts_total(self) -> int:
@@ -95,7 +96,23 @@ class Quantized:
             *experts,
             Line("left full", f"{len(self.left)} matrices; report.json names them"),
             Line("loader", self.loader),
+            *(_fitted(self.fit) if self.fit else ()),
         ]
+
+
+def _fitted(fit: JsonObject) -> list[Line]:
+    """What each role costs in each format, and the plans that were compared."""
+    unit = f"KL on {fit['tokens']:,} tokens" if fit["tokens"] else f"{fit['unit']} of weights"
+    roles: dict[str, list[str]] = {}
+    for row in fit["sensitivity"]:
+        roles.setdefault(row["role"], []).append(f"{row['format']} {row['loss']:.3g}")
+    found = [Line(role, f"{unit}: {', '.join(costs)}") for role, costs in roles.items()]
+    for plan in fit["considered"]:
+        size, loss = show_bytes(plan["bytes"]), f"{plan['predicted']:.3g} predicted"
+        measured = f", {plan['measured']:.3g} measured" if "measured" in plan else ""
+        mark = "chosen" if plan["plan"] == fit["plan"] else "plan"
+        found.append(Line(mark, f"{plan['plan']}: {size}, {loss}{measured}"))
+    return found
 
 
 def _bits(given: Spelled, shape: Shape) -> float:

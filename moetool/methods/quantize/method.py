@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 from moetool.data import JsonObject
 from moetool.methods.contract import (
@@ -31,6 +31,8 @@ from moetool.surgery.spec import whole
 if TYPE_CHECKING:
     from moetool.methods.quantize.choice import Choice
     from moetool.methods.quantize.facts import Quantized
+    from moetool.methods.quantize.scheme import Scheme
+    from moetool.surgery.plan import Plan
     from moetool.surgery.roles import Matrix
 
 
@@ -57,6 +59,7 @@ class Quantize(Several):
         "moetool quantize demo small --format int4/32",
         "moetool quantize SRC OUT --format int4 --calibrate text.jsonl",
         'moetool quantize SRC OUT --plan "experts=int4/128,attn=int8/128"',
+        "moetool quantize SRC OUT --target-size 6GB --calibrate text.jsonl",
     )
     options: Asking
     way: Rounding
@@ -85,49 +88,57 @@ class Quantize(Several):
         return self.options if self.options.gated or self.options.text else None
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
-        from moetool.methods.quantize import refuse
+        from moetool.methods.quantize import fit, refuse, scheme
 
-        choice, way = self._choice(sources[0]), self.way
+        source, told, fitted = sources[0], self.options, None
+        if told.fits:
+            fitted = fit.fit(fit.ToFit(source, told, settings, lambda s: self._size(source, s)))
+            told = _with(told, fitted.plan)
+        choice, way = scheme.choose(source, scheme.Scheme.of(told), told), self.way
         if not settings.dry_run:
-            refuse.not_finite(sources[0], choice, settings)
-        return way.decide(ToRound(sources[0], choice, settings))
+            refuse.not_finite(source, choice, settings)
+        found = way.decide(ToRound(source, choice, settings))
+        if fitted is None:
+            return found
+        return replace(
+            found,
+            chosen={**found.chosen, "plan": fitted.plan},
+            report={**found.report, "fit": fitted.report},
+            memory=max(found.memory, fitted.memory),
+        )
 
-    def _choice(self, source: Checkpoint) -> Choice:
+    def _size(self, source: Checkpoint, asked: Scheme) -> Plan:
+        """The plan of a scheme, as far as its bytes go."""
         from moetool.methods.quantize import scheme
 
-        return scheme.choose(source, scheme.Scheme.of(self.options), self.options)
+        choice = scheme.choose(source, asked, replace(self.options, force=True))
+        return _laid((source,), asked, choice, self.way.rounding, 1 << 62).plan
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every tensor as it is, but for the matrices that get a form."""
         from moetool.methods.quantize import facts, scheme
+        from moetool.methods.quantize import solved as solving
 
-        source, asked = sources[0], scheme.Scheme.of(self.options)
-        choice = self._choice(source)
-        read = (source, *decisions.extra)
-        build = _built(read, choice)
-        wanted = Outputs(source.config, build.targets, build.tasks, {})
-        into = {
-            name: reform.Into(chosen.form, chosen.params, self.way.rounding)
-            for name, chosen in choice.formats.items()
-        }
-        made = to_gguf.Arranged(wanted, into)
-        if asked.container == "gguf":
-            made = to_gguf.arranged(read, wanted, into, choice.matrices)
-        most = settings.max_shard
-        plan = reform.plan(read, made.wanted, max_shard=most, form="full", into=made.into)
+        source, chosen = sources[0], decisions.chosen.get("plan")
+        told = _with(self.options, chosen) if chosen else self.options
+        asked = scheme.Scheme.of(told)
+        choice = scheme.choose(source, asked, told)
+        read = (source, *(solving.again(one, choice) for one in decisions.extra))
+        laid = _laid(read, asked, choice, self.way.rounding, settings.max_shard)
         said = (self.way.name, asked.loader(self.options))
         certificate = Certificate("none", f"weights are rounded ({asked})", None)
-        found = facts.of(source, asked, choice, plan, said)
+        found = facts.of(source, asked, choice, laid.plan, said)
         solved: JsonObject = {**decisions.report}
-        warnings = (*choice.warnings, *made.warnings, *solved.pop("warnings", ()))
+        fitted = solved.pop("fit", {})
+        warnings = (*choice.warnings, *laid.warnings, *solved.pop("warnings", ()))
         return Made(
-            plan,
+            laid.plan,
             certificate,
-            plan.config,
+            laid.plan.config,
             {},
-            replace(found, solved=solved),
+            replace(found, solved=solved, fit=fitted),
             warnings,
-            promised=_promised(read, choice, to_gguf.forms_in(plan, into)),
+            promised=_promised(read, choice, laid.into),
             loader=said[1] if self._asks_loader(choice) else "",
         )
 
@@ -153,6 +164,33 @@ class Quantize(Several):
         from moetool.methods.quantize import report as document
 
         return {"report.json": document.render(report)}
+
+
+def _with(options: Asking, plan: str) -> Asking:
+    """The options with a plan that was chosen."""
+    return replace(options, plan=plan, target_size=None)
+
+
+class _Laid(NamedTuple):
+    """A plan, and the forms that stand in its files by the names of the output."""
+
+    plan: Plan
+    into: Mapping[str, reform.Into]
+    warnings: Sequence[str]
+
+
+def _laid(
+    read: Sequence[Checkpoint], asked: Scheme, choice: Choice, rounding: JsonObject, most: int
+) -> _Laid:
+    """The plan that writes a choice; `most`: bytes of a file."""
+    build = _built(read, choice)
+    wanted = Outputs(read[0].config, build.targets, build.tasks, {})
+    into = {n: reform.Into(a.form, a.params, rounding) for n, a in choice.formats.items()}
+    made = to_gguf.Arranged(wanted, into)
+    if asked.container == "gguf":
+        made = to_gguf.arranged(read, wanted, into, choice.matrices)
+    plan = reform.plan(read, made.wanted, max_shard=most, form="full", into=made.into)
+    return _Laid(plan, to_gguf.forms_in(plan, into), made.warnings)
 
 
 def _built(read: Sequence[Checkpoint], choice: Choice) -> Builder:

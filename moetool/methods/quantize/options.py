@@ -18,9 +18,10 @@ class Formats:
     """Which matrices become what."""
 
     format: str = option(
-        DEFAULT,
+        "",
         lambda: (
-            f"format of every linear, WORD or WORD/GROUP (int4/64): {', '.join(forms.formats())}"
+            "format of every linear, WORD or WORD/GROUP (int4/64); default: int4, or chosen for "
+            f"--target-size or --max-kl. {', '.join(forms.formats())}"
         ),
         WHAT,
         metavar="FORMAT",
@@ -38,6 +39,23 @@ class Formats:
         "lm_head=...; full leaves a role as it is",
         WHAT,
         metavar="ROLE=FORMAT,...",
+    )
+    target_size: int | None = option(
+        None,
+        "choose the format of each role: the plan of at most this size (weights, config, "
+        "tokenizer) that loses the least, measured with --calibrate. With --max-kl alone: the "
+        "smallest plan within it",
+        WHAT,
+        unit="bytes",
+        metavar="SIZE",
+        minimum=1,
+    )
+    fit_tokens: int = option(
+        4096,
+        "tokens of --calibrate on which plans are compared",
+        FINE,
+        minimum=64,
+        needs=("target_size", "max_kl"),
     )
     method: str = option("auto", "", WHAT)
     for_: str = option(
@@ -68,6 +86,26 @@ class Quantizing(Gate, Text, Formats):
                 "--calibrate and --stats exclude each other",
                 hint="a profile holds what calibration would see: give one of them",
             )
+        told = self.format or self.plan or self.group_size is not None
+        if self.target_size and told:
+            raise UsageError(
+                "--target-size chooses the formats",
+                found="--plan" if self.plan else "--format or --group-size beside it",
+                hint="give one or the other",
+            )
+        if self.fits and not self.target_size and not self.calibrate:
+            raise UsageError(
+                "--max-kl alone chooses the smallest plan within it, by what it does to text",
+                expected="--calibrate FILE",
+                found="no text",
+                hint="give text, or the formats: --format or --plan",
+            )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the formats are to be chosen."""
+        open_ = not (self.format or self.plan or self.group_size is not None)
+        return bool(self.target_size) or (open_ and self.max_kl > 0)
 
     @property
     def has_text(self) -> bool:

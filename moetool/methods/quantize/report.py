@@ -5,6 +5,9 @@ options, seed                       everything it was told
 roles                               format, matrices, weights and stored bits of each role
 experts_quantized, experts_total, experts_skipped (by name)
 left                                matrices that stay as they are, with the reason
+solved                              of a way that solves: its text, and experts with few tokens
+fit: {plan, sensitivity, considered, ...}  of --target-size: what each role costs in each format,
+                                    and the plans that were compared
 proof: {matrices, roles, worst, ...}  relative errors as read back; `tensors` names each
 quality                             with text: perplexity and KL against the source
 output_bytes, peak_memory (promised), peak_rss, seconds, stages, warnings
@@ -27,6 +30,8 @@ _TAKEN = (
     "experts_total",
     "experts_skipped",
     "left",
+    "solved",
+    "fit",
     "quality",
     "output_bytes",
     "peak_memory",

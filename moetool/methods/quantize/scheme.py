@@ -32,11 +32,11 @@ class Scheme:
     def of(cls, options: Quantizing) -> Scheme:
         """What the options ask for; UsageError for words that mean nothing."""
         if not options.plan:
-            asked = _spelled(options.format, options)
+            asked = _spelled(options.format or DEFAULT, options)
             beside = forms.named(asked.form).formats[asked.word].beside
             others = {role: _spelled(text, options) for role, text in beside.items()}
             return cls(dict.fromkeys(EVERY_LINEAR, asked) | others)
-        if options.format != DEFAULT:
+        if options.format not in ("", DEFAULT):
             raise UsageError(
                 "--format and --plan exclude each other",
                 found=f"--format {options.format} --plan {options.plan}",

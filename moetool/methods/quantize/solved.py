@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from moetool.methods.quantize.choice import Choice
@@ -31,6 +32,15 @@ def source(folder: Path, choice: Choice) -> Checkpoint:
         files[path.name] = (header.size, header.seal)
         lying |= {t.name: t for t in header.tensors}
     return Checkpoint(str(folder), {}, _matrices(choice, lying), files, lying)
+
+
+def again(known: Checkpoint, choice: Choice) -> Checkpoint:
+    """The same of a source of which the headers alone are known (`verify`)."""
+    return (
+        known
+        if known.lying
+        else replace(known, tensors=_matrices(choice, known.tensors), lying=known.tensors)
+    )
 
 
 def _matrices(choice: Choice, lying: Mapping[str, Stored]) -> dict[str, Stored]:
