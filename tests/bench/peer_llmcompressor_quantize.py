@@ -77,7 +77,7 @@ def main(model_path: str, tokens: str, how: str, out: str, *formats: str) -> Non
         **(calibration if how == "gptq" else {}),
     )
     cpu = time.process_time() - cpu
-    model.save_pretrained(out, save_compressed=True)
+    model.to(torch.bfloat16).save_pretrained(out, save_compressed=True)
     words.save_pretrained(out)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"cpu": cpu, "peak": peak}))

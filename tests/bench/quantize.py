@@ -1,12 +1,14 @@
 """What quantizing keeps: `python tests/bench/quantize.py TESTBED [--only WORDS] [--peer PYTHON]
-[--on calibration]`.
+[--on calibration]
+[--model FOLDER]`.
 
 TESTBED is a folder with a trained MoE (qwen3moe-16x4/) and text (text/calibration.jsonl with a
 `domain` field, text/val.*.jsonl). Solved on 32 x 256 tokens, domains in turn; KL(SRC || OUT) and
 perplexity (geometric mean over the files) over 4 x 512 tokens of each val file, float32. `--on
 calibration` measures on documents of the calibration file that nothing was solved on: for choosing
-between variants, which must not be done on val. `--peer`: a Python with llm-compressor, run on the
-same token ids (peer_llmcompressor_quantize.py). Prints one table; a command, not a test.
+between variants, which must not be done on val. `--model`: another model, with the same
+text. `--peer`: a Python with llm-compressor, run on the same token ids
+(peer_llmcompressor_quantize.py). Prints one table; a command, not a test.
 """
 
 from __future__ import annotations
@@ -160,13 +162,14 @@ def main() -> None:
     parser.add_argument("--methods", default="rtn,gptq")
     parser.add_argument("--peer", default="", help="a Python with llm-compressor")
     parser.add_argument("--on", default="val", choices=("val", "calibration"))
+    parser.add_argument("--model", type=Path, help="another model than the testbed's")
     parser.add_argument("--more", default="{}", help="JSON of further options of gptq")
     told = parser.parse_args()
     import torch
     from transformers import AutoTokenizer
 
     torch.set_num_threads(1)
-    source = told.testbed / "qwen3moe-16x4"
+    source = told.model or told.testbed / "qwen3moe-16x4"
     folder = Path(tempfile.mkdtemp(prefix="quantize-bench-"))
     tokens, held = texts(told.testbed, folder, AutoTokenizer.from_pretrained(source))
     val = sorted((told.testbed / "text").glob("val.*.jsonl"))
