@@ -44,7 +44,7 @@ def solve(
     count, out, width = weights.shape
     hessians = hessians.expand(count, width, width)
     added = torch.as_tensor(damping, dtype=torch.float32, device=weights.device).expand(count)
-    step = max(1, _TOGETHER // (width * (width + 3 * out)))
+    step = _step(out, width)
     made = []
     for start in range(0, count, step):
         some = slice(start, start + step)
@@ -52,6 +52,16 @@ def solve(
         codes = _restored(_rounded(work, grid), work.order)
         made.append(Rounded(codes, _rescaled(work, codes, grid) if scales else work.scales))
     return Rounded(torch.cat([m.codes for m in made]), torch.cat([m.scales for m in made]))
+
+
+def _step(out: int, width: int) -> int:
+    """How many matrices [out, in] are worked on at once."""
+    return max(1, _TOGETHER // (width * (width + 3 * out)))
+
+
+def holds(out: int, width: int) -> int:
+    """Bytes that `solve` needs beside its arguments and what it returns, for matrices [out, in]."""
+    return 4 * _step(out, width) * width * (6 * width + 5 * out)
 
 
 @dataclass
@@ -196,7 +206,10 @@ def shrunk(hessians: Tensor, tokens: Tensor) -> Tensor:
 
     Without, an expert with half as many tokens as columns is worse off than rounded.
     """
-    seen = tokens.to(hessians.dtype)[:, None, None]
+    seen = tokens.to(hessians.dtype)
     mean = hessians.sum(0) / seen.sum().clamp(min=1)
     own = seen / (seen + hessians.shape[-1] / 4)
-    return own * hessians + (1 - own) * seen.clamp(min=1) * mean
+    made = own[:, None, None] * hessians
+    for one, share in zip(made, ((1 - own) * seen.clamp(min=1)).tolist(), strict=True):
+        one.add_(mean, alpha=share)
+    return made

@@ -104,7 +104,8 @@ def test_room_changes_no_byte(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts in many turns, as --memory may want it, or all at once."""
-    monkeypatch.setattr(turns, "CHUNK", 2 * 4 * 64 * 64)  # two experts are solved in one go
+    monkeypatch.setattr(turns, "CHUNK", 2 * 4 * 64 * 64)
+    monkeypatch.setattr(turns, "SIDE_BY_SIDE", 1)  # two experts are solved in one go
     solved(models("qwen3_moe"), tmp_path / "all", text)
     begun: list[int] = []
     begin = solving.Rounder.begin

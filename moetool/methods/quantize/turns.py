@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from moetool.forward.linears import Linear
+from moetool.kernels import gptq
 from moetool.methods.quantize.choice import Choice
 from moetool.surgery import forms
 from moetool.surgery.forms import Spelled
@@ -22,7 +23,8 @@ from moetool.surgery.roles import Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 128 << 20  # bytes of the Hessians of experts that are solved in one go
+CHUNK = 32 << 20  # bytes of the Hessians of experts that are solved in one go
+SIDE_BY_SIDE = 8  # but at least so many experts: those with few tokens lean on the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,7 @@ def _chunks(linears: Sequence[Linear], choice: Choice) -> Iterator[Chunk]:
 
 def chunk_of(width: int) -> int:
     """How many experts with inputs this wide are solved in one go."""
-    return max(1, CHUNK // (4 * width * width))
+    return max(SIDE_BY_SIDE, CHUNK // (4 * width * width))
 
 
 def _parts(linears: Sequence[Linear], choice: Choice) -> Iterator[Part]:
@@ -190,12 +192,9 @@ def _held(matrices: Sequence[Matrix], choice: Choice) -> tuple[int, ...]:
     some = min(len(numbers), chunk_of(width))
     chunk = experts // max(1, len(numbers)) * some
     stored = sum(_stored(m, choice) for m in matrices)
-    work = max(1, some) * (WORK * 8 * width * width + ROOM * 4 * 3 * most * width)
-    return outside + experts, max(outside, chunk), 2 * stored + work
-
-
-# float64 matrices [in, in] and float32 matrices [out, in] that the kernel works with at once
-WORK, ROOM = 4, 5
+    rows = 2 * most if numbers else 3 * most  # of matrices that share their inputs
+    beside = max(1, some) * 4 * (2 * width * width + 2 * rows * width)
+    return outside + experts, max(outside, chunk), 2 * stored + beside + gptq.holds(rows, width)
 
 
 def _stored(matrix: Matrix, choice: Choice) -> int:
