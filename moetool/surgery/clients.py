@@ -181,7 +181,7 @@ def _divided(rule: Demand, asked: Sequence[Assigned]) -> str:
 
 
 def _unbiased(rule: Demand, asked: Sequence[Assigned]) -> str:
-    return next((f"{a.what} {a.name} with a bias" for a in asked if a.bias and a.form != _FULL), "")
+    return next((f"{a.what} with a bias" for a in asked if a.bias and a.form != _FULL), "")
 
 
 _RULES = {

@@ -4,12 +4,16 @@ should make of it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import pytest
+
 from clients import shapes
 from moetool import verbs
+from moetool.errors import UsageError
 from moetool.methods import quantize  # noqa: F401 - its ways are found below this name
 from moetool.methods.quantize import scheme
 from moetool.methods.quantize.options import Quantizing
@@ -19,33 +23,47 @@ from moetool.surgery.clients import Assigned
 
 GROUPS = ("int4/32", "int8/channel")  # beside the usual group of every format
 SLOW = ("int5", "int6", "int7")
-# Forms whose linears round their input too in some loaders: the logits of those tell nothing.
-ROUNDS_INPUT = ("fp8", "int8_activations", "bnb_int8", "bitnet", "nvfp4", "mxfp8")
+# What a linear puts out may differ by so much of its largest value, where a loader rounds its input
+# too (fp8 to 3 bits of mantissa, the others to 8 bits) or has kernels of its own.
+NEAR = {
+    "fp8": 0.06,
+    "fp8_ct_block": 0.06,
+    "int8_activations": 0.03,
+    "bnb_int8": 0.03,
+    "bitnet": 0.03,
+    "nvfp4": 0.1,
+    "mxfp8": 0.06,
+    "nf4": 0.01,
+    "fp4": 0.01,
+}
 FORCED = ("ternary",)  # these models were not trained so
-STACKED = ("mxfp4",)  # forms of stacked experts: gpt-oss has no others
 
 
 def formats() -> tuple[str, ...]:
     """Every word of --format that is written as safetensors, and some groups."""
-    words = [w for w, form in forms.formats().items() if form != "gguf"]
+    words = [w for w, form in forms.formats().items() if not w.startswith("gguf")]
     return (*words, *GROUPS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A family in a format, below a folder."""
+    """A family in a format, or in a plan of its own, below a folder."""
 
     family: str
     format: str
     root: Path
+    own: str = ""
 
     @property
-    def plan(self) -> str:
-        """What quantize is asked for: everything; of gpt-oss the part that the form can hold."""
-        if self.family != "gpt_oss":
-            return ",".join(f"{role}={self.format}" for role in scheme.EVERY_LINEAR)
-        stacked = forms.asked(self.format).form in STACKED
-        return f"{'experts' if stacked else 'attn'}={self.format}"
+    def asked(self) -> dict[str, str]:
+        """What quantize is asked for: everything; of gpt-oss, whose experts only its own mxfp4
+        holds, the attention.
+        """
+        if self.own:
+            return {"plan": self.own}
+        if self.family == "gpt_oss" and self.format != "mxfp4" and ":" not in self.format:
+            return {"plan": f"attn={self.format}"}
+        return {"format": self.format}
 
     @cached_property
     def source(self) -> Path:
@@ -56,8 +74,9 @@ class Cell:
     @cached_property
     def choice(self) -> scheme.Choice:
         """Which matrix gets which format. MoetoolError where a form cannot hold one."""
-        options = Quantizing(plan=self.plan)
-        return scheme.choose(Checkpoint.open(self.source), scheme.Scheme.of(options))
+        options = Quantizing(**self.asked, force=True)
+        source = Checkpoint.open(self.source)
+        return scheme.choose(source, scheme.Scheme.of(options), options)
 
     @cached_property
     def tensors(self) -> frozenset[str]:
@@ -83,12 +102,15 @@ class Cell:
 
     def write(self, loader: str) -> tuple[Path, Path]:
         """The quantized checkpoint and the same dequantized."""
-        out = self.root / f"{self.family}-{self.format.replace('/', '-')}"
+        out = self.root / f"{self.family}-{(self.own or self.format).replace('/', '-')}"
         back = out.with_name(f"{out.name}-back")
         if not back.exists():
             quantize_, dequantize = verbs.make("quantize"), verbs.make("dequantize")
-            force = self.state(loader) != "works" or self.format in FORCED
-            said = {"plan": self.plan, "method": "rtn", "force": force, "for_": loader}
-            quantize_(str(self.source), str(out), **said)
+            said = {**self.asked, "method": "rtn", "for_": loader}
+            if refused := self.state(loader) != "works":
+                with pytest.raises(UsageError, match=re.escape(loader)):
+                    quantize_(str(self.source), str(out), **said)
+            force = refused or self.format in FORCED
+            quantize_(str(self.source), str(out), **said, force=force)
             dequantize(str(out), str(back))
         return out, back

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+
 
 def logits(model: Any) -> Any:
     """Of two fixed sequences, in float32."""
@@ -24,13 +26,18 @@ def logits(model: Any) -> Any:
         return model(input_ids=ids).logits.float()
 
 
-def values(model: Any) -> dict[str, Any]:
-    """Every parameter and buffer as numbers; what bitsandbytes keeps packed is unpacked."""
+def values(model: Any, classes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every parameter and buffer (of modules of these classes alone, where some are named) as
+    numbers; what bitsandbytes keeps packed is unpacked.
+    """
     found = {}
-    for name, value in model.state_dict().items():
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        value = value.detach()
         module = model.get_submodule(name.rpartition(".")[0])
         kind = type(module).__name__
-        if kind in ("Linear4bit", "Linear8bitLt"):
+        if classes and kind not in classes:
+            continue
+        if kind in BITSANDBYTES:
             value = _unpacked(module, name.rpartition(".")[2], value)
         elif kind == "AutoBitLinear" and name.endswith(".weight"):
             value = value.float() * module.weight_scale.float()
@@ -52,9 +59,26 @@ def _unpacked(module: Any, part: str, value: Any) -> Any:
     return held.CB.float() * held.SCB[:, None] / 127
 
 
+def linears(model: Any, plain: Any) -> float:
+    """The largest error of what a linear puts out, by the largest of it: where inputs are rounded
+    too, logits of small random models tell nothing.
+    """
+    import torch
+
+    worst, draw = 0.0, torch.Generator().manual_seed(2)
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            x = torch.randn(1, 4, module.in_features, generator=draw).to(module.weight.dtype)
+            with torch.no_grad():
+                expected, got = module(x).float(), model.get_submodule(name)(x).float()
+            worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
 def compare(folder: str, back: str) -> dict[str, Any]:
     """`state`: equal, differs, or raises; `worst`: the largest error of a parameter by the largest
-    value of it; `logits`: of the logits likewise; `packed`: parameters that are still packed.
+    value of it; `logits`: of the logits likewise; `linears`: of what linears put out; `packed`:
+    parameters that are still packed.
     """
     import torch
     import transformers
@@ -70,19 +94,21 @@ def compare(folder: str, back: str) -> dict[str, Any]:
     at = "load"
     try:
         model = load(folder)
-        packed = sum(p.dtype == torch.uint8 for p in model.parameters())
+        packed = sum(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
+        still = values(model, BITSANDBYTES)  # it repacks them at the first forward
         at = "forward"
         got = logits(model)
     except Exception as problem:  # noqa: BLE001 - it is what we ask for
         return {"state": "raises", "at": at, "said": f"{type(problem).__name__}: {problem}"[:300]}
     plain = load(back)
-    expected, found = values(plain), values(model)
+    expected, found = values(plain), values(model) | still
     worst, where = 0.0, ""
     for name, value in expected.items():
         other = found.get(name)
         if other is None or other.shape != value.shape:
             return {"state": "differs", "worst": None, "where": name, "said": str(other)[:80]}
-        if torch.equal(other.float(), value.float()):
+        other = other.to(value.dtype)
+        if torch.equal(other, value):
             continue
         gap = (other.float() - value.float()).abs().max() / value.float().abs().max()
         if not gap <= worst:
@@ -90,7 +116,8 @@ def compare(folder: str, back: str) -> dict[str, Any]:
     reference = logits(plain)
     apart = float((got - reference).abs().max() / reference.abs().max())
     state = "differs" if where else "equal"
-    return {"state": state, "worst": worst, "where": where, "logits": apart, "packed": packed}
+    made = {"state": state, "worst": worst, "where": where, "logits": apart}
+    return made | {"linears": linears(model, plain), "packed": packed}
 
 
 def main() -> int:

@@ -30,7 +30,10 @@ def compare(folder: str, back: str) -> dict[str, Any]:
         got = logits(folder)
     except Exception as problem:  # noqa: BLE001 - it is what we ask for
         return {"state": "raises", "said": f"{type(problem).__name__}: {problem}"[:300]}
-    expected = logits(back)
+    try:
+        expected = logits(back)
+    except ValueError:  # it knows gpt-oss only as it was published
+        return {"state": "read", "logits": None}
     spread = float((expected - expected.mean(-1, keepdims=True)).std())
     return {"state": "read", "logits": float(abs(got - expected).max()) / spread}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from safetensors.torch import load_file, save_file
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
 SPARSE = {**WIDE, "moe_intermediate_size": 128, "num_experts_per_tok": 2}
@@ -34,8 +35,13 @@ MLA = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "llama": {**WIDE, **ROPE},
     "qwen3": WIDE,
-    "mixtral": {**WIDE, "num_local_experts": 4, "intermediate_size": 128},
-    "qwen3_moe": {**SPARSE, "num_experts": 4},
+    "mixtral": {
+        **WIDE,
+        "num_local_experts": 4,
+        "intermediate_size": 128,
+        "sliding_window": None,  # as the hub's; llama.cpp knows none
+    },
+    "qwen3_moe": {**SPARSE, "num_experts": 4, "mlp_only_layers": []},  # llama.cpp knows no other
     "qwen2_moe": {
         **SPARSE,
         "num_experts": 4,
@@ -65,3 +71,24 @@ def save(family: str, folder: Path, **more: Any) -> Path:
     old = {"rope_theta": rope.get("rope_theta", 10000.0), "torch_dtype": "bfloat16"}
     path.write_text(json.dumps({"rope_scaling": None, **config, **old, **_SAID.get(family, {})}))
     return folder
+
+
+def mix(made: dict[str, Path], folder: Path) -> None:
+    """Write experts of layer N as the Nth of these has them, all else as the first does."""
+    folder.mkdir()
+    sources = list(made.values())
+    files = [load_file(source / "model.safetensors") for source in sources]
+    config = json.loads((sources[0] / "config.json").read_text())
+    said, groups = config["quantization_config"], {}
+    found = {n: t for n, t in files[0].items() if ".experts." not in n}
+    for layer, (source, tensors) in enumerate(zip(sources, files, strict=True)):
+        inside = f"layers.{layer}.block_sparse_moe.experts."
+        found |= {n: t for n, t in tensors.items() if inside in n}
+        told = json.loads((source / "config.json").read_text())["quantization_config"]
+        (group,) = told["config_groups"].values()
+        target = f"re:.*layers\\.{layer}\\.block_sparse_moe\\.experts.*"
+        groups[f"group_{layer}"] = group | {"targets": [target]}
+    (rest,) = said["config_groups"].values()
+    said["config_groups"] = groups | {f"group_{len(groups)}": rest}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(found, folder / "model.safetensors", {"format": "pt"})

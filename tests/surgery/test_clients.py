@@ -23,12 +23,14 @@ def test_the_loaders_are_those_that_quantize_may_be_told_of() -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_format_has_a_verdict_of_every_loader(loader) -> None:
     asked = [forms.asked(word) for word in forms.formats()]
-    assert len(asked) >= 7
+    assert len(asked) >= 30
     for one in asked:
         for moe in (False, True):
             given = clients.verdict(loader, one.form, one.params, moe=moe)
             assert given.state in clients.STATES and given.version
             assert given.works or given.why
+            cases = clients.client(loader).forms
+            assert one.form in cases or "*" in cases, f"{loader} says nothing of {one.form}"
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,8 @@ def _experts(form, params, name="a", **more) -> Assigned:
             [_experts("full", {}, shape=(8, 32, 32)), Assigned("attn", "packed_int", INT4)],
             "",
         ),
-        ("transformers5", [Assigned("embed", "packed_int", INT8)], "packed_int embed"),
         ("transformers5", [Assigned("embed", "nf4", {})], "does not read nf4 embed"),
-        ("transformers5", [Assigned("embed", "bnb_int8", {})], "raises at the first forward"),
+        ("transformers5", [Assigned("embed", "bnb_int8", {})], "reads wrongly bnb_int8 embed"),
         ("transformers5", [Assigned("embed", "nvfp4", {})], "reads wrongly nvfp4 embed"),
         ("transformers5", [Assigned("embed", "mxfp8", {})], "reads wrongly mxfp8 embed"),
         (
@@ -129,6 +130,12 @@ def _experts(form, params, name="a", **more) -> Assigned:
             r"experts left full beside nvfp4 attn \(x\)",
         ),
         ("transformers5", [_experts("full", {}), Assigned("attn", "mxfp8", {})], ""),
+        ("transformers5", [Assigned("embed", "packed_int", INT8)], "wrongly packed_int embed"),
+        ("transformers5", [Assigned("embed", "fp8_block", {})], "may not read fp8_block embed"),
+        ("transformers5", [Assigned("lm_head", "packed_int", INT8)], ""),
+        ("transformers5", [Assigned("lm_head", "bitnet", {})], "does not read bitnet lm_head"),
+        ("transformers5", [_experts("full", {}), Assigned("attn", "fp8", {})], ""),
+        ("transformers5", [Assigned("attn", "bitnet", {}, bias=True)], "bitnet attn with a bias"),
         ("transformers5", [_experts("nvfp4", {})], "reads wrongly nvfp4 experts"),
         ("transformers5", [Assigned("attn", "nvfp4", {})], ""),
         (
