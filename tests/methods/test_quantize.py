@@ -135,7 +135,7 @@ def test_the_input_embedding_stays_full(word: str, source: Source, tmp_path: Pat
         ("mixtral", {"format": "int3/32"}, "vllm", "4 or 8 bits", "--for transformers5"),
         ("llama", {"plan": "embed=int8/32"}, "transformers5", "embedding", "--force"),
         ("llama", {"format": "int4/32"}, "llama.cpp", "GGUF", "--format gguf:q4_0"),
-        ("llama", {"format": "gguf:q4_0"}, "vllm", "GGUF", "--for llama.cpp"),
+        ("llama", {"format": "gguf:q4_0"}, "vllm", "GGUF", "llama.cpp"),
     ],
 )  # fmt: skip
 def test_what_the_loader_does_not_read(
