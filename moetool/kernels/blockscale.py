@@ -23,7 +23,7 @@ _STEP = 1 << 15  # groups worked on at once
 
 def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """weight [..., rows, columns] in E4M3, scale [..., blocks down, blocks across] -> float32."""
-    made, factors = weight.float(), powers(scale) if scale.dtype == torch.uint8 else scale.float()
+    made, factors = floats(weight), powers(scale) if scale.dtype == torch.uint8 else scale.float()
     for number in range(factors.shape[-2]):
         rows = slice(number * block[0], (number + 1) * block[0])
         across = factors[..., number : number + 1, :].repeat_interleave(block[1], -1)
@@ -70,10 +70,21 @@ def encode_fp8(
     return made, factors.to(scale)
 
 
+def floats(weight: Tensor) -> Tensor:
+    """E4M3 -> float32, by a table: a cast of torch's takes three times as long on a CPU."""
+    if weight.device.type != "cpu":
+        return weight.float()
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    made: Tensor = table.index_select(0, weight.reshape(-1).view(torch.uint8).int())
+    return made.reshape(weight.shape)
+
+
 def powers(exponents: Tensor) -> Tensor:
     """uint8 exponents + 127 -> the powers of two in float32, exactly."""
     bits = exponents.int()
-    return torch.where(bits == 0, torch.full_like(bits, 0x00400000), bits << 23).view(torch.float32)
+    return torch.where(bits == 0, torch.full_like(bits, 0x00400000), bits * (1 << 23)).view(
+        torch.float32
+    )
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -116,12 +127,12 @@ def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
     better = wider < error * (1 - 1e-9)  # sums of another order must not choose otherwise
     codes = torch.where(better[..., None], other, codes)
     exponents = (least + better.int()).clamp(-127, 127)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] * 16, (exponents + 127).to(torch.uint8)
 
 
 def _exponent(largest: Tensor) -> Tensor:
     """The exponent of a positive float32, read off its bits; that of the smallest scale for 0."""
-    return ((largest.view(torch.int32) >> 23) - 127).clamp(min=-125)
+    return (largest.view(torch.int32) // (1 << 23) - 127).clamp(min=-125)
 
 
 def _nearest(x: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:

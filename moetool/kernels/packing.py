@@ -48,9 +48,8 @@ def codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def e2m1(levels: Tensor) -> Tensor:
     """Levels of `grid.e2m1`, uint8 [..., columns] -> two a byte, uint8 [..., columns / 2]."""
-    return words(levels ^ torch.where(levels < 8, 15, 8).to(torch.uint8), 4).view(torch.uint8)[
-        ..., : levels.shape[-1] // 2
-    ]
+    halves = _signed(levels, 8).bitwise_and_(15).view(torch.uint8)
+    return words(halves, 4).view(torch.uint8)[..., : levels.shape[-1] // 2]
 
 
 def e2m1_values(packed: Tensor) -> Tensor:
@@ -63,12 +62,19 @@ def e2m1_values(packed: Tensor) -> Tensor:
 
 def e4m3(levels: Tensor) -> Tensor:
     """Levels of `grid.e4m3`, uint8 -> float8_e4m3fn."""
-    return torch.where(levels < 127, 254 - levels, levels - 127).view(torch.float8_e4m3fn)
+    return _signed(levels, 127).view(torch.float8_e4m3fn)
+
+
+def _signed(levels: Tensor, zero: int) -> Tensor:
+    """Levels of which `zero` is the first that is not negative -> a sign above a size, int8."""
+    made = (levels - zero).view(torch.int8)
+    below = made.clamp(-1, 0).bitwise_and_((1 << (zero - 1).bit_length()) - 1)
+    return made.bitwise_xor_(below)
 
 
 def exponents(powers: Tensor) -> Tensor:
     """Powers of two in float32 -> their exponents + 127, uint8."""
-    return (powers.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+    return (powers.contiguous().view(torch.int32) // (1 << 23)).to(torch.uint8)
 
 
 def _rows(count: int, columns: int) -> list[slice]:

@@ -266,7 +266,7 @@ def run_task(
     params = {k: v for k, v in task.params.items() if k not in ("decode", "encode")}
     whole = forms.decoded(inputs, task.params.get("decode"))
     results = op.run(Call(whole, _shapes(task), params, tables))
-    results = forms.encoded(results, task.params.get("encode"))
+    results = forms.encoded(results, task.params.get("encode"), [o.shape for o in task.outputs])
     for piece, value in zip(task.outputs, _converging(results, task), strict=True):
         if tuple(value.shape) != piece.shape:
             raise MoetoolError(

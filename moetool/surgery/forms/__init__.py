@@ -18,9 +18,10 @@ from moetool import discover
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.kernels.grid import Grid
 from moetool.surgery.forms.form import Config, Form, Format, Params, Read, Recognised, Written
-from moetool.surgery.spec import Piece, Stored, Target, whole
+from moetool.surgery.spec import Piece, Shape, Stored, Target, whole
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -206,9 +207,11 @@ def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> li
         if entry is None:
             made.append(next(rest))
             continue
-        matrix = named(entry["form"]).decode(
-            list(islice(rest, entry["parts"])), entry.get("params", {})
-        )
+        parts = list(islice(rest, entry["parts"]))
+        if parts[0].is_meta:  # a rehearsal: forms say their shapes themselves
+            made.append(parts[0].new_empty(entry["shape"], dtype=_float32()))
+            continue
+        matrix = named(entry["form"]).decode(parts, entry.get("params", {}))
         if "offset" in entry:
             count = prod(entry["shape"])
             matrix = matrix.reshape(-1)[entry["offset"] : entry["offset"] + count]
@@ -216,20 +219,30 @@ def decoded(inputs: Sequence[Tensor], how: Sequence[Params | None] | None) -> li
     return made
 
 
-def encoded(made: Iterator[Any], how: Sequence[Params | None] | None) -> Iterator[Any]:
+def encoded(
+    made: Iterator[Any], how: Sequence[Params | None] | None, shapes: Sequence[Shape]
+) -> Iterator[Any]:
     """An operation's results as what lies in the file: each as it is (None), or in its parts, by an
     entry {form, parts, params, shape} and, where its rounding is not the form's own, `rounding`.
-    `beside`: how many results after it are no outputs, and only seen.
+    `beside`: how many results after it are no outputs, and only seen. `shapes` of what comes out
+    are what a rehearsal gives.
     """
     if how is None:
         yield from made
         return
+    lying = iter(shapes)
     for entry in how:
         matrix = next(made)
         if entry is None:
+            next(lying)
             yield matrix
+            continue
+        beside = list(islice(made, entry.get("beside", 0)))
+        wanted = list(islice(lying, entry["parts"]))
+        if matrix.is_meta:  # to shift bits without memory, torch imports sympy and its compiler
+            yield from (matrix.new_empty(shape) for shape in wanted)
         else:
-            yield from _parts(matrix, list(islice(made, entry.get("beside", 0))), entry)
+            yield from _parts(matrix, beside, entry)
 
 
 def _parts(matrix: Tensor, beside: Sequence[Tensor], entry: Params) -> Sequence[Tensor]:
@@ -239,11 +252,17 @@ def _parts(matrix: Tensor, beside: Sequence[Tensor], entry: Params) -> Sequence[
     form, params = named(entry["form"]), entry.get("params", {})
     _refuse_infinite(matrix)
     grid = form.grid(tuple(matrix.shape), params)
-    if "rounding" not in entry or grid is None:
+    if "rounding" not in entry or grid is None or not form.searched:
         return form.encode_beside(matrix, beside, params)
     from moetool.kernels import rounding
 
     return form.pack(rounding.searched(matrix, grid), params)
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
 
 
 def _refuse_infinite(matrix: Tensor) -> None:

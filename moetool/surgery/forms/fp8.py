@@ -23,6 +23,7 @@ class Fp8(Scaled):
     """E4M3 times a scale (see `Scaled`)."""
 
     name: ClassVar[str] = "fp8"
+    searched: ClassVar[bool] = False  # floats have as many levels at every size
     kinds: ClassVar[tuple[str, ...]] = ("float-quantized", "naive-quantized")
     dtype: ClassVar[str] = "F8_E4M3"
     type: ClassVar[str] = "float"

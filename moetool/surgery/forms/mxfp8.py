@@ -26,6 +26,7 @@ class Mxfp8(CompressedTensors):
     """No params of its own."""
 
     name: ClassVar[str] = "mxfp8"
+    searched: ClassVar[bool] = False  # floats have as many levels at every size
     kinds: ClassVar[tuple[str, ...]] = ("mxfp8-quantized",)
     suffixes: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight")
     formats: ClassVar[Mapping[str, Format]] = {
@@ -80,5 +81,5 @@ class Mxfp8(CompressedTensors):
         from moetool.kernels import blockscale
 
         scale, weight = parts[:2]
-        groups = weight.float().view(*scale.shape, GROUP)
+        groups = blockscale.floats(weight).view(*scale.shape, GROUP)
         return groups.mul_(blockscale.powers(scale)[..., None]).view(weight.shape)

@@ -76,5 +76,8 @@ class Scaled(CompressedTensors):
         return {matrix.parts.tensors[1].name: matrix.elements}
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
+        from moetool.kernels import blockscale
+
         scale, weight = parts[:2]
-        return weight.float().mul_(scale.float().reshape(-1, 1))
+        made = weight.float() if self.type == "int" else blockscale.floats(weight)
+        return made.mul_(scale.float().reshape(-1, 1))
