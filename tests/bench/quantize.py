@@ -1,6 +1,5 @@
 """What quantizing keeps: `python tests/bench/quantize.py TESTBED [--only WORDS] [--peer PYTHON]
-[--on calibration]
-[--model FOLDER]`.
+[--on calibration] [--model FOLDER]`.
 
 TESTBED is a folder with a trained MoE (qwen3moe-16x4/) and text (text/calibration.jsonl with a
 `domain` field, text/val.*.jsonl). Solved on 32 x 256 tokens, domains in turn; KL(SRC || OUT) and
@@ -70,6 +69,7 @@ class Meter:
     def __call__(self, out: Path) -> tuple[float, float, float]:
         """(KL, geometric mean perplexity, top-1 agreement)."""
         from moetool.evaluate import perplexity
+        from moetool.forward import answers
         from moetool.surgery.checkpoint import Checkpoint
 
         model = self.walked("model", Checkpoint.open(out))
