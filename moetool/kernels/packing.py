@@ -52,8 +52,14 @@ def e2m1(levels: Tensor) -> Tensor:
     return words(halves, 4).view(torch.uint8)[..., : levels.shape[-1] // 2]
 
 
+def e2m1_levels(packed: Tensor) -> Tensor:
+    """The inverse: uint8 [..., columns / 2] -> levels uint8 [..., columns]."""
+    found = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return found ^ torch.where(found < 8, 8, 15).to(torch.uint8)
+
+
 def e2m1_values(packed: Tensor) -> Tensor:
-    """The inverse, as numbers: uint8 [..., columns / 2] -> float32 [..., columns]."""
+    """The same, as numbers: uint8 [..., columns / 2] -> float32 [..., columns]."""
     values = torch.tensor((*FP4, *(-v for v in FP4)), device=packed.device)
     pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], -1).view(torch.int64)
     both = pairs[:, 0][packed.int()]

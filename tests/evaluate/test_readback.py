@@ -120,6 +120,33 @@ def test_a_byte_that_is_another(
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".safetensors"]
 
 
+@pytest.mark.parametrize("search", ["mse", "none"])
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [
+        ("fp8", "weight"),
+        ("w8a8", "weight"),
+        ("mxfp4", "weight_packed"),
+        ("nf4", "weight"),
+        ("fp4", "weight"),
+        ("bnb-int8", "weight"),
+    ],
+)
+def test_a_bit_of_other_formats(
+    format: str, suffix: str, search: str, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked_for = {"format": format, "search": search, "force": True}
+    prepared, writer = made(asked(source("llama"), tmp_path / "out", **asked_for))
+    part = f"model.layers.1.mlp.up_proj.{suffix}"
+    with writer:
+        pipeline.make(prepared, writer, Caller())
+        found = pipeline.measure(prepared, writer, Caller())
+        assert found.proof is not None
+        damaged(prepared, writer, part, 0.5, 0x20)
+        with pytest.raises(VerificationFailed, match="nearest"):
+            pipeline.measure(prepared, writer, Caller())
+
+
 @pytest.mark.parametrize("part", ["model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"])
 def test_what_is_only_moved_is_compared(
     part: str, source: Callable[[str], Path], tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.methods.contract import (
     Builder,
@@ -73,14 +74,30 @@ class Dequantize(Method):
             if stored.parts and self.options.dtype != "auto":
                 dtype = _DTYPES[self.options.dtype]
             build.copy(whole(stored), whole(build.target(name, dtype, stored.shape)))
-        wanted = Outputs(source.config, build.targets, build.tasks, {})
+        config = _told(source.config, self.options.dtype)
+        wanted = Outputs(config, build.targets, build.tasks, {})
         plan = reform.plan([source], wanted, max_shard=settings.max_shard, form="full")
-        certificate = Certificate("exact_if", f"values are rounded to {self.options.dtype} only")
+        held = sorted({t.dtype for t in build.targets if source.tensor(t.name).parts})
+        why = f"decoded values fit {' and '.join(held)}, to which others are rounded"
+        certificate = Certificate("exact_if", why)
         return Made(plan, certificate, plan.config, {}, _facts(source, plan))
 
     def lines(self, summary: Summary) -> list[Line]:
         """The family, the experts, and how many parameters run."""
         return ModelFacts.of(summary.facts).lines()
+
+
+def _told(config: JsonObject, dtype: str) -> JsonObject:
+    """The config, naming the dtype of the decoded matrices where that was asked for."""
+    if dtype == "auto":
+        return config
+    made = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            made[key] = dtype
+        elif isinstance(value, dict):
+            made[key] = _told(value, dtype)
+    return made
 
 
 def _facts(source: Checkpoint, plan: Plan) -> ModelFacts:

@@ -72,6 +72,10 @@ class Quantized:
             "expert_width": self.expert_width,
         } | {k: v for k, v in (("solved", self.solved), ("fit", self.fit)) if v}
 
+    def formats(self) -> str:
+        """`experts=int4/128,attn=int8/128`, of the roles that there are."""
+        return ",".join(f"{role}={facts.format}" for role, facts in self.roles.items())
+
     @property
     def experts_total(self) -> int:
         return self.experts_quantized + len(self.experts_skipped)

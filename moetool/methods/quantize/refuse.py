@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -41,10 +41,18 @@ def unreadable(source: Checkpoint) -> None:
     )
 
 
-def misfits(source: Checkpoint, found: Sequence[tuple[Matrix, Spelled, str]]) -> None:
-    """Matrices that their formats do not hold: all counted, the first named."""
+def misfits(
+    source: Checkpoint,
+    found: Sequence[tuple[Matrix, Spelled, str]],
+    asked_of: Mapping[str, Spelled],
+) -> None:
+    """Matrices that their formats do not hold: all counted, the first named. `asked_of`: the format
+    of each role that the model has.
+    """
     if not found:
         return
+    failing = {m.role for m, _, _ in found}
+    rest = {role: str(a) for role, a in asked_of.items() if role not in failing}
     matrix, asked, why = found[0]
     same = [m for m, a, _ in found if a == asked and m.role == matrix.role]
     raise MoetoolError(
@@ -52,13 +60,13 @@ def misfits(source: Checkpoint, found: Sequence[tuple[Matrix, Spelled, str]]) ->
         file=source.folder,
         tensor=matrix.name,
         found=f"{matrix.dtype} {list(matrix.shape)}, and {len(found) - 1} more such matrices",
-        hint=_advice(same, asked),
+        hint=_advice(same, asked, rest),
     )
 
 
-def _advice(matrices: Sequence[Matrix], asked: Spelled) -> str:
-    """What to ask for instead: groups that all of these can have, or to leave them."""
-    form, role = forms.named(asked.form), matrices[0].role
+def _advice(matrices: Sequence[Matrix], asked: Spelled, rest: Mapping[str, str]) -> str:
+    """What to ask for instead: groups that all of these can have, or the roles without them."""
+    form = forms.named(asked.form)
     shapes = {(m.dtype, m.shape): Target(m.name, m.dtype, m.shape) for m in matrices}
     able = [
         f"{asked.word}/{group or 'channel'}"
@@ -67,7 +75,12 @@ def _advice(matrices: Sequence[Matrix], asked: Spelled) -> str:
     ]
     if able:
         return f"ask for {', '.join(able[:-1])}{' or ' if able[1:] else ''}{able[-1]}"
-    return f"leave these out with --plan ({role}=full), or choose another format"
+    without = ",".join(f"{role}={said}" for role, said in rest.items())
+    return (
+        f'leave them out (--plan "{without}"), or choose another format'
+        if without
+        else ("choose another format")
+    )
 
 
 def absent(source: Checkpoint, named: Iterable[str], matrices: Iterable[Matrix]) -> None:

@@ -121,7 +121,8 @@ def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
         if why := forms.named(given.form).misfit(target, given.params):
             misfits.append((matrix, given, why))
         formats[matrix.name] = given
-    refuse.misfits(source, misfits)
+    there = {m.role: scheme.roles[m.role] for m in roles.matrices if m.role in scheme.roles}
+    refuse.misfits(source, misfits, there)
     _one_method(source, formats, roles, left)
     if not formats:
         raise _nothing(source, scheme, roles)

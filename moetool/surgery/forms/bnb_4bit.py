@@ -147,6 +147,21 @@ class Bnb4Bit(BitsAndBytes):
         packed = bnb.pack(codes)
         return [packed, table, torch.tensor(list(state), dtype=torch.uint8, device=device), *lying]
 
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
+        """None with double quantization: weights were rounded under scales that it rounds again."""
+        import torch
+
+        from moetool.kernels.rounding import Rounded
+
+        packed, _, state, *scales = parts
+        if params["double"]:
+            return None
+        rows, columns = _said(state)["shape"]
+        codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], -1).view(rows, columns)
+        if self.order[1] != 1:
+            codes = codes.new_tensor(sorted(range(16), key=self.order.__getitem__))[codes.int()]
+        return Rounded(codes, self.scales(state, *scales).view(rows, -1))
+
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import bnb
 

@@ -81,6 +81,14 @@ class BnbInt8(BitsAndBytes):
             )
         return [made.codes, made.scales, made.codes.new_zeros((), dtype=torch.uint8)]
 
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded:
+        import torch
+
+        from moetool.kernels.rounding import Rounded
+
+        codes, most = parts[:2]
+        return Rounded((codes.short() + _MOST).to(torch.uint8), (most / _MOST)[:, None])
+
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import bnb
 

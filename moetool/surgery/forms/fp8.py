@@ -44,6 +44,14 @@ class Fp8(Scaled):
 
         return [rounded.scales, packing.e4m3(rounded.codes)]
 
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
+        from moetool.kernels.rounding import Rounded, fp8_codes
+
+        scale, weight = parts[:2]
+        if params["strategy"] != "channel":
+            return None
+        return Rounded(fp8_codes(weight), scale.float())
+
     def encode(self, matrix: Tensor, params: Params) -> Sequence[Tensor]:
         from moetool.kernels import blockscale, codec
 

@@ -42,3 +42,13 @@ class Int8Activations(Scaled):
         import torch
 
         return [rounded.scales, (rounded.codes ^ 0x80).view(torch.int8)]
+
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded | None:
+        import torch
+
+        from moetool.kernels.rounding import Rounded
+
+        scale, weight = parts[:2]
+        if params["strategy"] != "channel":
+            return None
+        return Rounded(weight.view(torch.uint8) ^ 0x80, scale.float())

@@ -62,6 +62,13 @@ class Mxfp4Packed(CompressedTensors):
 
         return [packing.e2m1(rounded.codes), packing.exponents(rounded.scales)]
 
+    def unpack(self, parts: Sequence[Tensor], params: Params) -> Rounded:
+        from moetool.kernels import blockscale, packing
+        from moetool.kernels.rounding import Rounded
+
+        packed, scale = parts[:2]
+        return Rounded(packing.e2m1_levels(packed), blockscale.powers(scale))
+
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         from moetool.kernels import blockscale, packing
 
