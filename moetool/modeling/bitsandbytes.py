@@ -37,6 +37,10 @@ class StackedExperts:
     stacks: list[Stack]
     dtype: torch.dtype
 
+    def __deepcopy__(self, memo: object) -> StackedExperts:
+        """Itself, a value: transformers copies its quantizer for every tensor that it loads."""
+        return self
+
     @property
     def names(self) -> set[str]:
         """The parameters that come from here, and that a loader misses."""
