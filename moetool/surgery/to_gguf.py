@@ -84,6 +84,7 @@ class _Arranging:
         self.forms: dict[str, Into] = {}
         self.dropped: dict[str, str] = {}
         self.halved: list[str] = []
+        self.anew: dict[str, None] = {}
 
     def made(self) -> Arranged:
         copies = {task.outputs[0].name: task.inputs[0] for task in self.wanted.tasks}
@@ -136,6 +137,7 @@ class _Arranging:
         word = place.turn[0]
         if word in ("keys", "values") and piece.source:  # solved for a matrix that is cut anew
             piece = whole(self.sources[0].tensor(target.name))
+            self.anew.setdefault(target.name, None)
         shape = turn.shape_of(target.shape, place.turn)
         asked = self._form(target.name, place.name, shape)
         dtype = target.dtype if target.name in self.matrices else "F32"
@@ -213,6 +215,11 @@ class _Arranging:
 
     def _warnings(self) -> Iterator[str]:
         yield from families.warnings(self.family, self.at.text)
+        if self.anew:
+            yield (
+                f"{len(self.anew)} matrices are cut in two for llama.cpp, which what was solved for "
+                f"them does not fit: they are rounded as rtn does ({next(iter(self.anew))}, ...)"
+            )
         if self.halved:
             yield (
                 f"{len(self.halved)} tensors are written in f16, whose rows are no whole number of "

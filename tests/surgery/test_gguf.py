@@ -250,6 +250,28 @@ def test_what_was_solved_is_not_rounded_again(models: Made, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_solved_with_text(models: Made, tmp_path: Path, family: str) -> None:
+    """Experts in stacks, permuted attention, a matrix that is cut in two: all near their source,
+    and sealed.
+    """
+    made = models(family, dtype="float16", **OVERRIDES[family])
+    draw = np.random.default_rng(0)
+    rows = [json.dumps({"input_ids": draw.integers(0, 160, 64).tolist()}) for _ in range(8)]
+    (tmp_path / "ids.jsonl").write_text("\n".join(rows))
+    text = {"calibrate": [str(tmp_path / "ids.jsonl")], "tokens": 512, "seq_len": 64}
+    report = api.quantize(str(made), str(tmp_path / "out"), format="gguf:q4_0", **text)
+    said = [w for w in report["warnings"] if "cut in two for llama.cpp" in w]
+    assert len(said) == (family == "deepseek_v3")
+    assert sum("takes a Mixtral for a Llama" in w for w in report["warnings"]) == (not said)
+    base, back = Checkpoint.open(made), Checkpoint.open(tmp_path / "out")
+    for name in base.tensors:
+        x, y = base.matrix(name).float(), back.matrix(name).float()
+        assert (x - y).norm() < 0.2 * x.norm(), name
+    found = api.verify(str(tmp_path / "out"), against=[str(made)])
+    assert found["bytes"]["sealed_tensors"] > 30 and found["verified"] == "bytes"
+
+
 TURNS = [
     (["same"], (6, 4)),
     (["rope", 3], (12, 5)),

@@ -5,7 +5,7 @@ names: slot of the family's layout -> the tensor's name there, or [name, turn, n
 lies otherwise (kernels/turn.py), or several of those, or null where llama.cpp has no place for it.
 fields: [key, kind, formula]. must: config fields that llama.cpp cannot be told, with the values
 that it takes for granted; equal: those that must be as large as others. warns: fields that it
-ignores, with what to say.
+ignores, with what to say. note: what is said of every such file.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Dialect:
     must: Mapping[str, list[Any]] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
     warns: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def with_usual(self, usual: JsonObject) -> Dialect:
         """What all families share, where this one says nothing else."""
@@ -129,4 +130,5 @@ def _check(found: Dialect, layout: Layout, text: JsonObject) -> None:
 
 def warnings(found: Dialect, text: JsonObject) -> list[str]:
     """What llama.cpp leaves aside of this config, in sentences."""
-    return [say.format(value=text[n]) for n, say in found.warns.items() if text.get(n)]
+    said = [say.format(value=text[n]) for n, say in found.warns.items() if text.get(n)]
+    return [*said, *filter(None, [found.note])]
