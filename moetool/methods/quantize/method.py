@@ -126,8 +126,8 @@ class Quantize(Several):
         read = (source, *(solving.again(one, choice) for one in decisions.extra))
         laid = _laid(read, asked, choice, self.way.rounding, settings.max_shard)
         said = (self.way.name, asked.loader(self.options))
-        certificate = Certificate("none", f"weights are rounded ({asked})", None)
         found = facts.of(source, asked, choice, laid.plan, said)
+        certificate = Certificate("none", f"weights are rounded ({found.formats()})", None)
         solved: JsonObject = {**decisions.report}
         fitted = solved.pop("fit", {})
         warnings = (*choice.warnings, *laid.warnings, *solved.pop("warnings", ()))
