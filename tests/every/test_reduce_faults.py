@@ -74,7 +74,7 @@ warnings.simplefilter("ignore")
 import accelerate, scipy.cluster.hierarchy, torch, transformers
 from transformers import Qwen3MoeForCausalLM
 import moetool.forward.walk, moetool.evaluate.gate, moetool.methods.reduce.solving
-import moetool.methods.quantize.solving
+import moetool.methods.quantize.parts.solving
 from moetool.cli import main
 torch.set_num_threads(1)
 moetool.forward.walk.KEPT_FIRST = float("inf")  # on a slow machine as on a fast one

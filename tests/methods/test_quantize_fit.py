@@ -16,7 +16,8 @@ from conftest import inside, tree
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
-from moetool.methods.quantize import fit, sensitivity
+from moetool.methods.quantize import fit
+from moetool.methods.quantize.parts import sensitivity
 from moetool.methods.quantize.rounded import RoundedView, held
 from moetool.methods.quantize.scheme import Scheme, choose
 from moetool.surgery import forms

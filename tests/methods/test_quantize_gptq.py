@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import moetool
 from moetool.forward.linears import Linears
 from moetool.forward.profile import Calibration
-from moetool.methods.quantize import solving, turns
+from moetool.methods.quantize.parts import solving, turns
 from moetool.surgery.checkpoint import Checkpoint
 
 Models = Callable[..., Path]

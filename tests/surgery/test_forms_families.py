@@ -5,6 +5,8 @@ the file, decoded by the definitions alone; and other verbs on such files.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,15 @@ def test_a_width_between_whole_words(bits: int, models: Made, tmp_path: Path) ->
 
 def _same(one: Arrays, two: Arrays) -> bool:
     return one.keys() == two.keys() and all(np.array_equal(one[n], two[n]) for n in one)
+
+
+def test_rounding_imports_what_it_needs(models: Made, tmp_path: Path) -> None:
+    """torch, and neither transformers nor what torch's compiler brings along."""
+    run = (
+        "import sys, moetool; moetool.quantize(*sys.argv[1:3], format=sys.argv[3]);"
+        " assert not {'transformers', 'sympy', 'torch._dynamo'} & set(sys.modules)"
+    )
+    source = models("qwen3_moe", dtype="bfloat16", **FAMILIES["qwen3_moe"])
+    for word in ("int4/32", "mxfp4"):
+        out = tmp_path / word.replace("/", "-")
+        subprocess.run([sys.executable, "-c", run, source, out, word], check=True)

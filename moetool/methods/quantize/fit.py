@@ -36,7 +36,7 @@ from moetool.surgery.writer import as_json
 from moetool.units import show_bytes
 
 if TYPE_CHECKING:
-    from moetool.methods.quantize.sensitivity import Meter
+    from moetool.methods.quantize.parts.sensitivity import Meter
 
 # Word, and groups in the order in which they are tried; of words that stand twice both are tried.
 LADDER = (
@@ -146,7 +146,7 @@ class ToFit:
 
 def fit(job: ToFit) -> Fit:
     """Choose. Raises MoetoolError where nothing fits, or the source already does."""
-    from moetool.methods.quantize import sensitivity
+    from moetool.methods.quantize.parts import sensitivity
 
     candidates = {role: list(_candidates(job, role)) for role in job.roles}
     empty = next((role for role, found in candidates.items() if not found), None)
@@ -180,7 +180,7 @@ def _rated(
     job: ToFit, candidates: Mapping[str, Sequence[Rated]], meter: Meter
 ) -> dict[str, list[Rated]]:
     """Every role in every format, by itself."""
-    from moetool.methods.quantize import sensitivity
+    from moetool.methods.quantize.parts import sensitivity
 
     rated: dict[str, list[Rated]] = {}
     total = sum(map(len, candidates.values()))

@@ -54,6 +54,6 @@ class Gptq(Rounding):
                 else "no text",
                 hint="--calibrate FILE, or --method rtn",
             )
-        from moetool.methods.quantize import solving
+        from moetool.methods.quantize.parts import solving
 
         return solving.decisions(job, self.verb, asdict(self.own))

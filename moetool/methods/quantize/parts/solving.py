@@ -26,10 +26,11 @@ from moetool.forward.stats import Wanted
 from moetool.kernels import codec, gptq, rounding
 from moetool.kernels.rounding import Rounded
 from moetool.methods.contract import Decisions
-from moetool.methods.quantize import solved, turns
+from moetool.methods.quantize import solved
 from moetool.methods.quantize.choice import Choice
 from moetool.methods.quantize.options import Quantizing
-from moetool.methods.quantize.turns import Part, Turn, Unit
+from moetool.methods.quantize.parts import turns
+from moetool.methods.quantize.parts.turns import Part, Turn, Unit
 from moetool.methods.quantize.way import ToRound
 from moetool.surgery import forms
 from moetool.surgery.spec import Target

@@ -1,0 +1,1 @@
+"""What ways of rounding compute: solving in the walk, turned weights, sensitivities."""
