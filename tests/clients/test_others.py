@@ -82,8 +82,8 @@ def test_mlx(root: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", VLLM)
 def test_vllm(root: Path, family: str) -> None:
-    """What its CPU build reads is right: nearer to the dequantized than what rounding changes, or
-    than what rounding of activations does.
+    """What its CPU build reads is right: nearer to the dequantized than what rounding changes; where
+    it rounds activations too, about as near.
     """
     read = []
     for cell, answer in asked(root, "vllm", family, VLLM[family]):
@@ -92,5 +92,6 @@ def test_vllm(root: Path, family: str) -> None:
             assert any(word in answer["said"] for word in VLLM_LACKS), said
             continue
         read.append(cell.format)
-        assert answer["kl"] < max(0.1 * answer["rounding"], 1e-3), said
+        both = cells.NEAR.get(forms.asked(cell.format).form, 0.0) > 0
+        assert answer["kl"] < max((2 if both else 0.1) * answer["rounding"], 1e-3), said
     assert {"int4", "fp8-block", "w8a8"} <= set(read), read
