@@ -122,7 +122,8 @@ def _is_told(made: object, partner: str) -> bool:
 
 def read(known: Sequence[Field], values: Mapping[str, object], what: str) -> dict[str, Value]:
     """The values by field name, each as its field holds it; UsageError as `build` says."""
-    named = {f.name: f for f in known} | {f.was: f for f in known if f.was}
+    named = {f.name.rstrip("_"): f for f in known} | {f.name: f for f in known}
+    named |= {f.was: f for f in known if f.was}
     clean: dict[str, Value] = {}
     for key, given in values.items():
         found = named.get(key.replace("-", "_"))

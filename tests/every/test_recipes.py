@@ -52,8 +52,21 @@ NAMES = {
     "m-smoe",
     "ream",
     "d2-moe",
+    "int8",
+    "int4-rtn",
+    "int4-gptq",
+    "int3-experts",
+    "fp8",
+    "mxfp4",
+    "nf4",
+    "gguf-q4_0",
+    "fit-6gb",
+    "prune-then-quantize",
 }
-CALIBRATED = {r for r in RECIPES if r.parent.name in ("prune", "merge")}
+SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize")}
+CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
+# What else a recipe is told, so that it fits the embedded model.
+SMALL = {"fit-6gb": ["target-size=2MB", "fit-tokens=256"]}
 
 
 @lru_cache(maxsize=1)
@@ -70,16 +83,11 @@ def changes(recipe: Path, out: Path) -> list[str]:
     """The --set arguments of the recipe's own command, with the embedded model for every model and
     the embedded text for every text.
     """
-    if recipe in CALIBRATED:
-        return [
-            f"source={mixture()}",
-            f"out={out}",
-            f"calibrate={TEXT}",
-            "tokens=4096",
-            "seq-len=256",
-            "sample=512",
-            "refit-tokens=4096",
-        ]
+    if recipe in SMALLER:
+        text = [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"] if recipe in CALIBRATED else []
+        reducing = ["sample=512", "refit-tokens=4096"] if recipe.parent.name != "quantize" else []
+        more = SMALL.get(recipe.stem, [])
+        return [f"source={mixture()}", f"out={out}", *text, *reducing, *more]
     words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
     models = next((f.partition("=")[2].split(",") for f in found if f.startswith("from=")), [])
@@ -119,7 +127,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 26 and len(CALIBRATED) == 12
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 36 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 
