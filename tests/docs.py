@@ -12,8 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from moetool.surgery.forms import Spelled
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -74,9 +78,45 @@ def recipes() -> str:
     return markdown(["recipe", "is"], rows)
 
 
+def formats() -> str:
+    """Every word of `quantize --format`, its stored bits a weight, and who reads it in linears and
+    in experts: formats that somebody reads first, the smallest first.
+    """
+    from moetool.surgery import forms
+
+    found = sorted(map(format_row, forms.formats()), key=lambda row: (not row[3], float(row[2])))
+    return markdown(["`--format`", "is", "bits", "dense, read by", "experts, read by"], found)
+
+
+def format_row(word: str) -> list[str]:
+    """A format on a matrix of 4,096 x 4,096."""
+    from moetool.surgery import forms
+    from moetool.surgery.spec import Target
+
+    spelled = forms.asked(word)
+    asked = forms.settled(spelled, Target("model.layers.0.weight", "BF16", (4096, 4096)))
+    form, about = forms.named(asked.form), forms.named(spelled.form).formats[word].about
+    bits = f"{form.bits((4096, 4096), asked.params):.4g}"
+    return [f"`{word}`", about, bits, readers(asked, False), readers(asked, True)]
+
+
+def readers(asked: Spelled, moe: bool) -> str:
+    """The loaders that read a format; with an asterisk where only their source was read."""
+    from moetool.surgery import clients
+
+    found = []
+    for loader in clients.clients():
+        verdict = clients.verdict(loader, asked.form, asked.params, moe=moe)
+        if verdict.works:
+            found.append(loader + ("" if verdict.known == "run" else "*"))
+    return ", ".join(found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ways of prune": lambda: ways("prune"),
     "ways of merge": lambda: ways("merge"),
+    "ways of quantize": lambda: ways("quantize"),
+    "formats": formats,
     "pairs": pairs,
     "recipes": recipes,
 }
