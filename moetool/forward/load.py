@@ -111,7 +111,7 @@ def _with_experts(opened: Checkpoint, raw: JsonObject, config: Any, how: JsonObj
 
     named = config.get_text_config(decoder=True).dtype or torch.bfloat16
     dtype = named if how["dtype"] == "auto" else how["dtype"]
-    held = bitsandbytes.StackedExperts(opened, stacks.stacks(opened), dtype)
+    held = bitsandbytes.PackedStacks(opened, stacks.stacks(opened), dtype)
     del config.quantization_config
     with stock.quietly():
         model, info = stock.model_class(raw).from_pretrained(

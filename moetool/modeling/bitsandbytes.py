@@ -30,7 +30,7 @@ _FOUR, _EIGHT = "moetool_4bit", "moetool_8bit"
 
 
 @dataclass
-class StackedExperts:
+class PackedStacks:
     """The stacked experts of a model, and the dtype it computes in."""
 
     source: Checkpoint
@@ -133,7 +133,7 @@ def _owner(model: nn.Module, stack: Stack) -> tuple[nn.Module, str]:
     return module, name
 
 
-def told(said: JsonObject, held: StackedExperts) -> Any:
+def told(said: JsonObject, held: PackedStacks) -> Any:
     """The quantization config that makes transformers load linears as bitsandbytes does, and the
     experts of `held`. `said`: what the checkpoint's config says.
     """
@@ -191,7 +191,7 @@ def _plugin() -> Any:
     from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
     class Told(BitsAndBytesConfig):  # type: ignore[misc]
-        held: StackedExperts
+        held: PackedStacks
 
         def to_dict(self) -> JsonObject:
             """Without what is no JSON."""

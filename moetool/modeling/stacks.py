@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import torch
+
 from moetool.kernels import codec
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plain_experts import PlainExperts
@@ -28,9 +30,10 @@ class Stack:
     entries: tuple[tuple[Stored, ...], ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> torch.Size:
         first = self.entries[0]
-        return len(self.entries), sum(m.shape[0] for m in first), first[0].shape[1]
+        rows = sum(m.shape[0] for m in first)
+        return torch.Size((len(self.entries), rows, first[0].shape[1]))
 
     @property
     def matrices(self) -> Iterator[Stored]:

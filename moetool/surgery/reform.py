@@ -24,7 +24,7 @@ from moetool.errors import MoetoolError
 from moetool.kernels import turn
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.forms.form import Form, Written
+from moetool.surgery.forms.form import Form, Kin, Written
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import FLOATS, InParts, Piece, Stored, Target, Task
 
@@ -299,17 +299,14 @@ class _Reform:
         return config
 
 
-def _kin(
-    form: Form, held: Mapping[str, Mapping[str, tuple[Target, JsonObject]]]
-) -> dict[str, tuple[Target, Form, JsonObject]]:
+def _kin(form: Form, held: Mapping[str, Mapping[str, tuple[Target, JsonObject]]]) -> dict[str, Kin]:
     """The matrices of all forms that share a config with this one."""
-    alike = (n for n in held if n == form.name or form.method == forms.named(n).method != "")
-    kin = {name: forms.named(name) for name in alike}
-    return {
-        name: (target, kin[other], params)
-        for other in sorted(kin)
-        for name, (target, params) in held[other].items()
-    }
+    found: dict[str, Kin] = {}
+    for name in sorted(held):
+        other = forms.named(name)
+        if name == form.name or form.method == other.method != "":
+            found |= {n: Kin(target, other, params) for n, (target, params) in held[name].items()}
+    return found
 
 
 def _inputs(made: Makers) -> Iterator[Piece]:

@@ -102,7 +102,7 @@ class Considered:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fitted:
     """What was chosen, and the tables behind it."""
 
     plan: str
@@ -144,7 +144,7 @@ class ToFit:
         return plan.disk + small + sum(os.path.getsize(path) for path in travelling)
 
 
-def fit(job: ToFit) -> Fit:
+def fit(job: ToFit) -> Fitted:
     """Choose. Raises MoetoolError where nothing fits, or the source already does."""
     from moetool.methods.quantize.parts import sensitivity
 
@@ -173,7 +173,7 @@ def fit(job: ToFit) -> Fit:
         "sensitivity": _table(rated),
         "considered": [plan.as_json() for plan in (*tried, *others)],
     }
-    return Fit(best.plan, report, meter.peak)
+    return Fitted(best.plan, report, meter.peak)
 
 
 def _rated(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moetool.kernels.grid import Grid
 from moetool.surgery.spec import InParts, Piece, Shape, Stored, Target, whole
@@ -45,6 +45,14 @@ class Format:
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
+class Kin(NamedTuple):
+    """A matrix of an output, in which form it is, and with which of its params."""
+
+    target: Target
+    form: Form
+    params: Params
+
+
 @dataclass(frozen=True)
 class Written:
     """What a form's `config` is told of an output: its matrices in this form, each with the form's
@@ -56,7 +64,7 @@ class Written:
     matrices: Mapping[str, tuple[Target, Params]]
     full: Sequence[Target] = ()
     new: Sequence[Target] = ()
-    kin: Mapping[str, tuple[Target, Form, Params]] = field(default_factory=dict)
+    kin: Mapping[str, Kin] = field(default_factory=dict)
 
 
 class Form:

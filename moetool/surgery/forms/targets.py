@@ -10,7 +10,7 @@ all experts the first group with a pattern that speaks of experts, else the firs
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -38,7 +38,9 @@ class ConfigGroups:
     def of(cls, said: JsonObject) -> ConfigGroups:
         """Those of a `quantization_config`."""
         groups = tuple(g for g in (said.get("config_groups") or {}).values() if isinstance(g, dict))
-        targets = {t: g for g in groups for t in g.get("targets") or ()}
+        targets: dict[str, JsonObject] = {}
+        for group in groups:
+            targets |= dict.fromkeys(group.get("targets") or (), group)
         order = sorted(targets, key=lambda t: ("re:" in t, t))
         return cls(groups, tuple(said.get("ignore") or ()), {t: targets[t] for t in order})
 
@@ -144,12 +146,17 @@ def ignore(full: Sequence[str], quantized: Sequence[str]) -> list[str]:
     return made if _HEAD in known else [_HEAD, *made]
 
 
+def _ends(name: _Opened) -> Iterator[_Opened]:
+    """The last words of a name: one, two, ... all."""
+    return (name[-n:] for n in range(1, len(name) + 1))
+
+
 def patterns(modules: Iterable[str], others: Iterable[str], least: int = 2) -> list[str]:
     """Patterns that mean these modules and none of the others: the shortest ends of their names, of
     at least so many words, with numbers left open where they can be.
     """
     taken = {_opened(m) for m in others}
-    ends = {name[-n:] for name in taken for n in range(1, len(name) + 1)}
+    ends = set(chain.from_iterable(map(_ends, taken)))
     wanted: dict[_Opened, list[str]] = {}
     for module in modules:
         wanted.setdefault(_opened(module), []).append(module)
