@@ -39,7 +39,7 @@ class Limit:
                 file=where,
                 expected=f"at most {self.shown.format(self.most)}",
                 found=self.shown.format(value),
-                hint="remove less (--ratio), try --refit or another method, or raise the gate",
+                hint="ask for less, try another method, or raise the gate",
             )
 
 

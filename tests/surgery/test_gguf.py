@@ -351,6 +351,13 @@ def test_rows_that_no_block_divides(models: Made, tmp_path: Path) -> None:
     assert head.types["blk.0.attn_v_b.weight"] == "q4_0"
 
 
+def test_what_half_precision_cannot_hold() -> None:
+    form, matrix = named("gguf"), torch.tensor([[7e4, 1.0]])
+    with pytest.raises(MoetoolError, match="half precision"):
+        form.encode(matrix, {"kind": "f16"})
+    assert form.encode(matrix, {"kind": "bf16"})[0] is matrix
+
+
 def test_one_file_holds_one_kind_of_format(models: Made, tmp_path: Path) -> None:
     made = models("qwen3_moe", **OVERRIDES["qwen3_moe"])
     with pytest.raises(MoetoolError, match="mixes formats of GGUF files with others"):

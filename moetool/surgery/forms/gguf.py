@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from moetool.errors import MoetoolError
 from moetool.kernels.grid import Grid
 from moetool.surgery.containers.gguf import KINDS
 from moetool.surgery.forms.form import Config, Form, Format, Params, Recognised, Written
@@ -93,7 +94,16 @@ class Gguf(Form):
         """As llama.cpp rounds to nearest."""
         from moetool.kernels import ggml
 
-        return (matrix if params["kind"] in PLAIN else ggml.encode(matrix, params["kind"]),)
+        if params["kind"] not in PLAIN:
+            return (ggml.encode(matrix, params["kind"]),)
+        if params["kind"] == "f16" and not (matrix.is_meta or matrix.half().isfinite().all()):
+            raise MoetoolError(
+                "half precision does not hold a weight of this matrix",
+                expected="weights up to 65504",
+                found=float(matrix.abs().max()),
+                hint="ask for gguf:bf16",
+            )
+        return (matrix,)
 
     def grid(self, shape: Shape, params: Params) -> Grid | None:
         """None for plain numbers, and for blocks that have a minimum."""
