@@ -18,10 +18,10 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 def render(prepared: Prepared, report: Report) -> bytes:
     """README.md as bytes."""
     lines = [
-        *_front(prepared),
+        *_front(prepared, report),
         f"# {os.path.basename(report.out)}",
         "",
-        f"A mixture of experts made by [moetool](https://pypi.org/project/moetool) {_verbs(prepared)}, from:",
+        f"{_kind(report)} made by [moetool](https://pypi.org/project/moetool) {_verbs(prepared)}, from:",
         "",
         *(f"- `{_shown(name)}`" for name in prepared.names),
         "",
@@ -48,15 +48,19 @@ def _told(prepared: Prepared, report: Report) -> list[str]:
     return [*said, *prepared.method.card(report)]
 
 
-def _front(prepared: Prepared) -> list[str]:
+def _kind(report: Report) -> str:
+    return "A mixture of experts" if report.facts.experts else "A model"
+
+
+def _front(prepared: Prepared, report: Report) -> list[str]:
     """The Hub's metadata."""
     verbs = [p.options.method for p in (*prepared.before, prepared)]
-    tags = list(dict.fromkeys(["moe", "moetool", *verbs]))
+    tags = list(dict.fromkeys([*(["moe"] if report.facts.experts else []), "moetool", *verbs]))
     lines = ["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags)]
     bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.origins)) if b]
     if bases:
         lines += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases))]
-    if len(prepared.sources) > 1 or len(prepared.origins) > 1:
+    if len(prepared.origins) > 1:
         lines += ["base_model_relation: merge"]
     return [*lines, "---", ""]
 
@@ -83,7 +87,8 @@ def _table(report: Report) -> list[str]:
         "parameters": counts,
         "size": show_bytes(report.output_bytes),
     }
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return ["| | |", "|---|---|", *lines]
 
 
 def _base(name: str, config: JsonObject) -> str | None:

@@ -139,6 +139,7 @@ def test_each_role_has_its_format(models: Models, text: Path, tmp_path: Path) ->
     assert held["self_attn.q_proj.weight"] == (8, 32)
     assert held["mlp.experts.3.down_proj.weight"] == (2, 16)
     assert held["mlp.up_proj.weight"] == (4, 0)
+    assert "relation: merge" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_stacked_experts_are_solved_each_by_itself(

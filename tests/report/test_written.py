@@ -72,6 +72,13 @@ def test_the_command_is_the_one_that_was_typed(tmp_path: Path, moetool: Callable
     assert command in card(tmp_path / "my moe")[1]
 
 
+def test_a_card_of_a_dense_model_speaks_of_no_experts(tmp_path: Path) -> None:
+    moetool.quantize("demo", str(tmp_path / "out"), format="gguf:q8_0")
+    head, text = card(tmp_path / "out")
+    assert head["tags"] == ["moetool", "quantize"] and "A model made by" in text
+    assert "expert" not in text.partition("|---|")[2].partition("`moetool verify")[0]
+
+
 def test_several_sources_are_a_merge_of_models(tmp_path: Path) -> None:
     moetool.upcycle(
         "demo", str(tmp_path / "out"), experts=2, experts_from=["demo"], expert_map="0,1"
