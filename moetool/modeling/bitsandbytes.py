@@ -37,7 +37,7 @@ class PackedStacks:
     stacks: list[Stack]
     dtype: torch.dtype
 
-    def __deepcopy__(self, memo: object) -> StackedExperts:
+    def __deepcopy__(self, memo: object) -> PackedStacks:
         """Itself, a value: transformers copies its quantizer for every tensor that it loads."""
         return self
 
