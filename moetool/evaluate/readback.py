@@ -199,9 +199,10 @@ def _distance(written: Checkpoint, promised: Pledge, lying: Stored, matrix: Tens
     grid, like = _grid(promised), lying.parts
     if grid is not None and like is not None:
         parts = [_part(written, p) for p in like.tensors]
-        unpacked = forms.named(like.form).unpack(parts, like.params)
+        form = forms.named(like.form)
+        unpacked = form.unpack(parts, like.params)
         if unpacked is not None:
-            dtype = str(matrix.dtype).removeprefix("torch.")
+            dtype = form.computes or str(matrix.dtype).removeprefix("torch.")
             coarse = 0.0 if promised.rounding else _COARSE.get(dtype, 0.0)
             made = distance.of_codes(matrix, unpacked, grid, coarse)
             return made._replace(astray=0) if promised.solved else made

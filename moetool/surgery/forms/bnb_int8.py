@@ -27,6 +27,7 @@ class BnbInt8(BitsAndBytes):
 
     name: ClassVar[str] = "bnb_int8"
     lead: ClassVar[str] = ".SCB"
+    computes: ClassVar[str] = "float16"
     formats: ClassVar[Mapping[str, Format]] = {
         "bnb-int8": Format("integers of 8 bits, a scale a row (bitsandbytes' LLM.int8())")
     }

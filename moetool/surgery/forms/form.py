@@ -76,6 +76,7 @@ class Form:
     alone: ClassVar[bool] = True  # whether one matrix can be encoded without others
     formats: ClassVar[Mapping[str, Format]] = {}  # what --format may ask for
     searched: ClassVar[bool] = True  # whether a scale of less error than the largest value's pays
+    computes: ClassVar[str] = ""  # dtype in which `encode` rounds; empty: the matrix's own
     method: ClassVar[str] = ""  # forms of one model have the same `quant_method`
     container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 
