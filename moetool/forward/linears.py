@@ -52,10 +52,12 @@ class Linear:
 class Observer(Protocol):
     """Sees every linear of every layer at work, and may give some of them new weights (`changes`:
     whether it ever does). `again`, asked after `end`: the layer is to be shown once more, with the
-    weights it was given.
+    weights it was given. `gates`: the power of the gate weight that an expert's tokens count with
+    (their inputs are shown multiplied by its root; 0: as they are).
     """
 
     changes: bool
+    gates: int
 
     @property
     def again(self) -> bool: ...
@@ -179,8 +181,12 @@ class Linears:
             roles, mine = self.experts[at.expert], x[at.rows]
             if block.law.score == "sigmoid-on-input":
                 mine = mine * at.weight[:, None]
+            between = at.h
+            if watch.gates:
+                by = at.weight[:, None] ** (watch.gates / 2)
+                mine, between = mine * by, between * by
             for role, linear in roles.items():
-                watch.inputs(linear, at.h if role == "down" else mine)
+                watch.inputs(linear, between if role == "down" else mine)
 
         return seen
 
@@ -259,7 +265,7 @@ class Grams:
     arXiv 2210.17323). Linears that see the same inputs share one.
     """
 
-    changes, again = False, False
+    changes, again, gates = False, False, 0
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype

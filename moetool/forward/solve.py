@@ -57,6 +57,7 @@ class Solver(Protocol):
 
     linears: bool
     look: Look | None
+    gates: int  # linears.Observer
 
     def begin(self, layer: int, linears: Sequence[Linear]) -> None:
         """The linears of a layer that now comes, or comes again."""
@@ -137,7 +138,7 @@ class _Kept:
     changes = True
 
     def __init__(self, folder: Path, solver: Solver) -> None:
-        self.folder, self.solver = folder, solver
+        self.folder, self.solver, self.gates = folder, solver, solver.gates
         self.last = Solved()
 
     def change(self, layer: int, block: Block) -> Block | None:

@@ -131,6 +131,25 @@ def test_every_linear_is_shown_its_inputs(family: str, models: Callable[..., Pat
         assert float((seen.all[at] - gram).abs().max() / gram.abs().max()) < 1e-5, at
 
 
+@pytest.mark.parametrize("gates", [1, 2])
+def test_tokens_count_by_their_gate_weight(gates: int, models: Callable[..., Path]) -> None:
+    """With one expert a token and a routing scale of 2 every gate weight is 2."""
+    options = {"num_experts_per_tok": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.0}
+    source = Checkpoint.open(models("deepseek_v3", **options))
+    plain, weighed = Kept(), Kept()
+    weighed.gates = gates
+    for watch in (plain, weighed):
+        Walk(source, batches((2, 24)), Budget()).run(watch=watch)
+    assert plain.all.keys() == weighed.all.keys()
+    routed = 0
+    for at, gram in plain.all.items():
+        factor = 1 if at[1] is None else 2**gates
+        routed += at[1] is not None
+        apart = (weighed.all[at] - factor * gram).abs().max() / gram.abs().max()
+        assert float(apart) < 1e-5, at
+    assert routed > 6
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_those_of_the_file(family: str, models: Callable[..., Path]) -> None:
     """[out, in], whichever way round they lie."""
@@ -164,7 +183,7 @@ def changed(linear: Linear) -> torch.Tensor:
 class Changing:
     """A solver that gives every linear another weight."""
 
-    linears, look, changes, again = True, None, True, False
+    linears, look, changes, again, gates = True, None, True, False, 0
 
     def __init__(self) -> None:
         self.now: list[Linear] = []

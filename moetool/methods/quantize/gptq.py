@@ -25,6 +25,13 @@ class Compensating:
         "where fewer tokens came)",
         FINE,
     )
+    hessian: str = option(
+        "own",
+        "what an expert's tokens count: own, each alike; gate or gate2, by their gate weight or its "
+        "square (MoEQuant, arXiv 2505.03804; no gain was measured)",
+        FINE,
+        choices=("own", "gate", "gate2"),
+    )
 
 
 class Gptq(Rounding):

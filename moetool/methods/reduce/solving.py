@@ -62,7 +62,7 @@ class LayerByLayer:
     (forward/solve.py).
     """
 
-    linears = False
+    linears, gates = False, 0
 
     def __init__(
         self, asked: Asked, within: Bounds, replay: Decided | None, wanted: Wanted

@@ -36,6 +36,7 @@ from moetool.surgery import forms
 from moetool.surgery.spec import Target
 
 Tensor = torch.Tensor
+HESSIANS = ("own", "gate", "gate2")  # by the power of the gate weight
 COUNTED = ("solved", "experts_without_tokens", "experts_with_few_tokens")
 
 
@@ -123,6 +124,7 @@ class Rounder:
 
     def __init__(self, choice: Choice, own: JsonObject, room: int) -> None:
         self.choice, self.own, self.room = choice, own, room
+        self.gates = HESSIANS.index(own["hessian"])
         self.look: Look | None = None
         self.turns: list[Turn] = []  # of the layer at work, those that are still to come
         self.parts: list[Part] = []  # of that layer, solved
