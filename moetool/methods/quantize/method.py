@@ -23,7 +23,7 @@ from moetool.methods.proof import Pledge
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.way import Rounding, ToRound
 from moetool.methods.several import Several
-from moetool.surgery import reform, to_gguf
+from moetool.surgery import forms, reform, to_gguf
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plan import Outputs
 from moetool.surgery.spec import whole
@@ -185,7 +185,10 @@ def _laid(
     """The plan that writes a choice; `most`: bytes of a file."""
     build = _built(read, choice)
     wanted = Outputs(read[0].config, build.targets, build.tasks, {})
-    into = {n: reform.Into(a.form, a.params, rounding) for n, a in choice.formats.items()}
+    into = {
+        name: reform.Into(a.form, a.params, rounding if forms.named(a.form).searched else {})
+        for name, a in choice.formats.items()
+    }
     made = to_gguf.Arranged(wanted, into)
     if asked.container == "gguf":
         made = to_gguf.arranged(read, wanted, into, choice.matrices)

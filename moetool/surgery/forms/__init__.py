@@ -252,7 +252,7 @@ def _parts(matrix: Tensor, beside: Sequence[Tensor], entry: Params) -> Sequence[
     form, params = named(entry["form"]), entry.get("params", {})
     _refuse_infinite(matrix)
     grid = form.grid(tuple(matrix.shape), params)
-    if "rounding" not in entry or grid is None or not form.searched:
+    if "rounding" not in entry or grid is None:
         return form.encode_beside(matrix, beside, params)
     from moetool.kernels import rounding
 
