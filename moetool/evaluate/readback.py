@@ -203,7 +203,8 @@ def _distance(written: Checkpoint, promised: Pledge, lying: Stored, matrix: Tens
         unpacked = form.unpack(parts, like.params)
         if unpacked is not None:
             dtype = form.computes or str(matrix.dtype).removeprefix("torch.")
-            coarse = 0.0 if promised.rounding else _COARSE.get(dtype, 0.0)
+            finely = promised.rounding and form.searched
+            coarse = 0.0 if finely else _COARSE.get(dtype, 0.0)
             made = distance.of_codes(matrix, unpacked, grid, coarse)
             return made._replace(astray=0) if promised.solved else made
     return distance.of_values(matrix, written.matrix(whole(lying)))
