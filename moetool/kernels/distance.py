@@ -20,6 +20,7 @@ Tensor = torch.Tensor
 _CHUNK = 1 << 16  # weights worked on at once: what lies in the cache
 _FLOAT32 = 1e-5  # relative rounding of a few float32 operations
 _NOTHING = 1e-37  # scales whose inverse is not finite, or nearly
+_SMALLEST, _LARGEST = 1e-20, 1e38  # sums of squares that float32 tells well
 _TOLERATED = 1.1  # stored scales are rounded
 
 
@@ -66,7 +67,7 @@ def of_codes(matrix: Tensor, rounded: Rounded, grid: Grid, rounding: float = 0.0
         norm += _squared(weights)
         scaled = weights.view(*scales[some].shape, -1).mul_(inverse[some, :, None])
         apart = _levels(rounded.codes[some], grid, apart).view(scaled.shape).sub_(scaled)
-        error += _squared(torch.linalg.vector_norm(apart, dim=-1).mul_(scales[some]))
+        error += _squared(torch.linalg.vector_norm(apart, dim=-1), scales[some])
         astray += around.astray(apart, scaled, rounded.codes[some])
     if bool(lost.any()):
         groups = matrix.view(*scales.shape, -1)
@@ -148,6 +149,11 @@ def _rows(matrix: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(matrix), step))
 
 
-def _squared(values: Tensor) -> float:
-    flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
+def _squared(values: Tensor, by: Tensor | None = None) -> float:
+    """The sum of squares (of products with `by`), in float64 where float32 over- or underflows."""
+    flat = (values if by is None else values * by).reshape(-1)
+    found = float(torch.dot(flat, flat))
+    if _SMALLEST < found < _LARGEST:
+        return found
+    wide = (values.double() if by is None else values.double() * by).reshape(-1)
+    return float(torch.dot(wide, wide))

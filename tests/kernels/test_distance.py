@@ -91,3 +91,19 @@ def test_nothing_and_no_numbers() -> None:
     assert distance.of_codes(weights, rounding.nearest(weights, on), on).astray >= 1
     broken = distance.of_values(weights, weights).relative
     assert broken != broken
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-30])
+def test_squares_that_float32_does_not_hold(size: float) -> None:
+    weights = (matrix() / matrix().abs().max()).double() * size
+    on = grid.integers(4, 64, "F32")
+    rounded = rounding.nearest(weights.float(), on)
+    made = rounding.values(rounded, on)
+    true = relative(weights, made)
+    for found in (
+        distance.of_codes(weights.float(), rounded, on),
+        distance.of_values(weights.float(), made),
+    ):
+        assert found.astray == 0
+        assert found.relative == pytest.approx(true, rel=1e-3)
+    assert true < distance.most(weights.float(), on) < 1
