@@ -301,6 +301,19 @@ def test_integers_that_nothing_scales(word: str, part: str, mixtures: Made, tmp_
     )
 
 
+def test_integers_that_do_not_lie_in_rows(mixtures: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "turing"
+    shutil.copytree(mixtures("qwen3_moe", "bnb-int8")[0], folder)
+    lying = tensors(folder)
+    name = next(n for n in lying if n.endswith("weight_format"))
+    lying[name] = torch.full_like(lying[name], 2)
+    save_file(lying, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoetoolError, match="does not lie in rows") as problem:
+        Checkpoint.open(folder)
+    assert problem.value.where["tensor"] == name
+    assert "col_turing" in str(problem.value.where["found"])
+
+
 def test_a_width_that_the_library_decodes_wrongly(models: Made, tmp_path: Path) -> None:
     with pytest.raises(MoetoolError, match="no multiple of 64") as problem:
         api.quantize(str(models("llama", head_dim=24)), str(tmp_path / "out"), format="nf4")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moetool.kernels.rounding import Rounded
 
 _MOST = 127
+_ORDERS = ("row", "col32", "col_turing", "col_ampere")  # bitsandbytes.utils
 
 
 class BnbInt8(BitsAndBytes):
@@ -54,6 +55,7 @@ class BnbInt8(BitsAndBytes):
                 found=list(scales.shape),
                 hint="the checkpoint is incomplete: download it again",
             )
+        _by_rows(order, seen)
         parts = InParts(self.name, (weight, scales, order))
         return made_of(self.name, full, seen.dtype, weight.shape, parts)
 
@@ -94,3 +96,17 @@ class BnbInt8(BitsAndBytes):
         from moetool.kernels import bnb
 
         return bnb.from_int8(*parts[:2])
+
+
+def _by_rows(order: Stored, seen: Seen) -> None:
+    """Refuse integers in an order for some GPU's kernels, which old releases stored."""
+    said = seen.read(order) if seen.read else b""
+    if any(said):
+        known = _ORDERS[said[0]] if said[0] < len(_ORDERS) else "no order of bitsandbytes"
+        raise MoetoolError(
+            "an int8 matrix does not lie in rows",
+            tensor=order.name,
+            expected="weight_format 0 (row)",
+            found=f"{said[0]} ({known})",
+            hint="load and save the model with a current bitsandbytes",
+        )
