@@ -78,7 +78,7 @@ class _Arranging:
 
     def __post_init__(self) -> None:
         self.at = text_model(self.wanted.config)
-        self.family = families.family(self.at)
+        self.family = families.family(self.at, str(self.wanted.config.get("model_type")))
         self.targets: dict[str, Target] = {}
         self.tasks: list[Task] = []
         self.forms: dict[str, Into] = {}

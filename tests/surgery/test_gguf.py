@@ -366,6 +366,12 @@ def test_one_file_holds_one_kind_of_format(models: Made, tmp_path: Path) -> None
     assert sorted(words) == sorted(f"gguf:{k}" for k in (*KINDS, "f16", "bf16"))
 
 
+def test_a_part_of_another_family_is_refused_by_that_name(models: Made, tmp_path: Path) -> None:
+    with pytest.raises(MoetoolError, match="the tensors of llava is not known") as problem:
+        api.quantize(str(models("llava")), str(tmp_path / "out"), format="gguf:q8_0")
+    assert problem.value.where["found"] == "llava"
+
+
 def test_a_window_is_said(models: Made, tmp_path: Path) -> None:
     made = models("mistral", **{**OVERRIDES["mistral"], "sliding_window": 8})
     report = api.quantize(str(made), str(tmp_path / "out"), format="gguf:q8_0")

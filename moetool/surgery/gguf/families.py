@@ -96,10 +96,13 @@ def families() -> dict[str, Dialect]:
     return {n: Dialect(**f).with_usual(data["usual"]) for n, f in data["families"].items()}
 
 
-def family(at: TextModel) -> Dialect:
-    """The family of a text model; MoetoolError where llama.cpp's names for it are not known."""
+def family(at: TextModel, whole: str = "") -> Dialect:
+    """The family of a text model; MoetoolError where llama.cpp's names for it are not known.
+    `whole`: the family of the checkpoint that the text model is a part of.
+    """
     name = at.layout.model_type
     if name not in families() or at.prefix:
+        name = (at.prefix and whole) or name
         raise MoetoolError(
             f"how llama.cpp names the tensors of {name} is not known to moetool",
             expected=", ".join(sorted(families())),
