@@ -280,6 +280,32 @@ def test_what_no_form_explains_is_named(what: str, models: Made, tmp_path: Path)
     assert problem.value.where["tensor"] == name
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("int4/32", None),
+        ("int4/32", {}),
+        ("int4/32", {"quant_method": "gptq"}),
+        ("fp8", {}),
+        ("fp8-block", None),
+        ("nf4", {"quant_method": "mxfp4"}),
+        ("bnb-int8", None),
+    ],
+    ids=str,
+)
+def test_parts_that_the_config_does_not_explain(
+    word: str, said: Any, models: Made, tmp_path: Path
+) -> None:
+    wide = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    made = models("llama", num_key_value_heads=4, **wide)
+    api.quantize(str(made), str(tmp_path / "out"), format=word, force=True, loader_check=False)
+    tensors, config = _lying(tmp_path / "out")
+    with pytest.raises(MoetoolError, match="does not say what this part") as problem:
+        forms.seen(tensors, config | {"quantization_config": said})
+    assert problem.value.where["tensor"] in tensors
+    assert problem.value.where["found"] == (json.dumps(said) if said else "config.json without any")
+
+
 BROKEN: dict[str, Callable[[dict[str, Stored], dict[str, Any]], Any]] = {
     "lacks a part": lambda t, c: t.pop("model.layers.0.self_attn.k_proj.weight_scale"),
     "do not fit together": lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=8),

@@ -6,6 +6,7 @@ behind every operation that computes. Nothing here imports torch before a matrix
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,13 @@ __all__ = [
     "split",
     "weights",
 ]
+
+
+# Of compressed-tensors, fp8 in blocks and bitsandbytes; and of mxfp4. No family has such names.
+_PARTS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_shape",
+          ".weight_zero_point", ".weight_global_scale", ".SCB", ".weight_format",
+          ".absmax")  # fmt: skip
+_PAIR = ("_blocks", "_scales")
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,26 @@ def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None
         config, told[name] = known.config, known.told
     for form in {f.method: f for f in forms().values() if f.method}.values():
         form.complete(found, config)
+    _refuse_parts(found, config)
     said = set(chain.from_iterable(told.values()))  # several forms may be told of by one key
     return Known(found, {k: v for k, v in config.items() if k not in said}, told)
+
+
+def _refuse_parts(tensors: Mapping[str, Stored], config: Config) -> None:
+    """Refuse what is a part of a packed matrix by its name, and of none that a form made: by the
+    config of another model, or by none, all such matrices would be overlooked.
+    """
+    for name, tensor in tensors.items():
+        pair = name.endswith(_PAIR) and f"{name.rpartition('_')[0]}{_PAIR[1]}" in tensors
+        if not tensor.parts and (name.endswith(_PARTS) or (pair and tensor.dtype == "U8")):
+            said = config.get("quantization_config")
+            raise MoetoolError(
+                "the config does not say what this part of a packed matrix belongs to",
+                tensor=name,
+                expected="the quantization_config that the matrices were packed by",
+                found=json.dumps(said)[:200] if said else "config.json without any",
+                hint="restore the config.json that came with the model",
+            )
 
 
 def count(tensors: Iterable[Stored]) -> int:
