@@ -22,6 +22,8 @@ STATES = ("works", "refuses", "wrong", "untried")
 KNOWN = ("run", "source", "untried")
 _EXPERTS, _FULL = "experts", "full"
 _STACK = 3  # axes of experts in one tensor, which a loader of single matrices does not look for
+_LISTS = ("forms", "roles", "dtypes")
+_DTYPES = {"F16": "float16", "F32": "float32", "BF16": "bfloat16"}
 _OTHER = "*"  # any form that a loader's entry does not name
 
 
@@ -39,6 +41,7 @@ class Assigned:
     shape: tuple[int, ...] = ()
     layer: int | None = None
     bias: bool = False
+    dtype: str = ""  # that the model computes in
 
     @property
     def what(self) -> str:
@@ -106,7 +109,8 @@ class Case:
 class Demand:
     """What must hold of a whole output. `kind`: alike (experts share form and params, within a
     model or a layer), whole (no single expert stays full beside `forms`), never (a role of `roles`
-    in these forms), divided (params[`by`] divides both widths), unbiased (no linear adds a bias).
+    in these forms), divided (params[`by`] divides both widths), unbiased (no linear adds a bias),
+    computed (the model computes in one of `dtypes`, where a role of `roles` is in these forms).
     """
 
     kind: str
@@ -117,6 +121,7 @@ class Demand:
     within: str = "model"
     roles: tuple[str, ...] = ()
     by: str = ""
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in _RULES or self.state not in STATES[1:] or self.known not in KNOWN:
@@ -127,7 +132,7 @@ class Demand:
     @classmethod
     def read(cls, data: JsonObject) -> Demand:
         """TypeError for an unknown key."""
-        lists: JsonObject = {k: tuple(data[k]) for k in ("forms", "roles") if k in data}
+        lists: JsonObject = {k: tuple(data[k]) for k in _LISTS if k in data}
         return cls(**(data | lists))
 
     def refusal(self, asked: Sequence[Assigned]) -> str:
@@ -184,12 +189,19 @@ def _unbiased(rule: Demand, asked: Sequence[Assigned]) -> str:
     return next((f"{a.what} with a bias" for a in asked if a.bias and a.form != _FULL), "")
 
 
+def _computed(rule: Demand, asked: Sequence[Assigned]) -> str:
+    mine = [a for a in asked if a.role in rule.roles and a.form != _FULL and a.dtype]
+    other = next((a for a in mine if a.dtype not in rule.dtypes), None)
+    return f"{other.what} of a model in {_DTYPES.get(other.dtype, other.dtype)}" if other else ""
+
+
 _RULES = {
     "alike": _alike,
     "whole": _whole,
     "never": _never,
     "divided": _divided,
     "unbiased": _unbiased,
+    "computed": _computed,
 }
 
 

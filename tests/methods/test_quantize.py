@@ -126,6 +126,15 @@ def test_the_input_embedding_stays_full(word: str, source: Source, tmp_path: Pat
     assert f"{word} embed" in problem.message
 
 
+@pytest.mark.parametrize("word", ["mxfp4", "nvfp4", "mxfp8"])
+def test_a_model_that_does_not_compute_in_bfloat16(
+    word: str, models: Source, tmp_path: Path
+) -> None:
+    """What compressed-tensors decodes to bfloat16 meets activations of another dtype."""
+    problem = refused(models("llama", dtype="float16"), tmp_path, format=word)
+    assert "of a model in float16" in problem.message and "int8" in problem.hint
+
+
 @pytest.mark.parametrize(
     ("family", "asked", "loader", "said", "hint"),
     [

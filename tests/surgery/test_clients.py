@@ -140,6 +140,18 @@ def _experts(form, params, name="a", **more) -> Assigned:
         ("transformers5", [Assigned("attn", "nvfp4", {})], ""),
         (
             "transformers5",
+            [Assigned("attn", "nvfp4", {}, dtype="F16")],
+            "does not read nvfp4 attn of a model in float16",
+        ),
+        ("transformers5", [Assigned("attn", "mxfp8", {}, dtype="BF16")], ""),
+        ("transformers5", [_experts("mxfp4_packed", {}, dtype="F16")], ""),
+        (
+            "transformers4",
+            [_experts("mxfp4_packed", {}, dtype="F32")],
+            "does not read mxfp4_packed experts of a model in float32",
+        ),
+        (
+            "transformers5",
             [Assigned("attn", "fp8_block", {"block": [128, 128]}, "fp8-block", "kv", (576, 512))],
             r"fp8-block attn kv \[576, 512\], which \[128, 128\] does not divide",
         ),

@@ -11,6 +11,7 @@ from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import clients, forms, scan
 from moetool.surgery.clients import Assigned
 from moetool.surgery.forms import Spelled
+from moetool.surgery.forms.form import float_of
 from moetool.surgery.roles import Matrix
 from moetool.surgery.spec import Target, Task, whole
 
@@ -141,6 +142,7 @@ def _assigned(source: Checkpoint, choice: Choice, matrix: Matrix) -> Assigned:
         shape=matrix.shape,
         layer=matrix.layer,
         bias=matrix.name.removesuffix("weight") + "bias" in source.tensors,
+        dtype=float_of(source.config, matrix.dtype),
     )
 
 

@@ -204,11 +204,13 @@ def slabs(parts: Sequence[Stored | Target], shape: Shape, piece: Piece) -> tuple
     return tuple(made)
 
 
-def float_of(config: Config) -> str:
-    """The dtype, as safetensors says it, that a config names for its weights; BF16 without one."""
+def float_of(config: Config, unsaid: str = "BF16") -> str:
+    """The dtype, as safetensors says it, that a config names for its weights; `unsaid` without."""
     text = config.get("text_config") or {}
     told = (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"))
-    said = next(filter(None, (*told, text.get("torch_dtype"))), "bfloat16")
+    said = next(filter(None, (*told, text.get("torch_dtype"))), None)
+    if said is None:
+        return unsaid
     return {"float32": "F32", "float16": "F16"}.get(str(said).removeprefix("torch."), "BF16")
 
 
