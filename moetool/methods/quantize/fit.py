@@ -102,7 +102,7 @@ class Considered:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class BestPlan:
     """What was chosen, and the tables behind it."""
 
     plan: str
@@ -144,7 +144,7 @@ class ToFit:
         return plan.disk + small + sum(os.path.getsize(path) for path in travelling)
 
 
-def fit(job: ToFit) -> Fitted:
+def fit(job: ToFit) -> BestPlan:
     """Choose. Raises MoetoolError where nothing fits, or the source already does."""
     from moetool.methods.quantize.parts import sensitivity
 
@@ -173,7 +173,7 @@ def fit(job: ToFit) -> Fitted:
         "sensitivity": _table(rated),
         "considered": [plan.as_json() for plan in (*tried, *others)],
     }
-    return Fitted(best.plan, report, meter.peak)
+    return BestPlan(best.plan, report, meter.peak)
 
 
 def _rated(
