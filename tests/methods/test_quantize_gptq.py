@@ -190,6 +190,21 @@ def test_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_formats_without_a_grid(models: Models, text: Path, tmp_path: Path) -> None:
+    """Asked for gptq: refused; by auto: rtn, and why; beside others: those alone are solved."""
+    model, asked = str(models("llama", dtype="bfloat16")), {"calibrate": [str(text)], "seq_len": 40}
+    with pytest.raises(moetool.MoetoolError, match="nvfp4 has no grid") as found:
+        moetool.quantize(model, str(tmp_path / "no"), format="nvfp4", method="gptq", **asked)
+    assert "--method rtn" in found.value.hint and list(tmp_path.iterdir()) == []
+    said = moetool.quantize(model, str(tmp_path / "auto"), format="nvfp4", tokens=480, **asked)
+    assert said["rounding"] == "rtn" and any("nvfp4 has no grid" in w for w in said["warnings"])
+    plan = "attn=nvfp4,dense=int4/channel"
+    said = moetool.quantize(model, str(tmp_path / "both"), plan=plan, tokens=480, **asked)
+    assert said["rounding"] == "gptq" and said["solved"]["solved"] > 0
+    assert any("nvfp4 has no grid" in w for w in said["warnings"])
+    assert not any("see no text" in w for w in said["warnings"])
+
+
 def test_a_head_outside_of_the_layers_is_rounded(
     models: Models, text: Path, tmp_path: Path
 ) -> None:

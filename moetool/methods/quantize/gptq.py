@@ -9,6 +9,7 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.field import FINE
 from moetool.methods.options import option
+from moetool.methods.quantize import grids
 from moetool.methods.quantize.way import Rounding, ToRound
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Gptq(Rounding):
         return {"search": "mse"}
 
     def decide(self, job: ToRound) -> Decisions:
-        """Every matrix of the layers, solved. UsageError where there is no text."""
+        """Every matrix of the layers, solved. UsageError where there is no text, or no grid."""
+        from moetool.methods.contract import Decisions
+
         if not self.verb.calibrate:
             stats = bool(self.verb.stats)
             raise UsageError(
@@ -61,6 +64,11 @@ class Gptq(Rounding):
                 else "no text",
                 hint="--calibrate FILE, or --method rtn",
             )
+        if len(lost := list(grids.without(job.choice))) == len(job.choice.formats):
+            said = grids.unsolvable(job.choice.formats[name] for name in lost)
+            if self.verb.method != "auto":
+                raise UsageError(said, file=job.source.folder, hint="use --method rtn")
+            return Decisions(report={"warnings": [f"{said}: rounded as --method rtn does"]})
         from moetool.methods.quantize.parts import solving
 
         return solving.decisions(job, self.verb, asdict(self.own))

@@ -76,7 +76,7 @@ class Quantize(Several):
     def named(cls, options: Asking) -> type[Rounding]:
         if options.method != "auto":
             return cls.ways()[options.method]
-        return cls.ways()["gptq" if options.has_text and "gptq" in cls.ways() else "rtn"]
+        return cls.ways()["gptq" if options.has_text and _may_solve(options) else "rtn"]
 
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Quantize:
@@ -164,6 +164,13 @@ class Quantize(Several):
         from moetool.methods.quantize import report as document
 
         return {"report.json": document.render(report)}
+
+
+def _may_solve(options: Asking) -> bool:
+    """Whether a format has a grid, or they are still to be chosen."""
+    from moetool.methods.quantize import grids, scheme
+
+    return options.fits or any(map(grids.has, scheme.Scheme.of(options).roles.values()))
 
 
 def _with(options: Asking, plan: str) -> Asking:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moetool.data import JsonObject
 from moetool.methods.field import FINE
 from moetool.methods.options import option
-from moetool.methods.quantize.way import Rounding
+from moetool.methods.quantize import grids
+from moetool.methods.quantize.way import Rounding, ToRound
+
+if TYPE_CHECKING:
+    from moetool.methods.contract import Decisions
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,12 @@ class Rtn(Rounding):
     @property
     def rounding(self) -> JsonObject:
         return {} if self.own.search == "none" else {"search": self.own.search}
+
+    def decide(self, job: ToRound) -> Decisions:
+        """Says why text, which auto takes to gptq, was not solved on."""
+        from moetool.methods.contract import Decisions
+
+        if self.verb.method != "auto" or not self.verb.has_text:
+            return Decisions()
+        said = grids.unsolvable(job.choice.formats.values())
+        return Decisions(report={"warnings": [f"{said}: the text only measures"]})

@@ -5,7 +5,7 @@ it, and go on as they will be written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from moetool.forward.stats import Wanted
 from moetool.kernels import codec, gptq, rounding
 from moetool.kernels.rounding import Rounded
 from moetool.methods.contract import Decisions
-from moetool.methods.quantize import solved
+from moetool.methods.quantize import grids, solved
 from moetool.methods.quantize.choice import Choice
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.parts import turns
@@ -58,7 +58,9 @@ def decisions(job: ToRound, verb: Quantizing, own: JsonObject) -> Decisions:
     made = solve_layers(job.source, batches, work, Rounder(job.choice, own, room))
     source = solved.source(folder, job.choice)
     rest = [name for name in job.choice.formats if name not in source.tensors]
-    return Decisions(report=_found(made, batches, rest), memory=made.peak, extra=(source,))
+    return Decisions(
+        report=_found(made, batches, rest, job.choice), memory=made.peak, extra=(source,)
+    )
 
 
 def _text(job: ToRound, verb: Quantizing) -> Batches:
@@ -93,11 +95,19 @@ def _seal(job: ToRound, batches: Batches, own: JsonObject) -> str:
     return profiling.digest(job.source, batches, Wanted(len(batches.files)), told)
 
 
-def _found(made: Layers, batches: Batches, rest: Sequence[str]) -> JsonObject:
+def _found(made: Layers, batches: Batches, rest: Sequence[str], choice: Choice) -> JsonObject:
     """What the report says; `rest` was not solved for."""
     counted = {key: sum(note[key] for note in made.notes.values()) for key in COUNTED}
-    warnings = [*batches.notes, *_warnings(counted, rest)]
+    lost = set(grids.without(choice))
+    unseen = [name for name in rest if name not in lost]
+    warnings = [*batches.notes, *_gridless(choice, lost), *_warnings(counted, unseen)]
     return {"tokens": batches.total, "warnings": warnings, "rounded": len(rest)} | counted
+
+
+def _gridless(choice: Choice, lost: Collection[str]) -> Iterator[str]:
+    if lost:
+        said = grids.unsolvable(choice.formats[name] for name in lost)
+        yield f"{said}: {len(lost)} matrices were rounded as --method rtn does"
 
 
 def _warnings(counted: Mapping[str, int], rest: Sequence[str]) -> Iterator[str]:
