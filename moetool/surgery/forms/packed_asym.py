@@ -1,5 +1,6 @@
 """Integers with zero points as compressed-tensors packs them (`pack-quantized`, not symmetric):
-what packed_int has, and `weight_zero_point` I32 [ceil(out * bits / 32), groups], packed along the rows.
+what packed_int has, and `weight_zero_point` I32 [ceil(out * bits / 32), groups], packed along the
+rows.
 """
 
 from __future__ import annotations
