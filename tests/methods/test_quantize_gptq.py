@@ -223,3 +223,17 @@ def test_a_head_outside_of_the_layers_is_rounded(
     )
     one, two = (tensors(tmp_path / n)["lm_head.weight_packed"] for n in ("out", "rtn"))
     assert torch.equal(one, two)
+
+
+def test_a_missed_gate_keeps_what_was_solved_and_says_so(
+    models: Models, text: Path, tmp_path: Path
+) -> None:
+    model, out, work = models("llama"), tmp_path / "out", tmp_path / ".out.moetool-work"
+    asked: dict[str, Any] = {"text": [str(text)], "calibrate": [str(text)], "format": "int2/32"}
+    with pytest.raises(moetool.VerificationFailed, match="too large") as problem:
+        moetool.quantize(str(model), str(out), max_kl=1e-9, **asked)
+    assert str(work) in problem.value.hint and "another gate" in problem.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == [work.name]
+    assert [p.name for p in work.iterdir()] == ["walk"]
+    moetool.quantize(str(model), str(out), max_kl=1e9, **asked)
+    assert not work.exists()
