@@ -38,16 +38,20 @@ Makers = list[tuple[Task, Piece]]  # the tasks that make a target, each with the
 @dataclass(frozen=True)
 class Into:
     """The form that one target is written in. `rounding`: how (see `forms.encoded`); empty: as the
-    form itself rounds.
+    form itself rounds. `kept`: the params are what a source's own matrix has.
     """
 
     form: str
     params: JsonObject = field(default_factory=dict)
     rounding: JsonObject = field(default_factory=dict)
+    kept: bool = False
 
     def parts(self, target: Target) -> InParts:
         """As what `Stored.parts` says of a matrix, no tensors named."""
-        return InParts(self.form, (), forms.named(self.form).settled(target, self.params))
+        params = self.params
+        if not self.kept:
+            params = forms.named(self.form).settled(target, params)
+        return InParts(self.form, (), params)
 
 
 def plan(

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from moetool import quantize
+from moetool import quantize, verify
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.scheme import Scheme
+from moetool.surgery.checkpoint import Checkpoint
 
 Source = Callable[..., Path]
 
@@ -94,6 +96,30 @@ def test_what_is_quantized_already(source: Source, tmp_path: Path) -> None:
     assert isinstance(problem, UsageError) and "int4/32 already" in problem.message
     report = quantize(str(made), str(tmp_path / "other"), format="int8/32")
     assert report["proof"]["relative_error"] < 0.02
+
+
+def test_what_a_plan_does_not_name_stays_quantized(source: Source, tmp_path: Path) -> None:
+    """Its bytes are the source's; and what is rounded again is said to be."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert not quantize(str(source("qwen3_moe")), str(one), format="int4/16")["warnings"]
+    report = quantize(str(one), str(two), plan="experts=int8/16")
+    before, after = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    names = [n for n in before if "self_attn" in n]
+    assert any(n.endswith("q_proj.weight_packed") for n in names)
+    assert all(torch.equal(before[n], after[n]) for n in names)
+    made = Checkpoint.open(two)
+    assert {t.parts.params["bits"] for t in made.tensors.values() if t.parts} == {4, 8}
+    assert report["left"]["model.layers.0.self_attn.q_proj.weight"].endswith("as they are")
+    assert "rounded a second time" in " ".join(report["warnings"])
+    assert verify(str(two), against=[str(one)])["verified"] == "bytes"
+
+
+def test_what_cannot_stay_quantized_is_said_to_be_decoded(source: Source, tmp_path: Path) -> None:
+    quantize(str(source("qwen3_moe")), str(tmp_path / "one"), format="int4/16")
+    asked: dict[str, Any] = {"plan": "experts=bnb-int8", "force": True}
+    report = quantize(str(tmp_path / "one"), str(tmp_path / "two"), **asked)
+    assert report["left"]["model.layers.0.self_attn.q_proj.weight"].endswith("decoded")
+    assert "decoded to full weights" in " ".join(report["warnings"])
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "quanto"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moetool.surgery.forms import Spelled
 from moetool.surgery.roles import Matrix
+from moetool.surgery.spec import InParts
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,4 @@ class Choice:
     matrices: Mapping[str, Matrix]
     left: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    kept: Mapping[str, InParts] = field(default_factory=dict)  # what stays quantized, as it lies

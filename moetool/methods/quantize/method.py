@@ -116,7 +116,7 @@ class Quantize(Several):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every tensor as it is, but for the matrices that get a form."""
-        from moetool.methods.quantize import facts, scheme
+        from moetool.methods.quantize import already, facts, scheme
         from moetool.methods.quantize import solved as solving
 
         source, chosen = sources[0], decisions.chosen.get("plan")
@@ -131,6 +131,7 @@ class Quantize(Several):
         solved: JsonObject = {**decisions.report}
         fitted = solved.pop("fit", {})
         warnings = (*choice.warnings, *laid.warnings, *solved.pop("warnings", ()))
+        warnings += tuple(already.warnings(source, choice))
         return Made(
             laid.plan,
             certificate,
@@ -196,7 +197,8 @@ def _laid(
         name: reform.Into(a.form, a.params, rounding if forms.named(a.form).searched else {})
         for name, a in choice.formats.items()
     }
-    made = to_gguf.Arranged(wanted, into)
+    kept = {n: reform.Into(p.form, p.params, kept=True) for n, p in choice.kept.items()}
+    made = to_gguf.Arranged(wanted, {**kept, **into})
     if asked.container == "gguf":
         made = to_gguf.arranged(read, wanted, into, choice.matrices)
     plan = reform.plan(read, made.wanted, max_shard=most, form="full", into=made.into)

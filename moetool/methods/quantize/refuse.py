@@ -133,10 +133,11 @@ def unread(source: Checkpoint, choice: Choice, loader: str, *, force: bool) -> t
 
 def _assigned(source: Checkpoint, choice: Choice, matrix: Matrix) -> Assigned:
     asked = choice.formats.get(matrix.name)
+    held = asked or choice.kept.get(matrix.name)
     return Assigned(
         role=matrix.role,
-        form=asked.form if asked else FULL,
-        params=asked.params if asked else {},
+        form=held.form if held else FULL,
+        params=held.params if held else {},
         said=str(asked or ""),
         name=matrix.name,
         shape=matrix.shape,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moetool.errors import MoetoolError, UsageError, did_you_mean
-from moetool.methods.quantize import refuse
+from moetool.methods.quantize import already, refuse
 from moetool.methods.quantize.choice import Choice
 from moetool.methods.quantize.options import DEFAULT, Quantizing
 from moetool.methods.quantize.refuse import FULL
@@ -126,7 +126,7 @@ def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
     _one_method(source, formats, roles, left)
     if not formats:
         raise _nothing(source, scheme, roles)
-    choice = Choice(formats, {m.name: m for m in roles.matrices}, left)
+    choice = already.kept(source, Choice(formats, {m.name: m for m in roles.matrices}, left))
     refuse.done(source, choice)
     loader = scheme.loader(options)
     return replace(choice, warnings=refuse.unread(source, choice, loader, force=options.force))

@@ -49,6 +49,7 @@ class CompressedTensors(Form):
     activations that lie beside a matrix: [suffix, dtype, shape] of each.
     """
 
+    mixes: ClassVar[bool] = True
     method: ClassVar[str] = METHOD
     kinds: ClassVar[tuple[str, ...]] = ()  # the library's `format`s that lie so
     suffixes: ClassVar[tuple[str, ...]] = ()  # of the parts, in order; the first is what leads
