@@ -7,14 +7,19 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
+
 from moetool import strict_json
 from moetool.data import JsonObject
-from moetool.errors import VerificationFailed
+from moetool.errors import MoetoolError, VerificationFailed
+from moetool.kernels import codec
 from moetool.methods.certificates import LEVELS
-from moetool.surgery import complete
+from moetool.surgery import complete, forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.containers import gguf
+from moetool.surgery.spec import FLOATS, Stored, whole
 
+_NAN = {"U8": (255,), "F8_E8M0": (255,), "F8_E4M3": (127, 255)}  # bytes that are no scale
 _STEP = {"method": str, "options": dict, "seed": int, "max_shard": int, "tables": dict}
 _RECORD = {
     **_STEP,
@@ -73,15 +78,7 @@ def check_structure(checkpoint: Checkpoint, record: JsonObject) -> JsonObject:
                 found=found,
                 hint="the shard was replaced: make the output again",
             )
-    config = hashlib.sha256((Path(checkpoint.folder) / "config.json").read_bytes()).hexdigest()
-    if config != record["config_sha256"]:
-        raise VerificationFailed(
-            "config.json was changed",
-            file=f"{checkpoint.folder}/config.json",
-            expected=record["config_sha256"],
-            found=config,
-            hint="restore it, or make the output again",
-        )
+    check_config(checkpoint.folder, record)
     if len(checkpoint.stored) != record["report"]["tensors"]:
         raise VerificationFailed(
             "the number of tensors is not the planned one",
@@ -90,11 +87,71 @@ def check_structure(checkpoint: Checkpoint, record: JsonObject) -> JsonObject:
             found=len(checkpoint.stored),
             hint="make the output again",
         )
+    check_parts(checkpoint)
     return {
         "shards": len(checkpoint.files),
         "tensors": len(checkpoint.stored),
         "names_checked": check_names(checkpoint),
     }
+
+
+def opened(folder: str | Path) -> Checkpoint:
+    """The checkpoint. VerificationFailed where it cannot be read by a config that was changed."""
+    try:
+        return Checkpoint.open(folder)
+    except MoetoolError:
+        if (Path(folder) / "moetool.json").exists() and (Path(folder) / "config.json").exists():
+            check_config(str(folder), recorded(str(folder)))
+        raise
+
+
+def check_config(folder: str, record: JsonObject) -> None:
+    """The config is the one that was written. Raises VerificationFailed."""
+    config = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
+    if config != record["config_sha256"]:
+        raise VerificationFailed(
+            "config.json was changed",
+            file=f"{folder}/config.json",
+            expected=record["config_sha256"],
+            found=config,
+            hint="restore it, or make the output again",
+        )
+
+
+def check_parts(checkpoint: Checkpoint) -> None:
+    """The small parts of packed matrices: shapes as they are, scales that are numbers. Raises
+    VerificationFailed.
+    """
+    for matrix in checkpoint.tensors.values():
+        if matrix.parts is None or forms.named(matrix.parts.form).container != "safetensors":
+            continue
+        for part in matrix.parts.tensors:
+            wrong = _wrong(checkpoint, part, matrix)
+            if wrong:
+                raise VerificationFailed(
+                    "a part of a packed matrix was changed",
+                    file=f"{checkpoint.folder}/{part.file}",
+                    tensor=part.name,
+                    expected=wrong[0],
+                    found=wrong[1],
+                    hint="make the output again",
+                )
+
+
+def _wrong(checkpoint: Checkpoint, part: Stored, matrix: Stored) -> tuple[str, str] | None:
+    """What a part should be and is, where it cannot be right."""
+    word = part.name.rpartition(".")[2]
+    if word == "weight_shape":
+        data = checkpoint.content(part)
+        said = list(struct.unpack(f"<{len(data) // 8}q", data))
+        return None if said == list(matrix.shape) else (str(list(matrix.shape)), str(said))
+    good = True
+    if part.dtype in FLOATS:
+        values = codec.as_float64(checkpoint.read(whole(part)), part.dtype)
+        good = bool(np.isfinite(values).all())
+    elif "scale" in word and part.dtype in _NAN:
+        good = not any(bytes((b,)) in checkpoint.content(part) for b in _NAN[part.dtype])
+    return None if good else ("finite scales", "NaN or inf")
 
 
 def check_names(checkpoint: Checkpoint) -> int:

@@ -43,7 +43,7 @@ def verify(
     """
     how = how or Checking()
     check_device(how.device)
-    checkpoint = Checkpoint.open(source.locate(out))
+    checkpoint = structure.opened(source.locate(out))
     record = structure.recorded(checkpoint.folder)
     result: JsonObject = {
         "path": checkpoint.folder,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import moetool
@@ -269,3 +270,57 @@ def test_gates(kl: float, increase: float | None, said: str) -> None:
 def test_what_is_no_number_passes_no_gate(name: str) -> None:
     with pytest.raises(VerificationFailed):
         gate.check(FOUND | {name: float("nan")}, Gate(9.0, 9.0), "out")
+
+
+def _shape_of_another(tensors: dict[str, Any], config: dict[str, Any]) -> str:
+    name = next(n for n in tensors if n.endswith("weight_shape"))
+    tensors[name][1] += 32
+    return name
+
+
+def _no_scale(value: float) -> Callable[[dict[str, Any], dict[str, Any]], str]:
+    def damage(tensors: dict[str, Any], config: dict[str, Any]) -> str:
+        name = [n for n in tensors if n.endswith("weight_scale")][-1]
+        tensors[name][3, 0] = value
+        return name
+
+    return damage
+
+
+def _told_otherwise(**said: Any) -> Callable[[dict[str, Any], dict[str, Any]], str]:
+    def damage(tensors: dict[str, Any], config: dict[str, Any]) -> str:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        (group if "format" in said else group["weights"]).update(said)
+        return "config.json"
+
+    return damage
+
+
+PARTS = {
+    "shape": _shape_of_another,
+    "nan": _no_scale(float("nan")),
+    "inf": _no_scale(float("-inf")),
+    "bits": _told_otherwise(num_bits=8),
+    "group": _told_otherwise(group_size=64),
+    "format": _told_otherwise(format="int-quantized"),
+}
+
+
+@pytest.mark.parametrize("fault", PARTS)
+def test_parts_of_packed_matrices(fault: str, tmp_path: Path) -> None:
+    """Without the source, by what is small."""
+    out = tmp_path / "out"
+    moetool.quantize("demo", str(out), format="int4/32", loader_check=False)
+    assert moetool.verify(str(out))["verified"] == "structure"
+    file = out / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    tensors, config = load_file(file), json.loads((out / "config.json").read_text())
+    where = PARTS[fault](tensors, config)
+    save_file(tensors, file, said)
+    if where == "config.json":
+        (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationFailed, match="was changed") as problem:
+        moetool.verify(str(out))
+    assert problem.value.exit_code == 4
+    assert problem.value.where.get("tensor", "config.json") == where
