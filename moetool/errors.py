@@ -2,6 +2,7 @@
 
     MoetoolError                 1  the input or the result is wrong
     |-- UsageError               2  the command itself is wrong
+    |-- Unfit                  1  what was asked for cannot hold these weights; nothing is left
     |-- Stopped                  3  stopped by a signal; the same command goes on where it stopped
     `-- VerificationFailed       4  a checkpoint is not what it should be
 
@@ -54,6 +55,12 @@ class UsageError(MoetoolError):
     exit_code = 2
 
 
+class Unfit(MoetoolError):
+    """What was asked for cannot hold these weights, as their values show during the work; what was
+    begun is removed, since the same command would end here again.
+    """
+
+
 class Stopped(MoetoolError):
     """Stopped by Ctrl-C or SIGTERM; finished shards are kept."""
 
@@ -67,7 +74,9 @@ class VerificationFailed(MoetoolError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or all the known words when none is near."""
+    """`did you mean X?` in any case, or all the known words when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    small = {k.lower(): k for k in known}
+    near = [small[k] for k in difflib.get_close_matches(word.lower(), small, n=2, cutoff=0.6)]
+    near = [w for w in near if w.lower() == word.lower()] or near
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"

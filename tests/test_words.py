@@ -8,7 +8,14 @@ import pickle
 import pytest
 
 from moetool import errors, units
-from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed, did_you_mean
+from moetool.errors import (
+    MoetoolError,
+    Stopped,
+    Unfit,
+    UsageError,
+    VerificationFailed,
+    did_you_mean,
+)
 
 SIZES = {
     "1": 1,
@@ -117,7 +124,7 @@ def test_no_shares(text: str) -> None:
         units.parse_share(text)
 
 
-KINDS = {MoetoolError: 1, UsageError: 2, Stopped: 3, VerificationFailed: 4}
+KINDS = {MoetoolError: 1, Unfit: 1, UsageError: 2, Stopped: 3, VerificationFailed: 4}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from typing import Any
 
 from moetool import atomic
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, Unfit
 from moetool.surgery import clone, companions
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
@@ -114,7 +114,11 @@ class Writer:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, problem: object = None, *_: object) -> None:
+        """What these weights cannot be made into is not gone on with: it would be in the way."""
+        if isinstance(problem, Unfit):
+            shutil.rmtree(self.staging, ignore_errors=True)
+            problem.where = {"file": self.sources[0].folder} | problem.where
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, Unfit
 from moetool.surgery.forms.form import (
     Config,
     Form,
@@ -111,7 +111,7 @@ class Bitnet(Form):
 
         made = ternary.rounded(matrix)
         if not (made.exact or params["any"]):
-            raise MoetoolError(
+            raise Unfit(
                 "a matrix is not ternary: rounding it so ruins a model that was not trained for it",
                 expected="values of -s, 0 and s alone",
                 found=f"a relative error of {made.error:.2f}",
