@@ -278,10 +278,14 @@ def refusals(loader: str, scheme: Iterable[Assigned]) -> list[Refusal]:
     return list(found)
 
 
-_VERBS = {"refuses": "does not read", "wrong": "reads wrongly", "untried": "may not read"}
+_SAID = {
+    "refuses": "does not read {}",
+    "wrong": "reads {} wrongly",
+    "untried": "may not read {}",
+}
 _EVIDENCE = {"run": "tried with", "source": "source of", "untried": "not tried with"}
 
 
 def _sentence(loader: str, state: str, what: str, given: Verdict) -> str:
     evidence = f"{_EVIDENCE[given.known]} {given.version}"
-    return f"{loader} {_VERBS[state]} {what}: {given.why} ({evidence})"
+    return f"{loader} {_SAID[state].format(what)}: {given.why} ({evidence})"

@@ -56,8 +56,12 @@ def test_plans_as_people_write_them() -> None:
     assert str(asked) == "experts=int4/64,attn=int8/channel"
     twice = Scheme.of(Quantizing(plan="experts=int4/64,experts=int4/64"))
     assert str(twice) == "experts=int4/64"
-    with pytest.raises(UsageError, match="exclude each other"):
-        Scheme.of(Quantizing(format="int8", plan="experts=int4"))
+    for word in ("int8", "int4"):
+        with pytest.raises(UsageError, match="exclude each other"):
+            Scheme.of(Quantizing(format=word, plan="experts=int4"))
+    with pytest.raises(UsageError, match="no format 'INT4'") as problem:
+        Scheme.of(Quantizing(format="INT4"))
+    assert problem.value.hint == "did you mean int4?"
 
 
 def test_a_width_that_no_group_divides(source: Source, tmp_path: Path) -> None:
@@ -152,6 +156,20 @@ def test_the_input_embedding_stays_full(word: str, source: Source, tmp_path: Pat
     assert f"{word} embed" in problem.message
 
 
+def test_experts_that_moetool_alone_loads(source: Source, tmp_path: Path) -> None:
+    report = quantize(str(source("mixtral")), str(tmp_path / "out"), format="nf4")
+    assert any("moetool.load(OUT) reads it, and transformers4" in w for w in report["warnings"])
+
+
+def test_what_is_not_ternary_leaves_nothing_behind(source: Source, tmp_path: Path) -> None:
+    """The values show it during the work; --force, which the error names, then works at once."""
+    model, asked = source("llama"), {"format": "ternary", "loader_check": False}
+    problem = refused(model, tmp_path, **asked)
+    assert problem.where["file"] == str(model) and problem.where["tensor"].endswith("weight")
+    assert "--force" in problem.hint and list(tmp_path.iterdir()) == []
+    assert quantize(str(model), str(tmp_path / "out"), force=True, **asked)["roles"]
+
+
 @pytest.mark.parametrize("word", ["mxfp4", "nvfp4", "mxfp8"])
 def test_a_model_that_does_not_compute_in_bfloat16(
     word: str, models: Source, tmp_path: Path
@@ -171,6 +189,7 @@ def test_a_model_that_does_not_compute_in_bfloat16(
         ("llama", {"plan": "embed=int8/32"}, "transformers5", "embedding", "--force"),
         ("llama", {"format": "int4/32"}, "llama.cpp", "GGUF", "--format gguf:q4_0"),
         ("llama", {"format": "gguf:q4_0"}, "vllm", "GGUF", "llama.cpp"),
+        ("llama", {"format": "fp8"}, "mlx", "fp8", "no format is known that mlx reads"),
     ],
 )  # fmt: skip
 def test_what_the_loader_does_not_read(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def _help() -> str:
-    ways = "; ".join(f"{name}: {way.about()}" for name, way in Rounding.known().items())
+    ways = "; ".join(f"{name}: {way.about().rstrip('.')}" for name, way in Rounding.known().items())
     return f"how weights are rounded. auto: gptq with text, else rtn. {ways}"
 
 

@@ -64,6 +64,7 @@ class Formats:
         "wrongly is refused before any work",
         WHAT,
         choices=("auto", *LOADERS),
+        metavar="LOADER",
     )
     loader_check: bool = option(
         True,

@@ -118,7 +118,8 @@ def unread(source: Checkpoint, choice: Choice, loader: str, *, force: bool) -> t
     assigned = [_assigned(source, choice, m) for m in choice.matrices.values()]
     found = clients.refusals(loader, assigned)
     if all(r.through for r in found):
-        return tuple(f"{r.said}; {r.through} reads it" for r in found)
+        also = "".join(f", and {n} too (--for)" for n in _readers(assigned))
+        return tuple(f"{r.said}; {r.through}(OUT) reads it{also}" for r in found)
     if force:
         return tuple(f"written by --force: {r.said}" for r in found)
     first, *rest = found
@@ -156,9 +157,15 @@ def _instead(assigned: Sequence[Assigned], loader: str) -> str:
         advice.append(f"give experts a format too (experts={rest.said})")
     words = [w for w in _words() if not clients.refusals(loader, _all_as(assigned, w))]
     advice += [f"--format {', '.join(words[:_SHOWN])}"] if words and not advice else []
-    others = [n for n in clients.clients() if not clients.refusals(n, assigned)]
+    advice += [] if advice else [f"no format is known that {loader} reads of this model"]
+    others = _readers(assigned)
     advice += [f"--for {' or '.join(others)}"] if others else []
     return "; ".join([*advice, "--force writes it all the same"])
+
+
+def _readers(assigned: Sequence[Assigned]) -> list[str]:
+    """The loaders that read all of it."""
+    return [n for n in clients.clients() if not clients.refusals(n, assigned)]
 
 
 def _is_left(one: Assigned) -> bool:

@@ -36,7 +36,7 @@ class Scheme:
             beside = forms.named(asked.form).formats[asked.word].beside
             others = {role: _spelled(text, options) for role, text in beside.items()}
             return cls(dict.fromkeys(EVERY_LINEAR, asked) | others)
-        if options.format not in ("", DEFAULT):
+        if options.format:
             raise UsageError(
                 "--format and --plan exclude each other",
                 found=f"--format {options.format} --plan {options.plan}",

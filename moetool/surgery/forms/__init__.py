@@ -99,10 +99,7 @@ def asked(text: str, group: int | None = None) -> Spelled:
     """
     word, slash, size = text.partition("/")
     if word not in formats():
-        known = formats()
-        raise UsageError(
-            f"no format {word!r}", expected=", ".join(known), hint=did_you_mean(word, known)
-        )
+        raise UsageError(f"no format {word!r}", hint=did_you_mean(word, formats()))
     name = formats()[word]
     found = named(name).formats[word]
     wanted: int | str | None = size if slash else group

@@ -120,11 +120,15 @@ def _warnings(counted: Mapping[str, int], rest: Sequence[str]) -> Iterator[str]:
     few, none = counted["experts_with_few_tokens"], counted["experts_without_tokens"]
     if few:
         yield (
-            f"{few} experts saw fewer tokens than they have inputs: what they saw was mixed with "
-            "what the others of their layer saw (more --tokens would help)"
+            f"{_experts(few)} saw fewer tokens than inputs: what came was mixed with "
+            "what the others of the layer saw (more --tokens would help)"
         )
     if none:
-        yield f"{none} experts saw no token: they were rounded as --method rtn does"
+        yield f"{_experts(none)} saw no token: rounded as --method rtn does"
+
+
+def _experts(count: int) -> str:
+    return f"{count} expert" if count == 1 else f"{count} experts"
 
 
 class Rounder:
