@@ -227,7 +227,7 @@ def _most(promised: Pledge, matrix: Tensor, relative: float) -> float:
     grid = _grid(promised)
     if grid is None:
         bits = forms.named(promised.form).bits(promised.piece.shape, promised.params)
-        return float(min(1.0, 2 ** (5 - bits)))
+        return float(min(1.0, max(2 ** (5 - bits), _COARSE["bfloat16"])))
     usual = 3 * distance.half_gap(grid) / grid.full
     return usual if relative <= usual else distance.most(matrix, grid)
 

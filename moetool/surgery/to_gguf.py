@@ -53,8 +53,8 @@ def arranged(
 
 
 def forms_in(plan: Plan, into: Mapping[str, Into]) -> dict[str, Into]:
-    """The forms in which a reader of a planned output finds its matrices: of a GGUF file those that
-    are in blocks, else as they were asked for.
+    """The forms in which a reader of a planned output finds its matrices: those of a GGUF file have
+    a form of its own, else as they were asked for.
     """
     if not plan.container:
         return dict(into)
@@ -62,7 +62,7 @@ def forms_in(plan: Plan, into: Mapping[str, Into]) -> dict[str, Into]:
     tensors = plan.seen().tensors
     for name, asked in into.items():
         parts = tensors[name].parts if name in tensors else None
-        if parts is not None and all(parts.params["kinds"]):
+        if parts is not None:
             found[name] = Into(parts.form, parts.params, asked.rounding)
     return found
 

@@ -366,6 +366,24 @@ def test_one_file_holds_one_kind_of_format(models: Made, tmp_path: Path) -> None
     assert sorted(words) == sorted(f"gguf:{k}" for k in (*KINDS, "f16", "bf16"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind", "exact"),
+    [("bfloat16", "bf16", True), ("float32", "bf16", False), ("bfloat16", "q8_0", False)],
+)
+def test_what_keeps_its_16_bits_is_exact(
+    dtype: str, kind: str, exact: bool, models: Made, tmp_path: Path
+) -> None:
+    made = models("qwen3_moe", **{**OVERRIDES["qwen3_moe"], "dtype": dtype})
+    report = api.quantize(str(made), str(tmp_path / "out"), format=f"gguf:{kind}")
+    said = report["certificate"]
+    assert said["level"] == ("exact" if exact and not report["warnings"] else "none")
+    assert ("rounded" in said["why"]) == (not exact)
+    assert report["proof"]["matrices"] == sum(r["matrices"] for r in report["roles"].values())
+    assert (report["proof"]["relative_error"] == 0) == exact
+    again = api.verify(str(tmp_path / "out"), against=[str(made)])
+    assert again["certificate"]["level"] == said["level"]
+
+
 def test_a_part_of_another_family_is_refused_by_that_name(models: Made, tmp_path: Path) -> None:
     with pytest.raises(MoetoolError, match="the tensors of llava is not known") as problem:
         api.quantize(str(models("llava")), str(tmp_path / "out"), format="gguf:q8_0")

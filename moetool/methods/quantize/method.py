@@ -25,6 +25,7 @@ from moetool.methods.quantize.way import Rounding, ToRound
 from moetool.methods.several import Several
 from moetool.surgery import forms, reform, to_gguf
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.forms.gguf import PLAIN
 from moetool.surgery.plan import Outputs
 from moetool.surgery.spec import whole
 
@@ -127,7 +128,7 @@ class Quantize(Several):
         laid = _laid(read, asked, choice, self.way.rounding, settings.max_shard)
         said = (self.way.name, asked.loader(self.options))
         found = facts.of(source, asked, choice, laid.plan, said)
-        certificate = Certificate("none", f"weights are rounded ({found.formats()})", None)
+        certificate = _certificate(source, choice, found.formats(), laid.warnings)
         solved: JsonObject = {**decisions.report}
         fitted = solved.pop("fit", {})
         warnings = (*choice.warnings, *laid.warnings, *solved.pop("warnings", ()))
@@ -172,6 +173,18 @@ def _may_solve(options: Asking) -> bool:
     from moetool.methods.quantize import grids, scheme
 
     return options.fits or any(map(grids.has, scheme.Scheme.of(options).roles.values()))
+
+
+def _certificate(
+    source: Checkpoint, choice: Choice, said: str, warnings: Sequence[str]
+) -> Certificate:
+    """None, but where every weight is in the 16 bits that it was in."""
+    kinds = {n: PLAIN.get(a.params.get("kind", "")) for n, a in choice.formats.items()}
+    if source.told or any(kind != choice.matrices[n].dtype for n, kind in kinds.items()):
+        return Certificate("none", f"weights are rounded ({said})", None)
+    if warnings:
+        return Certificate("none", f"weights are the source's ({said}); see the warnings", None)
+    return Certificate("exact", f"every weight is the source's ({said})", None)
 
 
 def _with(options: Asking, plan: str) -> Asking:
