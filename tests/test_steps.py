@@ -28,7 +28,7 @@ from moetool.methods.contract import Certificate
 from moetool.recipe import read
 
 Steps = list[tuple[str, dict[str, Any]]]
-INT8 = ("quantize", {"format": "int8/channel", "method": "rtn"})
+INT8 = ("quantize", {"format": "int8/channel", "method": "rtn", "loader-check": False})
 CASES: dict[str, tuple[str, Steps]] = {
     "prune, quantize": ("mixtral", [("prune", {"ratio": 0.5}), INT8]),
     "merge, quantize": ("mixtral", [("merge", {"ratio": 0.5}), INT8]),
@@ -128,7 +128,7 @@ def test_what_a_step_solved_is_sealed(
     said = read(file, [f"source={source}", f"out={out}"]).options()
     caller = pipeline.Caller(lambda stage, done, total: stages.append(stage.name))
     pipeline.write(pipeline.prepare(said, caller), caller)
-    assert {s.partition(":")[0] for s in stages if ": " in s} == {"1/2 prune"}
+    assert {s.partition(":")[0] for s in stages if ": " in s} == {"1/2 prune", "2/2 quantize"}
     assert weights(out) == weights(one_by_one(source, tmp_path, solved(text)))
     found = moetool.verify(str(out), against=[str(source)], load=False)
     assert found["bytes"]["sealed_tensors"] > 0 and found["verified"] == "bytes"
@@ -238,7 +238,7 @@ def test_set_reaches_the_steps(models: Callable[..., Path], tmp_path: Path) -> N
     )
     prune, quantize = found.options().before[0], found.options()
     assert prune.values == {"ratio": 0.25, "tokens": 512, "seq-len": 32}
-    assert quantize.values == {"format": "int4", "method": "rtn", "tokens": 512}
+    assert quantize.values == {**INT8[1], "format": "int4", "tokens": 512}
     with pytest.raises(UsageError, match="no step 'prnue'"):
         read(file, ["prnue.ratio=0.5"])
 

@@ -87,6 +87,8 @@ def changes(recipe: Path, out: Path) -> list[str]:
         text = [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"] if recipe in CALIBRATED else []
         reducing = ["sample=512", "refit-tokens=4096"] if recipe.parent.name != "quantize" else []
         more = SMALL.get(recipe.stem, [])
+        if recipe.parent.name == "quantize":
+            more = [*more, "loader-check=false"]  # tests/evaluate does that
         return [f"source={mixture()}", f"out={out}", *text, *reducing, *more]
     words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
