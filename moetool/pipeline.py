@@ -270,19 +270,8 @@ def measure(prepared: Prepared, writer: Writer, caller: Caller) -> Measured:
         return measured.of(prepared, opened, tell=caller.tell, stop=caller.stop)
     except VerificationFailed as missed:
         shutil.rmtree(writer.staging, ignore_errors=True)
-        missed.hint += _kept_for_others(Path(prepared.work))
+        missed.hint += measured.kept_for_others(Path(prepared.work))
         raise
-
-
-def _kept_for_others(work: Path) -> str:
-    """The end of a hint: what was found on a text does not hang on gates, and took long."""
-    shutil.rmtree(work / "gate", ignore_errors=True)
-    if not (work.is_dir() and any(found.is_dir() for found in work.iterdir())):
-        return ""
-    return (
-        f"; {work} keeps what was found on the text, and the same command with another gate goes "
-        "on from there: remove it if you do not want to"
-    )
 
 
 def finish(prepared: Prepared, writer: Writer, report: Report) -> None:

@@ -4,7 +4,9 @@ back, and text is sent through it.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moetool.data import JsonObject
@@ -47,6 +49,17 @@ def of(
     from moetool.evaluate import gate as gates
 
     return Measured(gates.measure(prepared, written, tell=tell, stop=stop), proof)
+
+
+def kept_for_others(work: Path) -> str:
+    """The end of a hint: what was found on a text does not hang on gates, and took long."""
+    shutil.rmtree(work / "gate", ignore_errors=True)
+    if not (work.is_dir() and any(found.is_dir() for found in work.iterdir())):
+        return ""
+    return (
+        f"; {work} keeps what was found on the text, and the same command with another gate goes "
+        "on from there: remove it if you do not want to"
+    )
 
 
 def promise(prepared: Prepared) -> int:
