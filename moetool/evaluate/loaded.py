@@ -75,7 +75,7 @@ def _unavailable(source: Checkpoint, loader: str) -> str:
     installed = _version("transformers")
     if not installed.startswith(MAJOR):
         return f"transformers 5 is not installed: pip install 'transformers>={MAJOR}0'"
-    methods = {forms.named(name).method for name in source.told}
+    methods = {forms.named(name).quant_method for name in source.told}
     for method in sorted(methods & set(_PACKAGES)):
         if not _version(_PACKAGES[method]):
             return f"{method} is not installed: pip install {_PACKAGES[method]}"

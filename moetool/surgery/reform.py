@@ -308,7 +308,8 @@ def _kin(form: Form, held: Mapping[str, Mapping[str, tuple[Target, JsonObject]]]
     found: dict[str, Kin] = {}
     for name in sorted(held):
         other = forms.named(name)
-        if name == form.name or form.method == other.method != "":
+        alike = {form.quant_method, other.quant_method}
+        if name == form.name or (len(alike) < 2 and alike != {""}):
             found |= {n: Kin(target, other, params) for n, (target, params) in held[name].items()}
     return found
 

@@ -41,13 +41,15 @@ def test_it_is_a_schema_of_every_option(verb: str, moetool: Callable[..., Any]) 
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 26
+    assert len(RECIPES) == 36
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_every_recipe_is_valid(recipe: Path) -> None:
     data = yaml.safe_load(recipe.read_text())
-    assert not problems(data, data["method"])
+    steps = data.pop("steps", [])
+    for step in steps or [{"method": data["method"]}]:
+        assert not problems(data | step, step["method"])
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ def _stands_beside(parts: InParts, choice: Choice) -> bool:
     """Whether a model that is quantized so can hold these parts as they are."""
     form = forms.named(parts.form)
     chosen = list(choice.formats.values())
-    methods = {forms.named(asked.form).method for asked in chosen}
-    if form.container != "safetensors" or methods != {form.method}:
+    methods = {forms.named(asked.form).quant_method for asked in chosen}
+    if form.container != "safetensors" or methods != {form.quant_method}:
         return False
     return form.mixes or all((a.form, a.params) == (parts.form, parts.params) for a in chosen)
 
 
 def _is_rounded(parts: InParts) -> bool:
     """Whether values were lost: not in a GGUF file's 16 bits."""
-    return bool(forms.named(parts.form).method or any(parts.params.get("kinds", ())))
+    return bool(forms.named(parts.form).quant_method or any(parts.params.get("kinds", ())))

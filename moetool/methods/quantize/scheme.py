@@ -152,7 +152,7 @@ def _one_method(
     gpt-oss have an mxfp4 of their own), what only the usual one holds is left full; else this is
     refused.
     """
-    methods = {name: forms.named(given.form).method for name, given in formats.items()}
+    methods = {name: forms.named(given.form).quant_method for name, given in formats.items()}
     if len(set(methods.values())) < 2:
         return
     words = {given.word for given in formats.values()}

@@ -150,7 +150,7 @@ def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None
             continue
         found = _replaced(found, known.matrices)
         config, told[name] = known.config, known.told
-    for form in {f.method: f for f in forms().values() if f.method}.values():
+    for form in {f.quant_method: f for f in forms().values() if f.quant_method}.values():
         form.complete(found, config)
     _refuse_parts(found, config)
     said = set(chain.from_iterable(told.values()))  # several forms may be told of by one key

@@ -38,7 +38,7 @@ class Bitnet(Form):
     """
 
     name: ClassVar[str] = "bitnet"
-    method: ClassVar[str] = METHOD
+    quant_method: ClassVar[str] = METHOD
     formats: ClassVar[Mapping[str, Format]] = {
         "ternary": Format(
             "-1, 0, 1 times one scale a matrix, of dense linears that were trained so",

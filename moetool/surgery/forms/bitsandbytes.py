@@ -47,7 +47,7 @@ class Seen:
 class BitsAndBytes(Form):
     """A form of that library. Subclasses say how their tensors lie, and what a config tells."""
 
-    method: ClassVar[str] = METHOD
+    quant_method: ClassVar[str] = METHOD
     lead: ClassVar[str] = ""  # suffix, after the module's name, of the part that finds a matrix
 
     def said(self, params: Params, dtype: str) -> JsonObject:

@@ -50,7 +50,7 @@ class CompressedTensors(Form):
     """
 
     mixes: ClassVar[bool] = True
-    method: ClassVar[str] = METHOD
+    quant_method: ClassVar[str] = METHOD
     kinds: ClassVar[tuple[str, ...]] = ()  # the library's `format`s that lie so
     suffixes: ClassVar[tuple[str, ...]] = ()  # of the parts, in order; the first is what leads
 

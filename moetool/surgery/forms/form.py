@@ -77,8 +77,8 @@ class Form:
     formats: ClassVar[Mapping[str, Format]] = {}  # what --format may ask for
     searched: ClassVar[bool] = True  # whether a scale of less error than the largest value's pays
     computes: ClassVar[str] = ""  # dtype in which `encode` rounds; empty: the matrix's own
-    mixes: ClassVar[bool] = False  # whether a model may hold other forms of its `method` as well
-    method: ClassVar[str] = ""  # forms of one model have the same `quant_method`
+    mixes: ClassVar[bool] = False  # whether a model may hold other forms of its method as well
+    quant_method: ClassVar[str] = ""  # as a config says it; one model, one method
     container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 
     def bits(self, shape: Shape, params: Params) -> float:

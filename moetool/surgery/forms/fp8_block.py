@@ -43,7 +43,7 @@ class Fp8Block(Form):
     """
 
     name: ClassVar[str] = "fp8_block"
-    method: ClassVar[str] = "fp8"
+    quant_method: ClassVar[str] = "fp8"
     formats: ClassVar[Mapping[str, Format]] = {
         "fp8-block": Format(
             "E4M3 with a scale for 128 x 128, as DeepSeek-V3 ships it",

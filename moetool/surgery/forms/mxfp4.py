@@ -36,7 +36,7 @@ class Mxfp4(Form):
     """E2M1 with a power of two for 32 neighbours; no params."""
 
     name: ClassVar[str] = "mxfp4"
-    method: ClassVar[str] = "mxfp4"
+    quant_method: ClassVar[str] = "mxfp4"
     formats: ClassVar[Mapping[str, Format]] = {
         "mxfp4": Format("E2M1 with a power of two for 32 neighbours, gpt-oss's own way")
     }
