@@ -75,7 +75,7 @@ def _packed_experts(opened: Checkpoint) -> bool:
                 hint="write them in full with `moetool dequantize`, and load that",
             )
         told = clients.verdict(_LOADER, name, params, moe=expert)
-        mine = expert and forms.named(name).method == METHOD
+        mine = expert and forms.named(name).quant_method == METHOD
         found = found or mine
         if told.state in ("refuses", "wrong") and not mine:
             raise MoetoolError(
@@ -92,7 +92,7 @@ def _require(opened: Checkpoint) -> None:
     """MoetoolError where a package that a form needs is not installed."""
     import importlib.util
 
-    needed = {forms.named(name).method.replace("-", "_") for name in opened.told}
+    needed = {forms.named(name).quant_method.replace("-", "_") for name in opened.told}
     for package in sorted(needed & {METHOD, "compressed_tensors"}):
         if importlib.util.find_spec(package) is None:
             word = package.replace("_", "-")
