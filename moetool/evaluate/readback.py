@@ -19,7 +19,7 @@ from moetool.errors import MoetoolError, Stopped, VerificationFailed
 from moetool.evaluate import ranges
 from moetool.methods.proof import Pledge, Proof, ReadBack
 from moetool.progress import Progress, Stage, silent
-from moetool.surgery import forms, ops
+from moetool.surgery import forms, ops, threads
 from moetool.surgery.checkpoint import Checkpoint, read_range
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Stored, whole
@@ -91,7 +91,7 @@ def errors(output: Output, how: Readers = Readers()) -> tuple[ReadBack, ...]:
         counter(_weights(promised))
         return made
 
-    with ThreadPoolExecutor(how.workers) as pool:
+    with threads.single(), ThreadPoolExecutor(how.workers) as pool:
         return tuple(_all(pool, one, output.promised, stored))
 
 

@@ -12,13 +12,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
-from moetool.surgery import clone, ops
+from moetool.surgery import clone, ops, threads
 from moetool.surgery.checkpoint import Checkpoint, Extent, read_range
 from moetool.surgery.mover import Copy, Mover, write_at
 from moetool.surgery.plan import Plan, Shard, elements
@@ -221,6 +222,12 @@ def _compute(job: Job, number: int, task: Task, handle: int, tell: Tell) -> None
         tell(size)
 
 
+def _threads(jobs: Sequence[Job]) -> AbstractContextManager[None]:
+    """One thread of torch for each worker, where nothing but forms of matrices is computed."""
+    done = {task.op for job in jobs for task in job.tasks}
+    return threads.single() if done == {"reform"} else nullcontext()
+
+
 def run_local(
     jobs: Sequence[Job],
     done: Callable[[Job, list[Suspect]], None],
@@ -246,7 +253,7 @@ def run_local(
             failed.set()  # at once: the next job of this thread must not begin
             raise
 
-    with ThreadPoolExecutor(max(1, min(workers, len(jobs) or 1))) as pool:
+    with _threads(jobs), ThreadPoolExecutor(max(1, min(workers, len(jobs) or 1))) as pool:
         futures = [pool.submit(one, job) for job in jobs]
         try:
             for future in futures:
