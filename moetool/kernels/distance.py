@@ -110,7 +110,10 @@ class _Around:
         """
         if self.tables:
             slack = scaled.abs_().mul_(self.rounding).add_(_FLOAT32 * abs(self.grid.levels[0]))
-            below, above = (t[codes.view(apart.shape).int()].add_(slack) for t in self.tables)
+            flat = codes.reshape(-1).int()  # index_select is three times as fast as indexing
+            below, above = (
+                t.index_select(0, flat).view(apart.shape).add_(slack) for t in self.tables
+            )
             return _count((apart <= below) & (apart >= above.neg_()))
         # Beyond the last levels: what is clipped is at its level.
         first, last = self.grid.levels[0], self.grid.levels[-1]
