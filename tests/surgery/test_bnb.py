@@ -70,7 +70,9 @@ def ours(weights: torch.Tensor, dtype: str, word: str) -> Tensors:
 
 
 def test_the_formats_there_are() -> None:
-    words = [w for w, form in forms.formats().items() if forms.named(form).quant_method == "bitsandbytes"]
+    words = [
+        w for w, form in forms.formats().items() if forms.named(form).quant_method == "bitsandbytes"
+    ]
     assert words == ["bnb-int8", "fp4", "fp4-double", "nf4", "nf4-double"]
 
 

@@ -32,6 +32,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"q_lora_rank": 32, "kv_lora_rank": 32, "moe_intermediate_size": 64},
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 96},
 }
+_WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+BLOCKS = {
+    "llama": _WIDE,
+    "qwen3_moe": _WIDE | {"moe_intermediate_size": 128},
+    "mixtral": _WIDE,
+}  # widths that 128 divides
 WORDS = ("int2/32", "int3/32", "int4/32", "int5/channel", "int8/channel", "fp8", "mxfp4", "w8a8",
          "nvfp4", "mxfp8", "int4-asym/32", "int8-asym/channel", "fp8-block-ct")  # fmt: skip
 
@@ -98,7 +104,10 @@ def lying(folder: Path) -> Arrays:
 @pytest.mark.parametrize("word", WORDS)
 def test_what_lies_in_the_file(word: str, family: str, models: Made, tmp_path: Path) -> None:
     """Names, dtypes and values of every matrix; all else byte for byte."""
-    source, out = models(family, dtype="bfloat16", **FAMILIES[family]), tmp_path / "out"
+    if word == "fp8-block-ct" and family not in BLOCKS:
+        pytest.skip("its own sizes are too small for blocks of 128")
+    shapes = BLOCKS[family] if word == "fp8-block-ct" else FAMILIES[family]
+    source, out = models(family, dtype="bfloat16", **shapes), tmp_path / "out"
     how = {"format": word}
     if family == "gpt_oss":
         with pytest.raises(MoetoolError, match="stacked") if word != "mxfp4" else _nothing():
@@ -178,14 +187,14 @@ CHAIN = ["int4/32", "fp8", "mxfp4", "int8/channel", "w8a8", "nvfp4", "int4-asym/
 @pytest.mark.parametrize("word", CHAIN)
 def test_from_one_format_to_another(word: str, models: Made, tmp_path: Path) -> None:
     """Decoded as it streams: equal to quantizing what was dequantized. To the same format again:
-    byte for byte. Pruned: parts byte for byte, the config's words kept.
+    there is nothing to do. Pruned: parts byte for byte, the config's words kept.
     """
     source = models("qwen3_moe", dtype="bfloat16", **FAMILIES["qwen3_moe"])
-    one, full, again = tmp_path / "one", tmp_path / "full", tmp_path / "again"
+    one, full = tmp_path / "one", tmp_path / "full"
     how: dict[str, Any] = {"search": "none", "force": True}
     api.quantize(str(source), str(one), format=word, **how)
-    api.quantize(str(one), str(again), format=word, **how)
-    assert _same(lying(one), lying(again))
+    with pytest.raises(MoetoolError, match="nothing to do"):
+        api.quantize(str(one), str(tmp_path / "again"), format=word, **how)
     api.dequantize(str(one), str(full))
     read, plain = Checkpoint.open(one), Checkpoint.open(full)
     assert not plain.told and set(plain.tensors) == set(read.tensors)

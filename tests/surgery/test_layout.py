@@ -359,7 +359,8 @@ def strings() -> Iterator[tuple[Path, int, str]]:
 
 # Words that are families' names and words of their own: a form, a kind of layer or of
 # tokenizer, a part of a path.
-ORDINARY = {"gpt2", "llama", "beam", "opt", "clip", "falcon", "mpt", "bert"}
+# "bitnet" is a quant_method too.
+ORDINARY = {"gpt2", "llama", "beam", "opt", "clip", "falcon", "mpt", "bert", "bitnet"}
 
 
 def test_no_family_stands_in_code() -> None:
