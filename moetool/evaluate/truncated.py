@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ def _write(plan: Plan, source: Checkpoint, folder: Path) -> None:
     jobs = list(engine.jobs_of(plan, [source], plan.shards, str(folder)))
 
     def done(job: engine.Job, seen: object) -> None:
-        os.replace(job.path, job.path.removesuffix(atomic.SUFFIX))
+        atomic.publish(Path(job.path))
 
     never = threading.Event()
     engine.run_local(jobs, done, workers=1, tell=lambda count: None, stop=never)
