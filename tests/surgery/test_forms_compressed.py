@@ -233,7 +233,9 @@ def test_the_library_takes_the_config(plan: str, models: Made, tmp_path: Path) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     out = tmp_path / "out"
-    api.quantize(str(models("qwen3_moe", dtype="bfloat16", **WIDE)), str(out), **PLANS[plan])
+    api.quantize(
+        str(models("qwen3_moe", dtype="bfloat16", **WIDE)), str(out), force=True, **PLANS[plan]
+    )
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     known = {k: v for k, v in said.items() if k != "version"}
     config = quantization.QuantizationConfig.model_validate(known)
