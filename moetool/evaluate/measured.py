@@ -4,6 +4,7 @@ back, and text is sent through it.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -110,5 +111,11 @@ def _loaded(
         return None
     from moetool.evaluate import loaded
 
-    within = loaded.Within(written.folder, _memory(prepared), tell, stop)
-    return loaded.check(written, prepared.made.config, prepared.made.loader, within)
+    scratch = Path(prepared.work)  # goes with a finished run, so what a kill leaves there goes too
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        within = loaded.Within(str(scratch), _memory(prepared), tell, stop)
+        return loaded.check(written, prepared.made.config, prepared.made.loader, within)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.rmdir()

@@ -19,12 +19,13 @@ from test_memory import RUN
 
 import moetool
 
+UNLOADED = "--no-loader-check"  # a process of seconds for each of twenty runs
 REFIT = ["--method", "reap", "--refit", "--refit-tokens", "400"]
 CALLS = {
     "prune": ["prune", "--ratio", "0.5", "--method", "reap"],
     "refit": ["prune", "--ratio", "0.5", *REFIT],
     "merge": ["merge", "--ratio", "0.5", "--method", "m-smoe", "--sample", "100"],
-    "quantize": ["quantize", "--format", "int4/16", "--max-shard-size", "100kB"],
+    "quantize": ["quantize", "--format", "int4/16", "--max-shard-size", "100kB", UNLOADED],
 }
 OF_THE_RUN = ("moetool.json", "README.md", "report.json")
 
