@@ -42,7 +42,7 @@ def settled(option: Any) -> Any:
     return option
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A group whose help lists its commands by what they are for."""
 
     def get_help_option(self, ctx: Any) -> Any:
@@ -56,7 +56,7 @@ class Group(TyperGroup):
 def group(help_: str, **settings: Any) -> typer.Typer:
     """A Typer application whose help lists its commands by what they are for."""
     return typer.Typer(
-        cls=Group,
+        cls=CommandGroup,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings=SETTINGS,

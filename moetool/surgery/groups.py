@@ -1,0 +1,205 @@
+"""The groups of experts of a checkpoint that no stock class holds, as its config says them.
+
+    "model_type": "moetool", "base_model_type": "llama",
+    "moetool": {"version": 1, "groups": [{"name": "experts", "layers": [0, 2], "experts": 4,
+                "form": "lora", "params": {"rank": 16, "alpha": 32.0}, "base": "under",
+                "route": {"key": "token", "law": "renormalised", "top_k": 2}}]}
+
+Everything else in the config is the base family's. Tensors of the base keep their names; the new
+ones lie inside the module that holds the FFN of a layer (its *block*, `model.layers.3.mlp`):
+
+    BLOCK.router.weight                       [experts, hidden]; BLOCK.NAME_router.weight for a
+                                              group that is not called `experts`
+    BLOCK.experts.7.gate_proj.lora_A          what the form stores for each linear of the FFN,
+                                              under the linear's own name in the family
+    BLOCK.experts.7.output_scale              [1], where the form's params ask for one
+
+Read strictly, by whoever plans (methods/upcycle), decodes (forms) or runs (modeling/) it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError, did_you_mean
+
+MODEL_TYPE = "moetool"
+VERSION = 1
+FIRST = "experts"  # the usual name of a group
+BASES = ("under", "beside", "member", "gone")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who runs, with which weight. `key`: what is looked at (token, modality, always, ...); `law`:
+    how scores become weights: softmax (over all experts; the chosen keep their share),
+    renormalised (the shares of the chosen sum to one), hard (each chosen one has weight 1),
+    soft (all run), sigmoid, ...; `bias`: whether the router adds one; `options`: of the key and the
+    law (`allowed`: [modalities][experts], a temperature, ...).
+    """
+
+    key: str = "token"
+    law: str = "renormalised"
+    top_k: int = 1
+    bias: bool = False
+    options: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts of one form behind one route. `base`, the layer's own FFN: `under` (each expert is the
+    FFN with something changed: y = sum of w_e FFN_e(x)), `beside` (y = FFN(x) + sum of w_e E_e(x)),
+    `member` (expert 0 of the route is the FFN itself; `experts` counts the others), or `gone`.
+    `scale`: factor on the sum.
+    """
+
+    form: str
+    experts: int
+    layers: tuple[int, ...]
+    name: str = FIRST
+    base: str = "under"
+    params: JsonObject = field(default_factory=dict)
+    route: Route = field(default_factory=Route)
+    site: str = "ffn"
+    tower: str = "text"
+    scale: float = 1.0
+
+    @property
+    def router(self) -> str:
+        """The router's module inside the block."""
+        return "router" if self.name == FIRST else f"{self.name}_router"
+
+    @property
+    def choices(self) -> int:
+        """Rows of the router: what it chooses among."""
+        return self.experts + (self.base == "member")
+
+    def expert(self, number: int, linear: str = "", part: str = "") -> str:
+        """A name inside the block: `experts.7.gate_proj.lora_A`."""
+        return ".".join(filter(None, (self.name, str(number), linear, part)))
+
+    def as_json(self) -> JsonObject:
+        """For config.json: what is not the usual."""
+        said = _unusual(self)
+        return said | {"layers": list(self.layers), "route": _unusual(self.route)}
+
+
+def block_of(name: str) -> str:
+    """`model.layers.3.mlp` of `model.layers.3.mlp.gate_proj.weight`: where a layer's experts lie."""
+    return name.rsplit(".", 2)[0]
+
+
+def linear_of(name: str) -> str:
+    """`gate_proj` of `model.layers.3.mlp.gate_proj.weight`."""
+    return name.rsplit(".", 2)[1]
+
+
+def config_of(base: JsonObject, groups: tuple[Group, ...]) -> JsonObject:
+    """The config of a model of family `base` with these groups; its other fields stay."""
+    said = {"version": VERSION, "groups": [g.as_json() for g in groups]}
+    told = {
+        "model_type": MODEL_TYPE,
+        "base_model_type": base.get("model_type"),
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.01,
+    }
+    rest = {k: v for k, v in base.items() if k not in ("architectures", "model_type")}
+    classes = {"architectures": [f"Moe{name}" for name in base.get("architectures") or ()]}
+    return classes | told | rest | {MODEL_TYPE: said}
+
+
+def base_of(config: JsonObject) -> JsonObject:
+    """The config of the family that a model stands on."""
+    ours = (MODEL_TYPE, "base_model_type", "output_router_logits", "router_aux_loss_coef")
+    rest = {k: v for k, v in config.items() if k not in (*ours, "auto_map")}
+    named = [n.removeprefix("Moe") for n in config.get("architectures") or ()]
+    return rest | {"architectures": named, "model_type": config["base_model_type"]}
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a model with groups."""
+    return config.get("model_type") == MODEL_TYPE
+
+
+def read(config: JsonObject) -> tuple[Group, ...]:
+    """The groups of a config. MoetoolError for a version of the future, an unknown key (with the
+    nearest known one), a value of the wrong kind, or two groups of one name.
+    """
+    said = config.get(MODEL_TYPE)
+    if not isinstance(said, dict) or not isinstance(config.get("base_model_type"), str):
+        raise _wrong(
+            "no groups of experts", "`base_model_type` and `moetool`", config.get("moetool")
+        )
+    if said.get("version") != VERSION:
+        raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
+    _known(said, ("version", "groups"), "moetool")
+    groups = tuple(_group(entry) for entry in said.get("groups") or ())
+    for layer in {n for g in groups for n in g.layers}:
+        names = [g.name for g in groups if layer in g.layers]
+        if len(set(names)) != len(names):
+            raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)
+    return groups
+
+
+def _group(data: object) -> Group:
+    said = _object(data, "a group")
+    _known(said, [f.name for f in fields(Group)], "a group")
+    route = _object(said.get("route", {}), "route")
+    _known(route, [f.name for f in fields(Route)], "route")
+    for name in ("form", "experts", "layers"):
+        if name not in said:
+            raise _wrong(f"a group without `{name}`", name, sorted(said))
+    try:
+        made = Group(**(said | {"layers": tuple(said["layers"]), "route": Route(**route)}))
+    except TypeError as problem:
+        raise _wrong(f"a group is not well formed: {problem}", "lists and numbers", said) from None
+    _check(made)
+    return made
+
+
+def _check(group: Group) -> None:
+    counts = (group.experts, group.route.top_k, *group.layers)
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise _wrong("a count is no whole number", "experts, top_k, layers", counts)
+    if group.base not in BASES:
+        raise _wrong(f"base {group.base!r} of a group", ", ".join(BASES), group.base)
+    if not 1 <= group.route.top_k <= group.choices:
+        raise _wrong("top_k of a group", f"1 to {group.choices}", group.route.top_k)
+    if not group.name.isidentifier():
+        raise _wrong("a group's name", "letters, digits and _", group.name)
+
+
+def _unusual(value: Group | Route) -> JsonObject:
+    usual = {f.name: f.default for f in fields(value)}
+    said = asdict(value)
+    return {n: v for n, v in said.items() if v != usual[n] and v != {}}
+
+
+def _object(data: object, what: str) -> JsonObject:
+    if not isinstance(data, dict):
+        raise _wrong(f"{what} is no object", "an object", data)
+    return data
+
+
+def _known(said: JsonObject, known: Sequence[str], what: str) -> None:
+    for name in said:
+        if name not in known:
+            raise _wrong(
+                f"{what} has the unknown key {name!r}",
+                ", ".join(known),
+                name,
+                did_you_mean(name, known),
+            )
+
+
+def _wrong(what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
+    return MoetoolError(
+        what,
+        file="config.json",
+        expected=expected,
+        found=str(found)[:200],
+        hint=hint or "the config was written by another moetool, or edited",
+    )
