@@ -14,6 +14,8 @@ from moetool.surgery.clients import Assigned
 
 INT4 = {"bits": 4, "group": 128}
 INT8 = {"bits": 8, "group": 128}
+MODELS = {"version": "1", "works": ["mixtral"]}
+WRONG = {"state": "wrong", "known": "run", "why": "x"}
 
 
 def test_the_loaders_are_those_that_quantize_may_be_told_of() -> None:
@@ -73,11 +75,21 @@ def test_every_format_has_a_verdict_of_every_loader(loader) -> None:
             },
             "y",
         ),
+        ({"models": MODELS | {"colour": 1}}, "colour"),
+        ({"models": MODELS | {"works": ["mixtrall"]}}, "no family mixtrall"),
+        (
+            {"models": MODELS | {"families": {"dots1": {"state": "wrong", "known": "run"}}}},
+            "reason",
+        ),
+        ({"models": MODELS | {"rules": [WRONG | {"families": ["dots1"]}]}}, "no condition"),
+        ({"models": MODELS | {"rules": [WRONG | {"when": {"sillu": [True]}}]}}, "sillu"),
+        ({"models": MODELS | {"rules": [WRONG | {"token": "a", "but": ["nobody"]}]}}, "nobody"),
+        ({"models": MODELS | {"rules": [WRONG | {"token": "a", "told": "b"}]}}, "told"),
     ],
 )
 def test_what_is_not_known_is_an_error(tmp_path, change, said) -> None:
     path = tmp_path / "clients.json"
-    entry = {"about": "a loader", "version": "1", "forms": {}}
+    entry = {"about": "a loader", "version": "1", "forms": {}, "models": MODELS}
     path.write_text(json.dumps({"one": entry}))
     assert clients.read(path)["one"].version == "1"
     path.write_text(json.dumps({"one": entry | change}))

@@ -1,0 +1,167 @@
+"""What an output is, as far as clients tell outputs apart: its family, how its experts lie, and what
+its config says. Read off the output itself, whatever verb writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.surgery.pair import rope
+from moetool.surgery.text_model import TextModel, text_model
+
+_SILU = ("silu", "swish", None)
+Fact = str | bool
+
+
+@dataclass(frozen=True)
+class Traits:
+    """An output. `facts`: the value of everything in FACTS, empty where the family is unknown;
+    `fields`: what its text config names; `folder`: where the files lie that travel with it.
+    """
+
+    family: str
+    facts: dict[str, Fact] = field(default_factory=dict)
+    fields: frozenset[str] = frozenset()
+    folder: str = ""
+
+    def has_token(self, token: str) -> bool:
+        """Whether the tokenizer knows it."""
+        files = (Path(self.folder, n) for n in ("tokenizer.json", "added_tokens.json"))
+        return any(f'"{token}"' in f.read_text("utf-8", "replace") for f in files if f.is_file())
+
+    def has_file(self, name: str) -> bool:
+        """Whether a file of this name travels with it."""
+        return Path(self.folder, name).is_file()
+
+
+class Looked(NamedTuple):
+    """What facts are read off."""
+
+    at: TextModel
+    text: JsonObject  # defaults filled in
+    own: JsonObject  # as the file says it
+    lie: str
+
+
+def traits(
+    config: JsonObject,
+    names: Iterable[str],
+    *,
+    folder: str = "",
+    container: str = "",
+    idle: bool = False,
+) -> Traits:
+    """Of a config and the names of its tensors. `container`: what kind of file, where it is not
+    safetensors; `idle`: whether every routed expert puts out zero, so that routing does not count.
+    """
+    family = str(config.get("model_type"))
+    try:
+        at = text_model(config)
+    except MoetoolError:
+        return Traits(family, folder=folder)
+    own = _inside(config, at.path)
+    lie = "own" if container else _lie(at, tuple(names))
+    seen = Looked(at, at.text, own, lie)
+    facts = {name: read(seen) for name, read in _READ.items()}
+    facts |= {"container": container or "safetensors", "idle": idle}
+    return Traits(family, facts, frozenset(own), folder)
+
+
+def _inside(config: JsonObject, path: Iterable[str]) -> JsonObject:
+    for part in path:
+        config = config.get(part) or {}
+    return config
+
+
+def _lie(at: TextModel, names: Collection[str]) -> str:
+    """none, per-expert, fused (a second form beside per-expert names) or own (the family's only
+    one).
+    """
+    layers = at.moe_layers() if at.layout.kind == "moe" else []
+    if not layers:
+        return "none"
+    single, stacked = at.layout.per_expert(), at.layout.fused()
+    if single and _there(at, single["down"], layers[0], names):
+        return "per-expert"
+    second = single and at.layout.experts.reads_per_expert
+    there = stacked and _there(at, stacked["down"], layers[0], names)
+    return "fused" if second and there else "own"
+
+
+def _there(at: TextModel, template: str, layer: int, names: Collection[str]) -> bool:
+    """Whether a matrix is there, in whatever parts."""
+    stem = at.name(template, layer=layer, expert=0).removesuffix(".weight")
+    return any(name.startswith(stem) for name in names)
+
+
+def _window(seen: Looked) -> bool:
+    """Whether some layer looks back less far than the model reaches."""
+    width, reach = seen.text.get("sliding_window"), seen.text.get("max_position_embeddings")
+    if not width or seen.text.get("use_sliding_window") is False:
+        return False
+    return not reach or width < reach
+
+
+def _spelling(seen: Looked) -> str:
+    """Whose words the rotary settings are in: old ones, transformers 5's alone, or none."""
+    if "rope_theta" in seen.own or "rope_scaling" in seen.own:
+        return "old"
+    return "new" if "rope_parameters" in seen.own else "none"
+
+
+def _turns_as_usual(seen: Looked) -> bool:
+    """Whether the rotary settings are the class's own defaults."""
+    layout, config = seen.at.layout, seen.at.config
+    usual = rope(layout, {})
+    return not usual or all(usual.get(k) == v for k, v in rope(layout, config).items())
+
+
+def _odd_head(seen: Looked) -> bool:
+    hidden, heads = (seen.at.field(f) for f in ("hidden", "heads"))
+    size = seen.at.layout.evaluate("head_dim", seen.text)
+    return bool(hidden and heads and size and size * heads != hidden)
+
+
+def _grouped(seen: Looked) -> bool:
+    heads, kv_heads = (seen.at.field(f) for f in ("heads", "kv_heads"))
+    return bool(kv_heads) and heads != kv_heads
+
+
+def _dense_layers(seen: Looked) -> bool:
+    return seen.lie != "none" and len(seen.at.moe_layers()) < (seen.at.field("layers") or 0)
+
+
+def _without_shared(seen: Looked) -> bool:
+    """Whether the family's count of shared experts is zero."""
+    shared = seen.at.layout.overlay.shared
+    return bool(shared and shared.count and not seen.text.get(shared.count))
+
+
+def _renormalised(seen: Looked) -> bool:
+    """Whether the weights of the chosen experts are made to sum to one, as the config says."""
+    top_k, experts = (seen.at.field(f) for f in ("top_k", "experts"))
+    return bool(seen.at.field("renorm")) and (top_k or 0) < (experts or 0)
+
+
+_READ: dict[str, Callable[[Looked], Fact]] = {
+    "layout": lambda s: s.lie,
+    "silu": lambda s: s.text.get("hidden_act", s.text.get("hidden_activation")) in _SILU,
+    "window": _window,
+    "rope": lambda s: str(rope(s.at.layout, s.at.config).get("rope_type", "default")),
+    "rope_spelling": _spelling,
+    "usual_rope": _turns_as_usual,
+    "odd_head": _odd_head,
+    "grouped": _grouped,
+    "tied": lambda s: bool(s.text.get("tie_word_embeddings")),
+    "renormalised": _renormalised,
+    "without_shared": _without_shared,
+    "qkv_bias": lambda s: s.text.get("qkv_bias") is not False,
+    "dense_layers": _dense_layers,
+    "ragged": lambda s: bool(s.text.get("per_layer_config")),
+}
+FACTS = (*_READ, "container", "idle")
