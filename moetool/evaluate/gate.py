@@ -70,7 +70,7 @@ def _text(method: Method, common: Common) -> Calibration:
     """--text, or the calibration text, as it is cut for measuring."""
     text, gate = method.text, method.gate
     assert gate is not None
-    files = gate.text or text.calibrate
+    files = gate.text or text.texts
     if not files:
         raise UsageError(
             "a gate needs text to measure on",

@@ -7,14 +7,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import chat, stock
 from moetool.forward.documents import Document
+from moetool.forward.drawn import Drawn
 from moetool.forward.text import Corpus
 
 LONG = 256 << 10  # characters that a tokenizer is given at once: it needs 200 bytes for each
@@ -50,10 +53,19 @@ class Batches:
     seq_len: int
     digest: str
     notes: tuple[str, ...] = ()
+    drawn: frozenset[int] = frozenset()  # of `files`: those that are random ids
 
     @property
     def total(self) -> int:
         return sum(self.tokens)
+
+    @property
+    def described(self) -> list[JsonObject]:
+        """Files as reports name them: {name, tokens}, and {random: true} of random ids."""
+        return [
+            {"name": name, "tokens": count} | ({"random": True} if number in self.drawn else {})
+            for number, (name, count) in enumerate(zip(self.files, self.tokens, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
@@ -95,14 +107,14 @@ def make(
     words = _Words(Path(model), trusted)
     batches: list[Batch] = []
     counts, seal = [], hashlib.sha256()
-    for number, corpus in enumerate(corpora):
-        wanted = max(1, round(cut.tokens * corpus.share))
-        rows = list(_sequences(corpus, words, cut, seq_len, wanted))
+    taken = _taken(corpora, words, cut, seq_len)
+    for number, (corpus, rows) in enumerate(zip(corpora, taken, strict=True)):
         for row in rows:
             _check_ids(row, corpus, vocab)
             seal.update(number.to_bytes(4, "little") + row.astype("<i4").tobytes())
         counts.append(sum(len(r) for r in rows))
-        if counts[-1] < 0.9 * wanted:
+        wanted = _wanted(corpus, cut)
+        if counts[-1] < 0.9 * wanted and not isinstance(corpus.documents, Drawn):
             notes.append(f"{corpus.name} gave {counts[-1]:,} of the {wanted:,} tokens wanted")
         batches += _group(rows, number, max(1, cut.batch_tokens // seq_len))
     if not sum(counts):
@@ -114,7 +126,32 @@ def make(
         seq_len,
         seal.hexdigest(),
         (*words.notes, *notes),
+        frozenset(n for n, c in enumerate(corpora) if isinstance(c.documents, Drawn)),
     )
+
+
+def _wanted(corpus: Corpus, cut: Cut) -> int:
+    return max(1, round(cut.tokens * corpus.share))
+
+
+def _taken(
+    corpora: Sequence[Corpus], words: _Words, cut: Cut, seq_len: int
+) -> list[list[np.ndarray]]:
+    """The sequences of each corpus. Random ids without end are as many as keep their share beside
+    what the texts gave.
+    """
+    texts = {n: c for n, c in enumerate(corpora) if not isinstance(c.documents, Drawn)}
+    read = {
+        n: list(_sequences(c, words, cut, seq_len, _wanted(c, cut))) for n, c in texts.items()
+    }
+    gave = sum(len(row) for row in chain.from_iterable(read.values()))
+    asked = sum(_wanted(c, cut) for c in texts.values())
+    part = gave / asked if asked else 1.0
+    for n, corpus in enumerate(corpora):
+        if isinstance(corpus.documents, Drawn):
+            count = round(part * _wanted(corpus, cut))
+            read[n] = list(corpus.documents.rows(count, seq_len, cut.seed))
+    return [read[n] for n in range(len(corpora))]
 
 
 def _nothing(corpora: Sequence[Corpus]) -> MoetoolError:

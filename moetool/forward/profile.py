@@ -4,20 +4,20 @@ after each layer.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moetool import atomic, lock, strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
-from moetool.forward import text
+from moetool.forward import drawn, text
+from moetool.forward.drawn import Drawn
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Wanted, layer_file
 from moetool.lock import Lock
 from moetool.progress import Progress, silent
@@ -46,11 +46,18 @@ class Calibration:
         at = text_model(source.config)
         words = at.layout.text(at.config)
         longest = words.get("max_position_embeddings")
+        vocab = int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31)
+        corpora = text.read(self.specs, field=self.field, option=self.option)
+        if any(isinstance(c.documents, Drawn) for c in corpora):
+            ids = drawn.of(source.folder, source.config, vocab, trusted=self.trusted)
+            corpora = [
+                replace(c, documents=ids) if isinstance(c.documents, Drawn) else c for c in corpora
+            ]
         return batching.make(
-            text.read(self.specs, field=self.field, option=self.option),
+            corpora,
             source.folder,
             self.cut,
-            vocab=int(at.layout.field("vocab", at.config) or words.get("vocab_size") or 1 << 31),
+            vocab=vocab,
             longest=longest if isinstance(longest, int) else None,
             trusted=self.trusted,
         )
@@ -122,7 +129,7 @@ def make(
     mixture = Mixture.of(source)
     batches = calibration.read(source)  # bad text is said before anything heavy is imported
     sample = min(wanted.sample, batches.total)
-    wanted = dataclasses.replace(wanted, files=len(batches.files), sample=sample)
+    wanted = replace(wanted, files=len(batches.files), sample=sample)
     seal = digest(source, batches, wanted)
     _check_folder(how, seal)
     with Lock.take(how.folder, "these statistics"):
@@ -198,7 +205,6 @@ def describe(
     calibration: Calibration,
 ) -> JsonObject:
     """profile.json, without what only a finished walk knows."""
-    files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
     return {
         "schema": SCHEMA,
         "model": {
@@ -211,7 +217,7 @@ def describe(
         "experts": mixture.experts,
         "top_k": mixture.top_k,
         "tokens": batches.total,
-        "files": files,
+        "files": batches.described,
         "data_sha256": batches.digest,
         "seq_len": batches.seq_len,
         "pack": calibration.cut.pack,

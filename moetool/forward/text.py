@@ -1,5 +1,5 @@
 """Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard
-input, each with a share of the mix; `demo` is the embedded text.
+input, each with a share of the mix; `demo` is the embedded text, `random` token ids from a seed.
 
 Whatever is wrong with a file is said with its name and line. Nothing here needs torch.
 """
@@ -20,8 +20,9 @@ from pathlib import Path
 
 from moetool.demo import TEXT
 from moetool.errors import MoetoolError, UsageError
-from moetool.forward import documents, large
+from moetool.forward import documents, drawn, large
 from moetool.forward.documents import Document
+from moetool.forward.drawn import Drawn
 from moetool.forward.large import Large
 from moetool.kernels import draw
 from moetool.surgery.source import DATASET, HubId
@@ -35,10 +36,12 @@ class Corpus:
 
     name: str
     share: float
-    documents: tuple[Document, ...] | Large
+    documents: tuple[Document, ...] | Large | Drawn
 
     def order(self, seed: int | None) -> Iterator[Document]:
         """All documents: as they lie, or in an order drawn from the seed."""
+        if isinstance(self.documents, Drawn):
+            return  # ids, and no documents
         if isinstance(self.documents, Large):
             yield from self.documents.order(seed)
         elif seed is None:
@@ -58,7 +61,7 @@ def read(specs: Sequence[str], *, field: str = "", option: str = "calibrate") ->
     if not specs:
         raise UsageError(
             "no text given",
-            hint=f"--{option} FILE (.txt, .jsonl, .parquet, a Hub dataset, or - for standard input)",
+            hint=f"--{option} FILE (.txt, .jsonl, .parquet, a Hub dataset, - for standard input, or random)",
         )
     named = [_split(s) for s in specs]
     given = sum(share for _, share in named if share is not None)
@@ -94,7 +97,9 @@ def _split(spec: str) -> tuple[str, float | None]:
     return found["path"], float(found["share"])
 
 
-def _documents(name: str, field: str) -> tuple[Document, ...] | Large:
+def _documents(name: str, field: str) -> tuple[Document, ...] | Large | Drawn:
+    if drawn.means(name):
+        return Drawn()
     if name == "-":
         found = _from_stdin(field)
     else:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from moetool.errors import UsageError, did_you_mean
+from moetool.forward import drawn
 from moetool.methods.field import FINE, GATE, RUN, TEXT, WHAT, Field, Value
 from moetool.surgery.reform import FORMS
 
@@ -192,8 +193,8 @@ class Text:
 
     calibrate: tuple[str, ...] = option(
         (),
-        "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, or - for standard input; "
-        "repeat it",
+        "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, - for standard input, or "
+        "random (token ids from --seed, of no text); repeat it",
         TEXT,
         unit="files",
         metavar="FILE[:SHARE]",
@@ -224,6 +225,11 @@ class Text:
     sample: int = option(
         2048, "tokens of a layer kept for methods that run all experts", TEXT, minimum=0
     )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is text of --calibrate: all but random ids."""
+        return tuple(spec for spec in self.calibrate if not drawn.means(spec))
 
 
 @dataclass(frozen=True)

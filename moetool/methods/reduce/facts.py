@@ -35,6 +35,12 @@ class TextSeen:
     data_sha256: str
     seq_len: int
 
+    @property
+    def random(self) -> float:
+        """The share of random token ids."""
+        drawn = sum(file["tokens"] for file in self.files if file.get("random"))
+        return drawn / max(1, self.tokens)
+
     def as_json(self) -> JsonObject:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

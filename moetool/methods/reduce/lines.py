@@ -40,7 +40,21 @@ def counted(reduced: Reduced) -> str:
 
 def _text(data: TextSeen) -> list[Line]:
     names = ", ".join(f["name"] for f in data.files)
+    if data.random == 1:
+        told = f"none was given: {data.tokens:,} random token ids in sequences of {data.seq_len}"
+        return [Line("text", f"{told}; --calibrate FILE is better")]
     return [Line("text", f"{data.tokens:,} tokens in sequences of {data.seq_len}: {names}")]
+
+
+def calibrated(found: Found) -> list[str]:
+    """What a reader of the model card must know of the text: that there was none, or how much of it
+    was no text.
+    """
+    if found.data is None or not found.data.random:
+        return []
+    if found.data.random == 1:
+        return ["calibrated on random token ids: no text was given"]
+    return [f"{found.data.random:.0%} of the calibration tokens are random ids"]
 
 
 def _protected(protected: Mapping[int, list[int]]) -> list[Line]:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
+from moetool.forward import drawn
 from moetool.methods.field import WHAT, Field
 from moetool.methods.options import Gate, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
+RANDOM_TOKENS = 32_768  # of a calibration without text: as many as a refit looks at
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
 
 
@@ -92,7 +94,7 @@ class Reducing(Storing, Gate, Solving, Text, What):
                 "--calibrate and --stats exclude each other",
                 hint="a profile holds what calibration would see: give one of them",
             )
-        if self.gated and not (self.text or self.calibrate):
+        if self.gated and not (self.text or self.texts):
             raise UsageError(
                 "a gate needs text to measure on",
                 expected="--text FILE or --calibrate FILE",
@@ -100,6 +102,16 @@ class Reducing(Storing, Gate, Solving, Text, What):
             )
         if self.refit and not self.has_text and not self.decisions:
             raise UsageError("--refit needs text", hint="--calibrate FILE")
+
+
+def with_random(values: Mapping[str, object]) -> Mapping[str, object]:
+    """What a verb was told, on random token ids where it has the choice of the method and was
+    given nothing to look at.
+    """
+    said = {name.replace("-", "_") for name, value in values.items() if value}
+    if said & {"calibrate", "stats", "decisions"} or values.get("method", "auto") != "auto":
+        return values
+    return {"tokens": RANDOM_TOKENS, "refit": True, **values, "calibrate": (drawn.NAME,)}
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,7 @@ def _held(asked: Asked, wanted: Wanted) -> int:
 
 
 def _text(batches: Batches) -> TextSeen:
-    files = [{"name": n, "tokens": t} for n, t in zip(batches.files, batches.tokens, strict=True)]
-    return TextSeen(batches.total, files, batches.digest, batches.seq_len)
+    return TextSeen(batches.total, batches.described, batches.digest, batches.seq_len)
 
 
 def _solved(asked: Asked, folder: Path) -> tuple[Checkpoint, ...]:

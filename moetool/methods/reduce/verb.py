@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from moetool.methods.contract import Decisions, Line, Made, Report, Settings, Summary
 from moetool.methods.options import Gate
-from moetool.methods.reduce.options import Reducing, renamed
+from moetool.methods.reduce.options import Reducing, renamed, with_random
 from moetool.methods.reduce.way import Way, meant_by_auto
 from moetool.methods.several import Several
 from moetool.surgery.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ class Reduce(Several):
     def __init__(self, options: Reducing, way: Way, remarks: tuple[str, ...] = ()) -> None:
         super().__init__(options)
         self.way, self.remarks = way, remarks
+        self.bare: Mapping[str, object] | None = None  # by a user who gave no text and left the choice to us
 
     @classmethod
     def ways(cls) -> Mapping[str, type[Way]]:
@@ -36,10 +37,17 @@ class Reduce(Several):
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
         given = renamed(values, cls.fields())
-        told = cls.split(given.values)
+        values = with_random(given.values)
+        made = cls._of(values, given.notes)
+        made.bare = given.values if values is not given.values else None
+        return made
+
+    @classmethod
+    def _of(cls, values: Mapping[str, object], notes: tuple[str, ...]) -> Reduce:
+        told = cls.split(values)
         way = told.acting(told.options, told.own, cls.named(told.options))
         way.told()
-        return cls(told.options, way, given.notes)
+        return cls(told.options, way, notes)
 
     @classmethod
     def named(cls, options: Reducing) -> type[Way]:
@@ -61,9 +69,17 @@ class Reduce(Several):
         from moetool.methods.reduce.decide import decide, mixture_of
 
         (source,) = sources
-        asked = Asked(self.verb, self.way, mixture_of(source), settings, self.remarks)
+        mixture = mixture_of(source)
+        if self.bare is not None and not mixture.plain:
+            self._look_at_nothing()
+        asked = Asked(self.verb, self.way, mixture, settings, self.remarks)
         self.way.check(asked.mixture)
         return decide(asked)
+
+    def _look_at_nothing(self) -> None:
+        """Become the way that runs nothing: ids cannot be sent through quantized experts."""
+        still = type(self)._of(self.bare or {}, self.remarks)
+        self.options, self.way = still.options, still.way
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         from moetool.methods.reduce import facts
@@ -104,13 +120,12 @@ class Reduce(Several):
         return lines.notes(_reduced(summary))
 
     def card(self, report: Report) -> list[str]:
-        from moetool.methods.reduce.lines import counted
+        from moetool.methods.reduce.lines import calibrated, counted
 
         reduced = _reduced(report)
         share = f"({100 * reduced.removed_share:.0f} % removed)"
-        return [
-            f"{counted(reduced)} {share} by {reduced.decided.method}; report.json says which, decisions.json replays it"
-        ]
+        how = f"{reduced.decided.method}; report.json says which, decisions.json replays it"
+        return [f"{counted(reduced)} {share} by {how}", *calibrated(reduced.found)]
 
     def files(self, report: Report) -> dict[str, bytes]:
         from moetool.methods.reduce import report as document

@@ -1,0 +1,129 @@
+"""Token ids drawn from a seed: calibration where there is no text, or a share of it.
+
+`random` stands among the names of files, `random:0.2` is a share. Nothing here needs torch, a
+network or a tokenizer that loads: what special tokens there are is read from tokenizer.json where
+it lies beside the weights, else a tokenizer is asked, else the config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetool import strict_json
+from moetool.data import JsonMapping, JsonObject
+from moetool.errors import MoetoolError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAME = "random"
+_SPEC = re.compile(rf"{NAME}(?::\d*\.?\d+)?")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def means(spec: str) -> bool:
+    """Whether a `--calibrate` asks for random token ids; a file of that name comes first."""
+    return bool(_SPEC.fullmatch(spec)) and not Path(spec).exists() and not Path(NAME).exists()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Stands where documents would. `ids` [count] may be drawn, each with its `weight` [count]; None
+    until the model is known.
+    """
+
+    ids: np.ndarray | None = field(default=None, repr=False)
+    weight: np.ndarray | None = field(default=None, repr=False)
+
+    def rows(self, tokens: int, length: int, seed: int) -> Iterator[np.ndarray]:
+        """Sequences of `length` that hold `tokens` ids in all, the last one shorter; the first n
+        are the same however many are asked for.
+        """
+        import numpy as np
+
+        from moetool.kernels import draw
+
+        assert self.ids is not None and self.weight is not None
+        upto = np.cumsum(self.weight, dtype=np.float64)
+        for number, start in enumerate(range(0, tokens, length)):
+            count = min(length, tokens - start)
+            if count < 2:
+                return
+            at = draw.uniform(count, seed, f"calibrate/{NAME}/{number}") * upto[-1]
+            place = np.minimum(np.searchsorted(upto, at, side="right"), len(self.ids) - 1)
+            yield self.ids[place].astype(np.int64)
+
+
+def of(folder: str | Path, config: JsonMapping, rows: int, *, trusted: bool = False) -> Drawn:
+    """The ids of a model with `rows` rows of its embedding: all that its tokenizer gives but the
+    special and added ones.
+
+    Raises MoetoolError where none is left.
+    """
+    import numpy as np
+
+    known = _of_file(Path(folder)) or _of_tokenizer(folder, trusted) or _Known(rows, frozenset())
+    special = known.special | frozenset(_numbers(config))
+    ids = np.array([i for i in range(min(rows, known.count)) if i not in special], np.int64)
+    if not len(ids):
+        raise MoetoolError(
+            "the vocabulary has no token that is not special",
+            file=folder,
+            expected="tokens of text",
+            found=f"{rows} rows, all special",
+            hint="give text or token ids: --calibrate FILE",
+        )
+    return Drawn(ids, np.ones(len(ids)))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a tokenizer says: how many tokens of text it has at most, and which are none."""
+
+    count: int
+    special: frozenset[int]
+
+
+def _of_file(folder: Path) -> _Known | None:
+    """tokenizer.json, read as data; None where it is not there, or holds no table of tokens."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    found = strict_json.load(path, "tokenizer")
+    model = found.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        numbers = [n for n in vocab.values() if type(n) is int]
+    elif isinstance(vocab, list):
+        numbers = list(range(len(vocab)))
+    else:
+        return None
+    added = [t.get("id") for t in found.get("added_tokens") or () if isinstance(t, dict)]
+    special = frozenset(i for i in added if type(i) is int)
+    return _Known(max(numbers) + 1, special) if numbers else None
+
+
+def _of_tokenizer(folder: str | Path, trusted: bool) -> _Known | None:
+    """Whatever tokenizer transformers finds here; None where there is none that loads."""
+    from moetool.forward import stock
+
+    try:
+        found = stock.tokenizer(folder, trust_remote_code=trusted)
+    except MoetoolError:
+        return None
+    added = set(found.get_added_vocab().values()) | set(found.all_special_ids)
+    return _Known(len(found), frozenset(map(int, added)))
+
+
+def _numbers(config: JsonMapping) -> Iterator[int]:
+    """Ids that the config calls special, at any depth."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif name in _SPECIAL:
+            values = value if isinstance(value, list) else [value]
+            yield from (v for v in values if type(v) is int)
