@@ -338,7 +338,7 @@ def test_an_output_in_the_words_of_0_2_0_verifies(
     import moetool as api
 
     source, out = models("mixtral"), tmp_path / "out"
-    api.prune(str(source), str(out), ratio=0.25)
+    api.prune(str(source), str(out), ratio=0.25, method="router-distance")
     file = out / "moetool.json"
     record = json.loads(file.read_text())
     said = record["options"]

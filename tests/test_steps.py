@@ -28,21 +28,22 @@ from moetool.methods.contract import Certificate
 from moetool.recipe import read
 
 Steps = list[tuple[str, dict[str, Any]]]
+PRUNE = ("prune", {"ratio": 0.5, "method": "router-distance"})  # nothing runs
 INT8 = ("quantize", {"format": "int8/channel", "method": "rtn", "loader-check": False})
 CASES: dict[str, tuple[str, Steps]] = {
-    "prune, quantize": ("mixtral", [("prune", {"ratio": 0.5}), INT8]),
-    "merge, quantize": ("mixtral", [("merge", {"ratio": 0.5}), INT8]),
+    "prune, quantize": ("mixtral", [PRUNE, INT8]),
+    "merge, quantize": ("mixtral", [("merge", {"ratio": 0.5, "method": "alike"}), INT8]),
     "upcycle, prune, quantize": (
         "llama",
         [
             ("upcycle", {"experts": 4, "diversify": "noise:0.1"}),
-            ("prune", {"ratio": 0.25}),
+            ("prune", {"ratio": 0.25, "method": "router-distance"}),
             INT8,
         ],
     ),
-    "quantize, prune": ("qwen3_moe", [INT8, ("prune", {"ratio": 0.5})]),
-    "prune, stack": ("mixtral", [("prune", {"ratio": 0.5}), ("convert-layout", {"to": "fused"})]),
-    "stack, prune": ("mixtral", [("convert-layout", {"to": "fused"}), ("prune", {"ratio": 0.5})]),
+    "quantize, prune": ("qwen3_moe", [INT8, PRUNE]),
+    "prune, stack": ("mixtral", [PRUNE, ("convert-layout", {"to": "fused"})]),
+    "stack, prune": ("mixtral", [("convert-layout", {"to": "fused"}), PRUNE]),
 }
 
 

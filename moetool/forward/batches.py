@@ -141,9 +141,7 @@ def _taken(
     what the texts gave.
     """
     texts = {n: c for n, c in enumerate(corpora) if not isinstance(c.documents, Drawn)}
-    read = {
-        n: list(_sequences(c, words, cut, seq_len, _wanted(c, cut))) for n, c in texts.items()
-    }
+    read = {n: list(_sequences(c, words, cut, seq_len, _wanted(c, cut))) for n, c in texts.items()}
     gave = sum(len(row) for row in chain.from_iterable(read.values()))
     asked = sum(_wanted(c, cut) for c in texts.values())
     part = gave / asked if asked else 1.0

@@ -3,6 +3,10 @@
 `random` stands among the names of files, `random:0.2` is a share. Nothing here needs torch, a
 network or a tokenizer that loads: what special tokens there are is read from tokenizer.json where
 it lies beside the weights, else a tokenizer is asked, else the config.
+
+Ids are drawn as words are used, by Zipf's law: a tokenizer numbers its tokens in the order in which
+training made them, frequent ones first, and ids that no text uses lead a model where no text does.
+One that keeps the probability of each token (a unigram model) is drawn from by those.
 """
 
 from __future__ import annotations
@@ -14,15 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetool import strict_json
-from moetool.data import JsonMapping, JsonObject
+from moetool.data import JsonMapping
 from moetool.errors import MoetoolError
 
 if TYPE_CHECKING:
     import numpy as np
 
 NAME = "random"
+SHIFT = (
+    10.0  # ranks by which Zipf's law is shifted (Mandelbrot), so that the first are no text alone
+)
 _SPEC = re.compile(rf"{NAME}(?::\d*\.?\d+)?")
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL = re.compile(r"\w*(token_ids?|token_index)")
 
 
 def means(spec: str) -> bool:
@@ -77,15 +84,20 @@ def of(folder: str | Path, config: JsonMapping, rows: int, *, trusted: bool = Fa
             found=f"{rows} rows, all special",
             hint="give text or token ids: --calibrate FILE",
         )
-    return Drawn(ids, np.ones(len(ids)))
+    if known.scores:
+        return Drawn(ids, np.exp(np.array([known.scores[i] for i in ids], np.float64)))
+    return Drawn(ids, 1.0 / (np.arange(len(ids)) + SHIFT))
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a tokenizer says: how many tokens of text it has at most, and which are none."""
+    """What a tokenizer says: how many tokens of text it has at most, which are none, and their
+    logarithmic probabilities, if it keeps any.
+    """
 
     count: int
     special: frozenset[int]
+    scores: tuple[float, ...] = ()
 
 
 def _of_file(folder: Path) -> _Known | None:
@@ -95,16 +107,24 @@ def _of_file(folder: Path) -> _Known | None:
         return None
     found = strict_json.load(path, "tokenizer")
     model = found.get("model")
+    scores: tuple[float, ...] = ()
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
         numbers = [n for n in vocab.values() if type(n) is int]
     elif isinstance(vocab, list):
-        numbers = list(range(len(vocab)))
+        numbers, scores = list(range(len(vocab))), _scores(vocab)
     else:
         return None
     added = [t.get("id") for t in found.get("added_tokens") or () if isinstance(t, dict)]
     special = frozenset(i for i in added if type(i) is int)
-    return _Known(max(numbers) + 1, special) if numbers else None
+    return _Known(max(numbers) + 1, special, scores) if numbers else None
+
+
+def _scores(vocab: list[object]) -> tuple[float, ...]:
+    """Of a unigram model: logarithmic probabilities of its tokens; empty where these are none."""
+    found = [row[1] for row in vocab if isinstance(row, list) and len(row) == 2]
+    fits = len(found) == len(vocab) and all(isinstance(s, int | float) and s <= 0 for s in found)
+    return tuple(map(float, found)) if fits and min(found, default=0.0) < 0 else ()
 
 
 def _of_tokenizer(folder: str | Path, trusted: bool) -> _Known | None:
@@ -124,6 +144,6 @@ def _numbers(config: JsonMapping) -> Iterator[int]:
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value)
-        elif name in _SPECIAL:
+        elif _SPECIAL.fullmatch(name):
             values = value if isinstance(value, list) else [value]
             yield from (v for v in values if type(v) is int)

@@ -49,7 +49,8 @@ def test_text_of_a_gate_is_read_before_anything_is_decided(
 def test_gates_are_in_the_promise(
     text: Path, models: Callable[..., Path], tmp_path: Path, moetool: Run
 ) -> None:
-    plain = ["prune", models("mixtral"), tmp_path / "out", "--seq-len", 8, "--json"]
+    plain = ["prune", models("mixtral"), tmp_path / "out", "--method", "router-distance"]
+    plain += ["--seq-len", 8, "--json"]
     gated = [*plain, "--text", text, "--max-kl", 100]
     without = moetool(*plain, "--dry-run").json["peak_memory"]
     promised = moetool(*gated, "--dry-run").json["peak_memory"]

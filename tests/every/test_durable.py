@@ -43,7 +43,7 @@ def test_everything_is_synced_before_it_is_named(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
-    command = ["prune", models("mixtral"), tmp_path / "out"]
+    command = ["prune", models("mixtral"), tmp_path / "out", "--method", "router-distance"]
     assert moetool(*command).returncode == 0
     shard = done.index("sync model.safetensors.tmp")
     assert shard < done.index("name model.safetensors")
@@ -65,7 +65,7 @@ def test_a_disk_that_fails_is_said(
     shim = tmp_path / "shim.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c"], check=True)
     env = {"LD_PRELOAD": str(shim), "FSYNC_LEFT": str(left)}
-    command = ["prune", models("mixtral"), tmp_path / "out"]
+    command = ["prune", models("mixtral"), tmp_path / "out", "--method", "router-distance"]
     done = moetool(*command, env=env)
     assert done.returncode == 1 and "next:" in done.stderr, (done.returncode, done.stderr)
     assert "Input/output error" in done.stderr and not (tmp_path / "out").exists()

@@ -308,11 +308,12 @@ def test_every_family_is_cut_by_name(family: str, tmp_path: Path) -> None:
         config[group] = 1
     (tmp_path / "model" / "config.json").write_text(json.dumps(config if plain else {}))
     mixture = Mixture.of(Checkpoint.open(tmp_path / "model"))
+    told: dict[str, Any] = {"ratio": 0.5, "method": "router-distance"}
     if mixture.side(mixture.layers[0], "router") is None:
         with pytest.raises(moetool.MoetoolError, match="router"):
-            moetool.prune(str(tmp_path / "model"), str(tmp_path / "out"), ratio=0.5)
+            moetool.prune(str(tmp_path / "model"), str(tmp_path / "out"), **told)
         return
-    report = moetool.prune(str(tmp_path / "model"), str(tmp_path / "out"), ratio=0.5)
+    report = moetool.prune(str(tmp_path / "model"), str(tmp_path / "out"), **told)
     assert report["experts_after"] == 2
     after = Mixture.of(Checkpoint.open(tmp_path / "out"))
     assert (
@@ -658,7 +659,7 @@ def test_stacked_files_of_per_expert_families(
     moetool.convert_layout(str(source), str(tmp_path / "stacked"), to="fused")
     for verb, options in (
         ("prune", {"method": "reap", "calibrate": [str(text)], "tokens": 400, "seq_len": 40}),
-        ("merge", {}),
+        ("merge", {"method": "alike"}),
     ):
         single = getattr(moetool, verb)(
             str(source), str(tmp_path / f"{verb}1"), ratio=0.5, **options

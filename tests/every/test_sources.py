@@ -22,7 +22,7 @@ def arguments(verb: str, whole: Path, broken: Path, folder: Path) -> list[object
     text = folder / "ids.jsonl"
     text.write_text('{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12]}\n' * 4)
     return {
-        "prune": ["prune", broken, folder / "out"],
+        "prune": ["prune", broken, folder / "out", "--method", "router-distance"],
         "merge": ["merge", broken, folder / "out", "--calibrate", text],
         "convert-layout": ["convert-layout", broken, folder / "out", "--to", "fused"],
         "upcycle": ["upcycle", broken, folder / "out", "--experts", 4],

@@ -135,19 +135,23 @@ def test_protected_experts_stay(models: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_without_text_the_user_is_told(models: Callable[..., Path], tmp_path: Path) -> None:
+    still: dict[str, Any] = {"method": "router-distance"}
     assert any(
         "super experts were not looked for" in w
-        for w in api.prune(str(models("mixtral")), str(tmp_path / "a"))["warnings"]
+        for w in api.prune(str(models("mixtral")), str(tmp_path / "a"), **still)["warnings"]
     )
-    assert not api.prune(str(models("mixtral")), str(tmp_path / "b"), protect=False)["warnings"]
+    assert not api.prune(str(models("mixtral")), str(tmp_path / "b"), protect=False, **still)[
+        "warnings"
+    ]
 
 
 def test_decisions_are_written_edited_and_replayed(
     models: Callable[..., Path], tmp_path: Path, moetool: Callable[..., Any]
 ) -> None:
     source, file = models("mixtral"), tmp_path / "d.json"
+    still = ["--method", "router-distance"]
     dry = moetool(
-        "prune", source, tmp_path / "out", "--ratio", "0.25", "--dry-run", "--decisions", file
+        "prune", source, tmp_path / "out", *still, "--ratio", 0.25, "--dry-run", "--decisions", file
     )
     assert (
         dry.returncode == 0
@@ -317,7 +321,7 @@ def test_lists_for_servers_name_every_expert_once() -> None:
             "above the share",
         ),
         ("prune", {"max_perplexity_increase": "much"}, "not a percentage"),
-        ("prune", {"refit": True}, "needs text"),
+        ("prune", {"refit": True, "method": "random"}, "needs text"),
         ("prune", {"seq_len": 1}, "at least 2"),
         ("prune", {"max_kl": -1.0}, "not negative"),
         ("merge", {"combine": "meen"}, "not known"),

@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("made")
     moetool.upcycle("demo", str(root / "moe"), experts=4, diversify="permute", seed=3)
     moetool.prune(str(root / "moe"), str(root / "half"), ratio=0.5, method="random", seed=1)
-    moetool.merge(str(root / "moe"), str(root / "merged"), ratio=0.5)
+    moetool.merge(str(root / "moe"), str(root / "merged"), ratio=0.5, method="alike")
     return root
 
 

@@ -311,7 +311,8 @@ def test_what_is_no_longer_quantized_is_said(family: str, quantized: Made, tmp_p
     """A merged output may be larger than its source: why, and what to do about it."""
     said: dict[str, list[str]] = {}
     for form in ("auto", "same", "full"):
-        made = api.merge(str(quantized(family)), str(tmp_path / form), ratio=0.5, form=form)
+        told: dict[str, Any] = {"method": "alike", "ratio": 0.5, "form": form}
+        made = api.merge(str(quantized(family)), str(tmp_path / form), **told)
         said[form] = [w for w in made["warnings"] if "written in full" in w]
     assert len(said["auto"]) == 1 and "--form same" in said["auto"][0]
     assert not said["same"] and not said["full"]

@@ -1,4 +1,4 @@
-"""No text needed: experts whose weights are alike become one. The default when there is no text."""
+"""No text needed, and nothing runs: experts whose weights are alike become one."""
 
 from __future__ import annotations
 

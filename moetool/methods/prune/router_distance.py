@@ -1,6 +1,4 @@
-"""No text needed: of experts whose router rows are alike, one stays. The default when there is no
-text.
-"""
+"""No text needed, and nothing runs: of experts whose router rows are alike, one stays."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TextSeen:
     def random(self) -> float:
         """The share of random token ids."""
         drawn = sum(file["tokens"] for file in self.files if file.get("random"))
-        return drawn / max(1, self.tokens)
+        return float(drawn / max(1, self.tokens))
 
     def as_json(self) -> JsonObject:
         return {f.name: getattr(self, f.name) for f in fields(self)}

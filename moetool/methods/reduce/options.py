@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from moetool.errors import UsageError
 from moetool.forward import drawn
@@ -12,6 +13,8 @@ from moetool.methods.options import Gate, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
 RANDOM_TOKENS = 32_768  # of a calibration without text: as many as a refit looks at
+# told, these mean text: they are refused alone, as ever
+LOOKS = ("calibrate", "stats", "text_field", "trust_remote_code")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
 
 
@@ -108,8 +111,9 @@ def with_random(values: Mapping[str, object]) -> Mapping[str, object]:
     """What a verb was told, on random token ids where it has the choice of the method and was
     given nothing to look at.
     """
-    said = {name.replace("-", "_") for name, value in values.items() if value}
-    if said & {"calibrate", "stats", "decisions"} or values.get("method", "auto") != "auto":
+    replayed = str(values.get("decisions") or "")
+    looks = any(values.get(name) for name in LOOKS)
+    if looks or values.get("method", "auto") != "auto" or (replayed and Path(replayed).exists()):
         return values
     return {"tokens": RANDOM_TOKENS, "refit": True, **values, "calibrate": (drawn.NAME,)}
 

@@ -28,7 +28,9 @@ class Reduce(Several):
     def __init__(self, options: Reducing, way: Way, remarks: tuple[str, ...] = ()) -> None:
         super().__init__(options)
         self.way, self.remarks = way, remarks
-        self.bare: Mapping[str, object] | None = None  # by a user who gave no text and left the choice to us
+        self.bare: Mapping[str, object] | None = (
+            None  # by a user who gave no text and left the choice to us
+        )
 
     @classmethod
     def ways(cls) -> Mapping[str, type[Way]]:

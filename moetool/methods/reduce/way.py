@@ -52,7 +52,8 @@ class Needs:
 
 class Way:
     """Subclass it (through PruneWay or MergeWay) in a file of prune/ or merge/; the first sentence
-    of its docstring describes it. `auto`: "text" or "no text", when --method auto means it.
+    of its docstring describes it. `auto`: "text" when --method auto means it, "no text" when it
+    does and nothing can run.
     """
 
     name: ClassVar[str] = ""
@@ -223,6 +224,8 @@ def meant_by_auto(known: Mapping[str, type[Kind]], *, text: bool) -> type[Kind]:
 
 
 def auto_help(known: Mapping[str, type[Way]]) -> str:
-    """`auto (reap with text, router-distance without), or one of: ...`"""
-    first, second = (meant_by_auto(known, text=text).name for text in (True, False))
-    return f"auto ({first} with text, {second} without), or one of: {', '.join(known)}"
+    """`auto (reap, on random token ids where there is no text), or one of: ...`"""
+    meant = meant_by_auto(known, text=True).name
+    return (
+        f"auto ({meant}, on random token ids where there is no text), or one of: {', '.join(known)}"
+    )
