@@ -39,8 +39,8 @@ def means(spec: str) -> bool:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Stands where documents would. `ids` [count] may be drawn, each with its `weight` [count]; None
-    until the model is known.
+    """Stands where documents would. `ids` [count] may be drawn, each with its `weight` [count];
+    None until the model is known.
     """
 
     ids: np.ndarray | None = field(default=None, repr=False)

@@ -12,7 +12,7 @@ from moetool.methods.field import WHAT, Field
 from moetool.methods.options import Gate, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
-RANDOM_TOKENS = 32_768  # of a calibration without text: as many as a refit looks at
+RANDOM_TOKENS = 16_384  # of a calibration without text
 # told, these mean text: they are refused alone, as ever
 LOOKS = ("calibrate", "stats", "text_field", "trust_remote_code")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
