@@ -74,7 +74,7 @@ class RouterLaw:
 class SharedExpert:
     """The always-on expert of a family. `width` or `count`: the field that says how wide it is or
     how many experts wide; `gated`: behind a sigmoid; `always`: its tensors must be there; `idle`:
-    how narrow it may be where it is not wished.
+    how narrow it may be where it is not wished (with `count`: in experts).
     """
 
     width: str = ""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery.family import filled
+from moetool.surgery.family import Slot, filled
 from moetool.surgery.layout import DATA, Layout, is_dead
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -101,6 +101,7 @@ class Pair:
     rope_partial: bool = False
     rope_partial_default: float | None = None
     tensors: dict[str, tuple[Piecewise, ...]] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()  # target tensors of each layer that the source has none for
     inner: str | None = None
     prefix: str = ""
     evidence: str = ""  # the test that shows it
@@ -341,6 +342,23 @@ def map_tensor(
         yield Mapped(new, span, piece.op, params)
 
 
+def zeros(pair: Pair, target: Layout, text: JsonObject) -> Iterator[tuple[Slot, tuple[int, ...]]]:
+    """Tensors of a layer that the source has none for, and that are zero in the target: a bias
+    that some clients expect of every checkpoint. With their shapes under the source's fields.
+    """
+    slots = {slot.name: slot for slot in target.tensors}
+    for name in pair.zeros:
+        shape = target.shape(slots[name], text) if name in slots else None
+        if shape is None or None in shape:
+            raise MoetoolError(
+                "a conversion adds a tensor that its target does not have, or has no shape for",
+                tensor=name,
+                expected=f"a tensor of {target.model_type}",
+                hint=f"correct archs/pairs/{pair.source}--{pair.target}.json",
+            )
+        yield slots[name], tuple(n for n in shape if n is not None)
+
+
 def _number(value: Any, text: JsonObject) -> Any:
     """`sqrt:hidden_size` -> the square root of that config field."""
     if isinstance(value, str) and value.startswith("sqrt:"):
@@ -367,6 +385,7 @@ def _read(path: Path) -> Pair:
             tensors={k: tuple(map(_piecewise, vs)) for k, vs in data.pop("tensors", {}).items()},
             require=tuple(map(Condition.read, data.pop("require", ()))),
             carry=tuple(data.pop("carry", ())),
+            zeros=tuple(data.pop("zeros", ())),
             **data,
         )
     except TypeError as problem:

@@ -4,11 +4,14 @@ the logits are the source's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 import moetool
 from moetool.surgery.pair import Pair, pairs
@@ -225,3 +228,66 @@ def test_bfloat16_is_what_float32_says_within_its_floor(
     expected = tiny.logits(source)
     assert (tiny.logits(tmp_path / "4") - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (tiny.logits(tmp_path / "3") - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+TIED = {"tie_word_embeddings": True}
+WIDE = {"intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("llama", "qwen2_moe"),
+        ("qwen2", "qwen2_moe"),
+        ("llama", "glm4_moe"),
+        ("qwen2", "glm4_moe"),
+        ("qwen3", "glm4_moe"),
+        ("qwen3", "dots1"),
+    ],
+)
+def test_other_clients_find_what_they_expect(
+    family: str, target: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A head of its own, biases, a shared expert of a usual width: of a tied dense model too, and
+    without another function.
+    """
+    source, out = models(family, **TIED, **WIDE), tmp_path / "out"
+    report = moetool.upcycle(str(source), str(out), target=target, experts=4)
+    assert report["certificate"]["level"] == "exact"
+    held = load_file(out / "model.safetensors")
+    text = json.loads((out / "config.json").read_text())
+    shared = {n: t for n, t in held.items() if ".shared_expert" in n and "gate.weight" not in n}
+    assert len(shared) == 3 * 4 and not any(t.any() for t in shared.values())
+    width = 128 if target == "qwen2_moe" else 256
+    assert {max(t.shape) for t in shared.values()} == {max(width, 64)}
+    assert text.get("n_shared_experts", 1) == 1
+    if target != "dots1":
+        assert text["tie_word_embeddings"] is False
+        assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
+    biases = [t for n, t in held.items() if n.endswith("_proj.bias")]
+    assert len(biases) == (12 if target == "qwen2_moe" or family == "qwen2" else 0)
+    assert text.get("qkv_bias", text.get("attention_bias")) == bool(biases)
+    assert family == "qwen2" or not any(t.any() for t in biases)
+    expected, made = tiny.logits(source), tiny.logits(out)
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_switch_of_a_shared_expert_is_a_half_but_not_zero(
+    dtype: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """llama.cpp divides by what the switch sees: zero would be no number there."""
+    source, out = models("llama", dtype=dtype), tmp_path / "out"
+    moetool.upcycle(str(source), str(out), target="qwen2_moe", shared=True)
+    held = load_file(out / "model.safetensors")
+    switches = [t for n, t in held.items() if n.endswith("shared_expert_gate.weight")]
+    assert len(switches) == 4
+    seen = torch.randn(64, switches[0].shape[1], generator=torch.Generator().manual_seed(0))
+    for switch in switches:
+        assert switch.dtype == getattr(torch, dtype) and bool((switch != 0).all())
+        own = torch.nn.functional.linear(seen.to(switch.dtype), switch)
+        assert bool((torch.sigmoid(own) == 0.5).all())
+        whole = seen @ switch.float().T
+        there = torch.nn.functional.silu(whole) / whole
+        assert float((there - 0.5).abs().max()) < (2e-6 if dtype == "float16" else 1e-7)
+    moetool.verify(str(out), against=[str(source)], load=False)

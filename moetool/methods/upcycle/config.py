@@ -58,6 +58,7 @@ def _shared(target: Layout, width: int, expert_width: int) -> JsonObject:
     rule = target.overlay.shared
     if rule is None:
         return {}
+    width = width or idle_width(rule, expert_width)
     if rule.count:
         return {rule.count: width // expert_width}
-    return {rule.width: width or idle_width(rule, expert_width)} if rule.width else {}
+    return {rule.width: width} if rule.width else {}

@@ -17,6 +17,11 @@ from moetool.surgery.family import SharedExpert
 from moetool.surgery.spec import FLOATS, Piece, rows, whole
 
 MATRICES = ("gate", "up", "down")
+# A shared expert's switch is to be sigmoid(0) = 1/2. llama.cpp computes the sigmoid of x as
+# silu(x) / x, which is no number at 0: so the switch is not zero, but so small that 1/2 stays
+# exact in float32. float16 has no such number: there it is the smallest that it has, and the
+# sigmoid is 1/2 exactly in float16, and to 1e-6 in float32.
+SMALL, SWITCH = 1e-20, {"F16": 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
     rule = chosen.target.overlay.shared
     assert rule is not None
     width = ffn.width if layer.shared else idle_width(rule, ffn.width // layer.split)
+    small = SWITCH.get(ffn.dtype, SMALL)
     shapes = {"gate": (width, ffn.hidden), "up": (width, ffn.hidden), "down": (ffn.hidden, width)}
     for matrix in MATRICES:
         slot = chosen.target.role(f"shared.{matrix}")
@@ -269,13 +275,13 @@ def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
             build.copy(getattr(ffn, matrix), whole(target))
     switch = chosen.target.role("shared.switch")
     if switch is not None and (layer.shared or rule.always):
-        build.zeros(
-            build.target(_name(chosen, switch.name, layer.number), ffn.dtype, (1, ffn.hidden))
-        )
+        name = _name(chosen, switch.name, layer.number)
+        target = build.target(name, ffn.dtype, (1, ffn.hidden))
+        build.task("fill", [], [whole(target)], value=small)
 
 
 def idle_width(rule: SharedExpert, expert_width: int) -> int:
-    """Width of a shared expert that must exist but is not wished: narrow zeros load in more places
-    than empty tensors.
+    """Width of a shared expert that must exist but is not wished: zeros load in more places than
+    empty tensors.
     """
-    return min(rule.idle, expert_width)
+    return rule.idle * expert_width if rule.count else min(rule.idle, expert_width)

@@ -90,6 +90,16 @@ class Trunk:
                 target = build.target(chosen.prefix + new, stored.dtype, piece.shape)
                 self._one(build, piece, whole(target), op, params)
 
+        if isinstance(place, int):
+            self._write_zeros(build, place, text)
+
+    def _write_zeros(self, build: Builder, layer: int, text: JsonObject) -> None:
+        """Plan what the target has in a layer and the source has not."""
+        chosen = self.chosen
+        for slot, shape in pairing.zeros(chosen.pair, chosen.target, text):
+            dtype = Ffn.read(self.sources[0], chosen, layer).dtype
+            build.zeros(build.target(chosen.prefix + slot.named(layer=layer), dtype, shape))
+
     def write_ffn(self, build: Builder, layer: int) -> None:
         """Plan the FFN of a layer that stays dense."""
         ffn = Ffn.read(self.sources[0], self.chosen, layer)
