@@ -99,6 +99,17 @@ def agglomerative(distance: np.ndarray, clusters: int, linkage: str) -> np.ndarr
     return np.asarray(cut_tree(tree, n_clusters=clusters)[:, 0])
 
 
+def ward(points: np.ndarray, clusters: int) -> np.ndarray:
+    """Labels [n] of Ward's hierarchy on points [n, d] (the least growth of squared distances from
+    the clusters' means), by scikit-learn.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    if clusters >= len(points):
+        return np.arange(len(points))
+    return np.asarray(AgglomerativeClustering(clusters, linkage="ward").fit_predict(points))
+
+
 def embed(gram: np.ndarray) -> np.ndarray:
     """Points [n, n] with these inner products [n, n]: distances between them are those of the
     (much longer) vectors behind the Gram matrix.

@@ -20,7 +20,7 @@ import moetool
 from moetool import pipeline
 from moetool.methods.contract import Options
 from moetool.methods.options import Common
-prepared = pipeline.prepare(Options(out=sys.argv[3], sources=(sys.argv[2],), method="upcycle", values=json.loads(sys.argv[4]), common=Common(jobs=1)))
+prepared = pipeline.prepare(Options(out=sys.argv[3], sources=(sys.argv[2],), method=sys.argv[5], values=json.loads(sys.argv[4]), common=Common(jobs=1)))
 pipeline.write(prepared)
 print(json.dumps({"promised": prepared.peak, "used": 1024 * int(next(x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1]), "bytes": prepared.plan.disk}))
 """
@@ -28,12 +28,31 @@ print(json.dumps({"promised": prepared.peak, "used": 1024 * int(next(x for x in 
 
 def big_llama(folder: Path, *, layers: int, hidden: int = 1024, width: int = 4096) -> Path:
     """A Llama of zeros in a sparse file: large to read, free to store."""
+    return zeros(folder, layers, hidden, {"mlp": width}, LLAMA)
+
+
+def big_mixture(folder: Path, *, layers: int, hidden: int, width: int, experts: int) -> Path:
+    """A Qwen3-MoE of zeros."""
+    ffns = {f"mlp.experts.{e}": width for e in range(experts)}
+    counts = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": width}
+    return zeros(folder, layers, hidden, ffns, QWEN | counts)
+
+
+LLAMA: dict[str, object] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN: dict[str, object] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+
+
+def zeros(
+    folder: Path, layers: int, hidden: int, ffns: dict[str, int], told: dict[str, object]
+) -> Path:
+    """A model of zeros; ffns: the width of each of a layer's FFNs."""
     folder.mkdir()
     shapes: dict[str, list[int]] = {
         "model.embed_tokens.weight": [4096, hidden],
         "model.norm.weight": [hidden],
         "lm_head.weight": [4096, hidden],
     }
+    experts = int(str(told.get("num_experts", 0)))
     for i in range(layers):
         p = f"model.layers.{i}."
         shapes |= {
@@ -41,11 +60,31 @@ def big_llama(folder: Path, *, layers: int, hidden: int = 1024, width: int = 409
             p + "post_attention_layernorm.weight": [hidden],
         }
         shapes |= {p + f"self_attn.{x}_proj.weight": [hidden, hidden] for x in "qkvo"}
-        shapes |= {
-            p + "mlp.gate_proj.weight": [width, hidden],
-            p + "mlp.up_proj.weight": [width, hidden],
-            p + "mlp.down_proj.weight": [hidden, width],
-        }
+        if experts:
+            shapes |= {p + f"self_attn.{x}_norm.weight": [hidden // 8] for x in "qk"}
+            shapes[p + "mlp.gate.weight"] = [experts, hidden]
+        for name, width in ffns.items():
+            shapes |= {
+                p + name + ".gate_proj.weight": [width, hidden],
+                p + name + ".up_proj.weight": [width, hidden],
+                p + name + ".down_proj.weight": [hidden, width],
+            }
+    write_zeros(folder / "model.safetensors", shapes)
+    config = {
+        "hidden_size": hidden,
+        "intermediate_size": max(ffns.values()),
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": hidden // 8,
+        "vocab_size": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(told | config))
+    return folder
+
+
+def write_zeros(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A sparse file: large to read, free to store."""
     header, position = {}, 0
     for name, shape in shapes.items():
         size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -56,24 +95,14 @@ def big_llama(folder: Path, *, layers: int, hidden: int = 1024, width: int = 409
         }
         position += size
     body = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as out:
+    with path.open("wb") as out:
         out.write(struct.pack("<Q", len(body)) + body)
         out.truncate(8 + len(body) + position)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": 4096,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
-def run(limit: int, source: Path, out: Path, **options: object) -> dict[str, int]:
+def run(
+    limit: int, source: Path, out: Path, verb: str = "upcycle", **options: object
+) -> dict[str, int]:
     """Run in a process whose private memory the kernel limits."""
     env = {
         "OPENBLAS_NUM_THREADS": "1",
@@ -82,7 +111,7 @@ def run(limit: int, source: Path, out: Path, **options: object) -> dict[str, int
         "PATH": "/usr/bin:/bin",
     }
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(limit), str(source), str(out), json.dumps(options)],
+        [sys.executable, "-c", RUN, str(limit), str(source), str(out), json.dumps(options), verb],
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +154,14 @@ def test_measured_within_promise(options: dict[str, object], tmp_path: Path) -> 
     measured = run(0, source, tmp_path / "out", **options)
     assert measured["used"] <= 1.1 * measured["promised"], measured
     assert measured["promised"] < measured["bytes"]
+
+
+def test_a_layer_in_a_shared_basis_within_promise(tmp_path: Path) -> None:
+    """One layer and what its SVD needs, whatever the depth."""
+    source = big_mixture(tmp_path / "source", layers=2, hidden=768, width=256, experts=48)
+    measured = run(0, source, tmp_path / "out", "prune", method="svd", ratio=0.5)
+    layer = 2 * 48 * 3 * 256 * 768
+    assert measured["used"] <= measured["promised"] < 550_000_000 + 2.5 * layer, measured
 
 
 def test_too_little_is_refused_before_writing(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ NAMES = {
     "m-smoe",
     "ream",
     "d2-moe",
+    "svd-clustering",
+    "svd-features",
     "int8",
     "int4-rtn",
     "int4-gptq",
@@ -129,7 +131,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 36 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 38 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

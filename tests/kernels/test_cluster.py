@@ -88,6 +88,14 @@ def test_an_uneven_distance_matrix_is_evened() -> None:
     ).all()
 
 
+@pytest.mark.parametrize("clusters", [1, 3, 6, 9])
+def test_ward_is_what_scipy_says(clusters: int) -> None:
+    points = DICE.standard_normal((9, 4))
+    made = cluster.ward(points, clusters)
+    other = cluster.agglomerative(cluster.distances(points), clusters, "ward")
+    assert len({*zip(made.tolist(), other.tolist(), strict=True)}) == clusters
+
+
 def test_distances_are_euclids() -> None:
     points = DICE.standard_normal((6, 4))
     made = cluster.distances(points)

@@ -43,6 +43,7 @@ def test_every_method_is_named_where_people_look() -> None:
         "reap",
         "router-distance",
         "stun",
+        "svd",
     ]
     assert sorted(MergeWay.known()) == [
         "alike",

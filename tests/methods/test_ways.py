@@ -45,7 +45,7 @@ CUT = {"tokens": 400, "seq_len": 40, "sample": 100, "ratio": 0.25}
 
 
 def test_how_many_there_are() -> None:
-    assert len(PruneWay.known()) == 10 and len(MergeWay.known()) == 8 and len(WAYS) == 18
+    assert len(PruneWay.known()) == 11 and len(MergeWay.known()) == 8 and len(WAYS) == 19
 
 
 def family(way: type[Way]) -> str:
@@ -115,7 +115,7 @@ def test_its_options_are_its_own(verb: str, way: type[Way], tmp_path: Path) -> N
     for field in methods.load(verb).fields():
         if not field.of or way.name in field.of:
             continue
-        other = field.choices[-1] if field.choices else 0.5
+        other = field.choices[-1] if field.choices else 0.375
         options = {"method": way.name, "calibrate": "x", **TOLD.get(way.name, {})}
         with pytest.raises(api.UsageError, match="belong together") as refused:
             methods.make(verb, {**options, field.name: other})

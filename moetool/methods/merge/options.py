@@ -21,6 +21,7 @@ FEATURES = {
     "router-logits": "router logits of unit length",
     "outputs-and-logits": "both",
     "weights": "all weights",
+    "svd": "coefficients in a low-rank basis of the layer's experts, neurons matched",
 }
 CLUSTER = ("kmeans", "average", "complete", "ward", "dominant", "ream")
 WEIGH = ("frequency", "saliency", "uniform")
@@ -55,7 +56,10 @@ class Merging(Reducing):
         choices=_auto(*ROUTER),
     )
     rank_energy: float = option(
-        0.95, "share of the singular values' energy that svd keeps; 1 keeps all", FINE, unit="share"
+        0.95,
+        "share of the squared singular values that svd keeps, of features or of a merge; 1 keeps all",
+        FINE,
+        unit="share",
     )
     whiten: str = option(
         "auto",

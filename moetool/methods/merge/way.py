@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DENSE = ("outputs", "cosine", "mean-outputs", "outputs-and-logits")  # all experts on a sample
 SAMPLED = (*DENSE, "router-logits")
+WEIGHED = ("weights", "svd")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class MergeParts:
             sample=sampled or self.joint == 2,
             dense=self.features in DENSE,
             covariance=self.whiten,
-            weights=self.features == "weights" or self.align != "none",
+            weights=self.features in WEIGHED or self.align != "none",
         )
 
     def changed(self, options: Merging) -> MergeParts:
@@ -118,6 +119,7 @@ class MergeWay(Way):
         """Refuse parameters of a way of combining that this is not."""
         chosen = COMBINE.get(self.chosen.combine)
         used = set(chosen.parameters.values() if chosen else ())
+        used |= {"rank_energy"} if self.chosen.features == "svd" else set()
         for field in fields_of(type(self.verb)):
             owners = [c for c, how in COMBINE.items() if field.name in how.parameters.values()]
             told = getattr(self.verb, field.name) != field.default
@@ -152,6 +154,15 @@ class MergeWay(Way):
             ]
         return []
 
+    def buffers(self, mixture: Mixture) -> int:
+        from moetool.kernels import shared_basis
+
+        if self.chosen.features != "svd":
+            return self.needs.buffers
+        hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
+        width = max(map(mixture.width, mixture.layers))
+        return shared_basis.memory(mixture.experts, hidden, width)
+
     def choose(self, view: View, count: int) -> Decision:
         from moetool.forward import finite
         from moetool.methods.merge.parts import align, features, group
@@ -159,7 +170,7 @@ class MergeWay(Way):
         if self.needs.weights:
             folder = view.mixture.source.folder
             finite.check_experts(folder, view.layer, view.block.experts)
-        points = features.points(self.chosen.features, view)
+        points = features.points(self.chosen.features, view, self.verb.rank_energy)
         kind, weigh = self.chosen.cluster, self.chosen.weigh
         decision = group.decide(view, count, kind=kind, points=points, weigh=weigh)
         return replace(decision, orders=align.orders(self.chosen.align, view, decision))

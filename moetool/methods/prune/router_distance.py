@@ -20,7 +20,7 @@ class RouterDistance(PruneWay):
 
     name = "router-distance"
     auto = "no text"
-    needs = Needs(text=False)
+    needs = Needs(text=False, gains=True)
 
     def keep(self, view: View, count: int) -> list[int]:
         return by_router.keep(view, count)

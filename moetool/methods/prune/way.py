@@ -29,7 +29,7 @@ class PruneWay(Way):
         return ways(package, PruneWay)
 
     def check(self, mixture: Mixture) -> None:
-        if self.needs.text:
+        if self.needs.text or self.needs.weights:
             refuse_quantized(mixture, f"--method {self.called}")
         elif self.options.refit or self.options.propagate:
             refuse_quantized(mixture, "--refit and --propagate")

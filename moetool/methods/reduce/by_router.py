@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moetool.methods.reduce import clustered
 from moetool.methods.reduce.view import View
 
 if TYPE_CHECKING:
@@ -19,29 +20,17 @@ def keep(view: View, count: int) -> list[int]:
     together where there are statistics (both scaled to mean 1): STUN's first stage (arXiv
     2409.06211).
     """
-    distance = _distance(view)
-    kept: list[int] = []
-    for members in view.groups():
-        free = [e for e in members if e not in view.protected]
-        room = view.share(count) - (len(members) - len(free))
-        kept += [e for e in members if e in view.protected]
-        kept += _nearest(view.rows, distance, free, room)
-    return sorted(kept)
-
-
-def _nearest(rows: np.ndarray, distance: np.ndarray, free: list[int], room: int) -> list[int]:
-    """One expert of each of `room` clusters of the free ones."""
-    import numpy as np
-
     from moetool.kernels import cluster
 
-    if room <= 0:
-        return []
-    labels = cluster.agglomerative(distance[np.ix_(free, free)], room, "complete")
-    return [
-        cluster.nearest_member(rows, [free[i] for i in np.nonzero(labels == label)[0]])
-        for label in sorted(set(labels.tolist()))
-    ]
+    distance = _distance(view)
+
+    def nearest(free: list[int], room: int) -> list[int]:
+        apart = distance[free][:, free]
+        labels = cluster.agglomerative(apart, room, "complete").tolist()
+        found = clustered.gathered(free, labels)
+        return [cluster.nearest_member(view.rows, members) for members in found]
+
+    return clustered.keep(view, count, nearest)
 
 
 def _distance(view: View) -> np.ndarray:

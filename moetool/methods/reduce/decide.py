@@ -104,7 +104,8 @@ def _profiles(asked: Asked, replay: Decided | None) -> bool:
         return False
     if o.walks:  # the walk sees the layers; before it only super experts and budgets are looked for
         return replay is None and (o.protect or o.budget != "uniform")
-    return replay is not None or asked.way.needs.text or o.protect
+    needs = asked.way.needs
+    return replay is not None or needs.text or needs.gains or o.protect
 
 
 def _profiled(asked: Asked) -> Profile:
@@ -118,7 +119,7 @@ def _profiled(asked: Asked) -> Profile:
     how = profiling.Making(
         asked.work / "stats",
         True,
-        needs.buffers,
+        asked.way.buffers(asked.mixture),
         settings.memory,
         settings.device,
         settings.tell,
@@ -209,7 +210,7 @@ def promise(asked: Asked) -> int:
     if needs.weights or asked.options.stats:
         layer = max(_layer_bytes(mixture, n) for n in mixture.layers)
         held = (2 if asked.options.stats else 1) * layer + layer // 4
-        needed = TORCH_RESERVE + held + needs.buffers
+        needed = TORCH_RESERVE + held + asked.way.buffers(mixture)
     if limit is not None and needed > limit:
         raise MoetoolError(
             "deciding does not fit into --memory",

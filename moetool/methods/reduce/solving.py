@@ -162,7 +162,7 @@ def _held(asked: Asked, wanted: Wanted) -> int:
     hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
     width = mixture.width(mixture.layers[0])
     changed = 4 * mixture.experts * mixture.expert_elements(mixture.layers[0])
-    held = wanted.memory(mixture.experts, hidden, width) + changed + asked.way.needs.buffers
+    held = wanted.memory(mixture.experts, hidden, width) + changed + asked.way.buffers(mixture)
     if asked.options.refit:
         grams = 16 * mixture.experts * width * width // max(1, mixture.experts // 4)
         held += 6 * 4 * wanted.sample * hidden + grams

@@ -39,7 +39,8 @@ Kind = TypeVar("Kind", bound="Way")
 class Needs:
     """What deciding a layer looks at. text: statistics of experts on text; sample: inputs of the
     block, kept (--sample says how many); dense: the outputs of all experts on them; covariance:
-    second moments of inputs; weights: the layer's weights; buffers: bytes held beside the block.
+    second moments of inputs; weights: the layer's weights; buffers: bytes held beside the block;
+    gains: statistics are not needed, but looked at where there is text.
     """
 
     text: bool = True
@@ -48,6 +49,7 @@ class Needs:
     covariance: bool = False
     weights: bool = False
     buffers: int = 0
+    gains: bool = False
 
 
 class Way:
@@ -118,6 +120,10 @@ class Way:
 
     def check(self, mixture: Mixture) -> None:
         """Refuse a model that this way cannot reduce, from headers alone."""
+
+    def buffers(self, mixture: Mixture) -> int:
+        """Bytes that deciding a layer of this model holds beside its block."""
+        return self.needs.buffers
 
     @property
     def scores(self) -> Callable[[View], np.ndarray] | None:

@@ -7,21 +7,24 @@ import torch
 
 from moetool.forward import profiler
 from moetool.forward.block import Block
-from moetool.kernels import cluster, moe
+from moetool.kernels import cluster, moe, shared_basis
 from moetool.methods.reduce.view import View
 
 _CHUNK = 1 << 22
 
 
-def points(kind: str, view: View) -> np.ndarray:
+def points(kind: str, view: View, energy: float) -> np.ndarray:
     """[experts, d] float64. Distances between rows are Euclidean distances of: outputs on the
     sample, outputs of unit length (`cosine`: the mean over tokens of the cosine), mean outputs,
-    router rows, router logits of unit length (columns over the sample), or all weights.
+    router rows, router logits of unit length (columns over the sample), all weights, or (`svd`)
+    coefficients in a shared basis that keeps this share of the squared singular values.
     """
     if kind == "router":
         return view.rows
     if kind == "weights":
         return cluster.embed(weight_gram(view.block))
+    if kind == "svd":
+        return shared_basis.points(view.block.experts, energy)
     if kind == "router-logits":
         return cluster.embed(logit_cosine(view))
     if kind == "mean-outputs":
