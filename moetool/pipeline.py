@@ -172,6 +172,7 @@ def summary(prepared: Prepared) -> Summary:
         dropped_fields=made.dropped_fields,
         facts=made.facts,
         steps=tuple(map(summary, prepared.before)),
+        clients=prepared.clients,
     )
 
 

@@ -10,11 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from moetool import methods
-from moetool.errors import MoetoolError, UsageError
+from moetool.errors import UsageError
+from moetool.methods import works
 from moetool.methods.certificates import weakest
 from moetool.methods.contract import Method, Options, Prepared, Settings, Step
 from moetool.progress import Progress, Stage
-from moetool.surgery import groups, view
+from moetool.surgery import view
 from moetool.surgery.checkpoint import Checkpoint
 
 
@@ -39,11 +40,14 @@ def decided(
         named = _named(settings.tell, f"{count}/{count} {options.method}")
         settings = replace(settings, tell=named)
     last = _one(options, method, sources, settings)
+    judged = works.of(last.made, sources[0].folder)
     certificate = weakest([p.made.certificate for p in (*before, last)])
-    warnings = dict.fromkeys(chain.from_iterable(p.made.warnings for p in (*before, last)))
+    told = works.warnings(judged, works.traits(last.made, sources[0].folder))
+    warnings = [*chain.from_iterable(p.made.warnings for p in (*before, last)), *told]
     return replace(
         last,
-        made=replace(last.made, certificate=certificate, warnings=tuple(warnings)),
+        made=replace(last.made, certificate=certificate, warnings=tuple(dict.fromkeys(warnings))),
+        clients=judged,
         before=before,
         peak=max(peak, last.peak),
         decided_in=round(sum(p.decided_in for p in (*before, last)), 3),
@@ -68,11 +72,14 @@ def _asked(options: Options, step: Step) -> Options:
 def _one(
     options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
 ) -> Prepared:
-    _accept(method, sources)
+    if method.interruptible:
+        works.check_model(method, sources[0])
     begun = time.perf_counter()
     decisions = method.decide(sources, settings)
     took = round(time.perf_counter() - begun, 3)
     made = method.plan(sources, decisions, settings)
+    untried = works.check(method, made, sources[0])
+    made = replace(made, warnings=(*made.warnings, *untried))
     return Prepared(
         options,
         method,
@@ -84,19 +91,6 @@ def _one(
         work=settings.work,
         decided_in=took,
     )
-
-
-def _accept(method: Method, sources: tuple[Checkpoint, ...]) -> None:
-    """Refuse sources with experts that no stock class holds, where a verb does not know them."""
-    held = next((s for s in sources if groups.is_ours(s.config)), None)
-    if held is not None and not method.reads_groups:
-        raise MoetoolError(
-            "this model has groups of experts that no stock class holds",
-            file=held.folder,
-            expected="a model of a stock class",
-            found=f"model type {groups.MODEL_TYPE}",
-            hint="`moetool materialize` writes a native model of it, where that is exact",
-        )
 
 
 def _shown(prepared: Prepared, settings: Settings) -> view.Between:

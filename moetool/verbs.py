@@ -185,7 +185,8 @@ def _named(
 def _parameter(field: Field) -> Parameter:
     annotation = _TYPES.get(field.type, "str")
     if field.choices:
-        annotation = f"Literal[{', '.join(map(repr, field.choices))}]"
+        words = f"Literal[{', '.join(map(repr, field.choices))}]"
+        annotation = f"Sequence[{words}] | str" if field.type is tuple else words
     elif field.unit:
         annotation = f"{annotation} | str"
     if field.default is None:

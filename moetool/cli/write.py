@@ -99,6 +99,7 @@ def _dry_run(prepared: Prepared, summary: Summary) -> int:
 
 def shown(method: Method, summary: Summary, report: Report | None) -> str:
     """A plan, or a finished run, for people."""
+    from moetool.methods import works
     from moetool.methods.contract import Line
 
     certificate = summary.certificate
@@ -112,6 +113,7 @@ def shown(method: Method, summary: Summary, report: Report | None) -> str:
         Line("output", size),
         Line("memory", f"at most {show_bytes(summary.peak_memory)}, {workers}"),
         Line("certificate", f"{certificate.level}{coverage}: {certificate.why}"),
+        *works.lines(summary.clients),
         *method.notes(summary),
         *(_done(report) if report else ()),
     ]

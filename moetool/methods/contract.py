@@ -19,6 +19,7 @@ from moetool.methods.options import fields as fields_of
 from moetool.methods.proof import Pledge, Proof
 from moetool.progress import Progress, silent
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.clients import Assigned, Judged
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Piece, Target, Task
 from moetool.units import show_count
@@ -82,6 +83,7 @@ class Made:
     beside: dict[str, str] = field(default_factory=dict)  # table -> which of `files` holds it
     promised: tuple[Pledge, ...] = ()  # matrices that are rounded: read back when written
     loader: str = ""  # who must load it, to be compared by value; empty: nobody is asked
+    scheme: tuple[Assigned, ...] = ()  # its matrices and their forms, where the verb chose them
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,6 @@ class Facts(Protocol):
 
     def as_json(self) -> JsonObject:
         """The keys that stand in the report."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -182,16 +183,17 @@ class Summary:
     dropped_fields: dict[str, str]
     facts: Facts
     steps: tuple[Summary, ...] = ()  # what was done before, where a recipe has several steps
+    clients: tuple[Judged, ...] = ()  # where it works, and where it does not
 
     def as_json(self) -> JsonObject:
         """One flat object, facts after what every verb says."""
-        apart = ("facts", "steps")
+        apart = ("facts", "steps", "clients")
         data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name not in apart}
         data |= {"steps": [s.as_json() for s in self.steps]} if self.steps else {}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
-        data["options"] = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()
-        }
+        told = self.options.items()
+        data["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in told}
+        data |= {"clients": {c.client: c.as_json() for c in self.clients}} if self.clients else {}
         return data | self.facts.as_json()
 
 
@@ -215,11 +217,9 @@ class Report(Summary):
 
     def as_json(self) -> JsonObject:
         """What did not happen is left out."""
-        found = super().as_json() | {
-            "warnings": list(self.warnings),
-            "resumed_shards": self.resumed_shards,
-            "seconds": self.seconds,
-        }
+        warnings, resumed = list(self.warnings), self.resumed_shards
+        found = super().as_json() | {"warnings": warnings, "resumed_shards": resumed}
+        found["seconds"] = self.seconds
         optional = {
             "ray_nodes": list(self.ray_nodes),
             "quality": self.quality,
@@ -239,7 +239,6 @@ class Method:
     several: ClassVar[str] = ""  # help of --from, where a verb takes more than one source
     examples: ClassVar[tuple[str, ...]] = ()  # for --help; `demo` stands for the embedded model
     interruptible: ClassVar[bool] = False  # deciding takes long, and can be stopped after a layer
-    reads_groups: ClassVar[bool] = False  # also sources with experts that no stock class holds
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -350,6 +349,7 @@ class Prepared:
     decided_in: float = 0.0  # seconds
     lock: Lock | None = None  # of the work folder, until the output is written
     before: tuple[Prepared, ...] = ()  # earlier steps; what the last would write is sources[0]
+    clients: tuple[Judged, ...] = ()  # what they make of the output
 
     @property
     def plan(self) -> Plan:

@@ -172,6 +172,9 @@ def _property(field: Field) -> JsonObject:
 def _type(field: Field) -> JsonObject:
     """What YAML may hold for a field."""
     least = {} if field.minimum is None else {"minimum": field.minimum}
+    if field.type is tuple and field.choices:
+        each = {"enum": list(field.choices)}
+        return {"anyOf": [{"type": "array", "items": each}, {"type": "string"}]}
     if field.choices:
         before = [word for word, _ in field.old]  # words of older recipes
         switches = [word == "true" for word in before if word in ("true", "false")]

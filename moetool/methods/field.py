@@ -57,10 +57,17 @@ class Field:
     def _several(self, value: object) -> tuple[str, ...]:
         if isinstance(value, str):
             whole = self.unit == "whole" or (self.unit == "files" and _is_there(value))
-            return (value,) if whole else tuple(filter(None, value.split(",")))
+            return self._known((value,) if whole else tuple(filter(None, value.split(","))))
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+            return self._known(tuple(value))
         raise self._refused(value, "text, or a list of texts")
+
+    def _known(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        """The texts of a list, each one of the choices where there are some."""
+        for text in texts:
+            if self.choices and text not in self.choices:
+                raise self._unknown(text)
+        return texts
 
     def _flag(self, value: object) -> bool:
         if isinstance(value, bool):
@@ -79,12 +86,15 @@ class Field:
             raise self._refused(value, "text")
         text = str(value)
         if self.choices and text not in self.choices:
-            raise UsageError(
-                f"--{self.spelled} {text!r} is not known",
-                expected=", ".join(self.choices),
-                hint=did_you_mean(text, self.choices),
-            )
+            raise self._unknown(text)
         return text
+
+    def _unknown(self, text: str) -> UsageError:
+        return UsageError(
+            f"--{self.spelled} {text!r} is not known",
+            expected=", ".join(self.choices),
+            hint=did_you_mean(text, self.choices),
+        )
 
     def _number(self, value: object) -> int | float:
         if isinstance(value, bool) or not isinstance(value, str | int | float):

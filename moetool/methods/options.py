@@ -24,7 +24,8 @@ from moetool.surgery.reform import FORMS
 if TYPE_CHECKING:
     from typing import Any
 
-CHECKED = ("transformers5",)  # loaders that can be asked on this machine
+CLIENTS = ("transformers5", "transformers4", "vllm", "llama.cpp", "mlx")
+CHECKED = ("transformers5",)  # those that can be asked on this machine
 PANELS = (WHAT, TEXT, GATE, RUN, FINE)
 
 Chosen = TypeVar("Chosen")
@@ -259,6 +260,30 @@ class Storing:
         FINE,
         choices=FORMS,
     )
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where an output must work."""
+
+    for_: tuple[str, ...] = option(
+        (),
+        "clients in which it must work: what one of them refuses or computes wrongly is refused "
+        "before any work (without it that is only said)",
+        WHAT,
+        choices=("auto", *CLIENTS),
+        metavar="CLIENT,...",
+    )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The clients of --for; `auto` names none."""
+        return tuple(name for name in dict.fromkeys(self.for_) if name != "auto")
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Those for which an output that does not work is refused."""
+        return self.named
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import re
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
+from moetool.methods import works
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Prepared, Report
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"(?:^|/)models--([^/]+--[^/]+)/snapshots/")
 
 
 def render(prepared: Prepared, report: Report) -> bytes:
@@ -33,6 +35,7 @@ def render(prepared: Prepared, report: Report) -> bytes:
         "",
         "`moetool verify DIR --against SRC` checks it; `moetool.json` says how to make it again.",
         "",
+        *(f"- {line.label} {line.sentence}" for line in works.lines(report.clients)),
         *(f"- {sentence}" for sentence in _told(prepared, report)),
         *(f"- warning: {warning}" for warning in report.warnings),
     ]
@@ -92,9 +95,13 @@ def _table(report: Report) -> list[str]:
 
 
 def _base(name: str, config: JsonObject) -> str | None:
-    """A Hub id, where the source was one or its config remembers one."""
+    """A Hub id, where the source was one, lies in the Hub's cache or has a config that remembers
+    one.
+    """
+    cached = _CACHED.search(os.path.realpath(name))
     for candidate in (
         name.partition("@")[0] if not os.path.exists(name) else "",
+        cached[1].replace("--", "/", 1) if cached else "",
         str(config.get("_name_or_path", "")),
     ):
         if _HUB.fullmatch(candidate) and not candidate.startswith((".", "/")):

@@ -69,7 +69,7 @@ def test_a_layer_says_what_it_holds(tmp_path: Path) -> None:
 
 def test_stacked_experts_count_the_same(tmp_path: Path) -> None:
     single = upcycled(tmp_path / "single", experts=4)
-    stacked = upcycled(tmp_path / "stacked", experts=4, layout="fused")
+    stacked = upcycled(tmp_path / "stacked", experts=4, layout="fused", target=single["family"])
     assert all(row["stacked"] for row in stacked["layers"])
     assert not any(row["stacked"] for row in single["layers"])
     for key in ("parameters", "active_parameters", "top_k", "hidden", "vocab"):

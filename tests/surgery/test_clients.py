@@ -8,7 +8,7 @@ import re
 import pytest
 
 from moetool.errors import MoetoolError
-from moetool.methods.quantize.options import LOADERS
+from moetool.methods.options import CLIENTS
 from moetool.surgery import clients, forms
 from moetool.surgery.clients import Assigned
 
@@ -19,10 +19,10 @@ WRONG = {"state": "wrong", "known": "run", "why": "x"}
 
 
 def test_the_loaders_are_those_that_quantize_may_be_told_of() -> None:
-    assert tuple(clients.clients()) == LOADERS
+    assert tuple(clients.clients()) == CLIENTS
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", CLIENTS)
 def test_every_format_has_a_verdict_of_every_loader(loader) -> None:
     asked = [forms.asked(word) for word in forms.formats()]
     assert len(asked) >= 30

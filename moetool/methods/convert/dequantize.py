@@ -19,7 +19,7 @@ from moetool.methods.contract import (
     Summary,
 )
 from moetool.methods.field import WHAT
-from moetool.methods.options import option
+from moetool.methods.options import Served, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -31,7 +31,7 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
-class Dequantizing:
+class Dequantizing(Served):
     """The options of dequantize."""
 
     dtype: str = option(

@@ -18,7 +18,7 @@ from moetool.methods.contract import (
     Summary,
 )
 from moetool.methods.field import WHAT
-from moetool.methods.options import option
+from moetool.methods.options import Served, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plain_experts import PlainExperts
@@ -29,7 +29,7 @@ MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Converting:
+class Converting(Served):
     """The options of convert-layout."""
 
     to: str = option(

@@ -36,7 +36,7 @@ class Quantized:
 
     source_type: str
     method: str
-    loader: str
+    loaders: tuple[str, ...]
     roles: Mapping[str, RoleFacts]
     experts_quantized: int  # matrices of routed experts
     experts_skipped: tuple[str, ...]
@@ -59,7 +59,7 @@ class Quantized:
             "source_type": self.source_type,
             "target_type": self.target_type,
             "rounding": self.method,
-            "loader": self.loader,
+            "loader": self.loaders[0] if len(self.loaders) == 1 else list(self.loaders),
             "roles": {k: vars(v) for k, v in self.roles.items()},
             "experts_quantized": self.experts_quantized,
             "experts_total": self.experts_total,
@@ -99,7 +99,7 @@ class Quantized:
             Line("formats", ", ".join(each)),
             *experts,
             Line("left full", f"{len(self.left)} matrices; report.json names them"),
-            Line("loader", self.loader),
+            Line("loader", ", ".join(self.loaders)),
             *(_fitted(self.fit) if self.fit else ()),
         ]
 
@@ -125,9 +125,13 @@ def _bits(given: Spelled, shape: Shape) -> float:
 
 
 def of(
-    source: Checkpoint, scheme: Scheme, choice: Choice, plan: Plan, said: tuple[str, str]
+    source: Checkpoint,
+    scheme: Scheme,
+    choice: Choice,
+    plan: Plan,
+    said: tuple[str, tuple[str, ...]],
 ) -> Quantized:
-    """The facts; `said`: the way of rounding, and the loader."""
+    """The facts; `said`: the way of rounding, and who must read it."""
     at = text_model(source.config)
     roles = {}
     for role, asked in scheme.roles.items():

@@ -126,12 +126,17 @@ class ToFit:
         found: dict[str, list[Matrix]] = {}
         for matrix in Roles.of(self.source).matrices:
             found.setdefault(matrix.role, []).append(matrix)
-        tables = ("embed", "lm_head") if self.loader == "llama.cpp" else ()
+        tables = ("embed", "lm_head") if "llama.cpp" in self.loaders else ()
         return {role: found[role] for role in (*EVERY_LINEAR, *tables) if role in found}
 
     @property
-    def loader(self) -> str:
-        return "transformers5" if self.verb.for_ == "auto" else self.verb.for_
+    def loaders(self) -> tuple[str, ...]:
+        return self.verb.named or ("transformers5",)
+
+    @property
+    def said(self) -> str:
+        """Who must read it, in words."""
+        return " and ".join(self.loaders)
 
     def size(self, scheme: Scheme) -> int:
         """Bytes of all that a loader needs: weights with their headers, index, config, and what
@@ -152,7 +157,7 @@ def fit(job: ToFit) -> BestPlan:
     empty = next((role for role, found in candidates.items() if not found), None)
     if not candidates or empty:
         raise MoetoolError(
-            f"no format that {job.loader} reads holds the matrices of {empty or 'this model'}",
+            f"no format that {job.said} reads holds the matrices of {empty or 'this model'}",
             file=job.source.folder,
             hint="choose another loader (--for), or give a --plan",
         )
@@ -200,7 +205,7 @@ def _candidates(job: ToFit, role: str) -> Iterator[Rated]:
     single format; else the role's own first.
     """
     known: set[str] = set()
-    for texts in _ladder(job.loader, role):
+    for texts in _ladder(job.loaders, role):
         able = [a for a in map(forms.asked, texts) if _held(job, role, a)]
         others = [r for r in job.roles if r != role and r in EVERY_LINEAR]
         shared = (a for a in able if all(_held(job, other, a) for other in others))
@@ -210,9 +215,9 @@ def _candidates(job: ToFit, role: str) -> Iterator[Rated]:
             yield Rated(role, asked, _stored(job, role, asked))
 
 
-def _ladder(loader: str, role: str) -> list[list[str]]:
+def _ladder(loaders: Sequence[str], role: str) -> list[list[str]]:
     """Formats to try, each with those that stand in for it."""
-    if loader != "llama.cpp":
+    if "llama.cpp" not in loaders:
         return [[f"{word}/{group or 'channel'}" for group in groups] for word, groups in LADDER]
     return [[word] for word in (GGUF if role in EVERY_LINEAR else GGUF[-1:])]
 
@@ -230,8 +235,10 @@ def _takes(job: ToFit, role: str, asked: Spelled) -> bool:
         return False
     kinds = {(a.form, json.dumps(a.params, sort_keys=True)): a for a in choice.formats.values()}
     moe = role == "experts"
-    given = (clients.verdict(job.loader, a.form, a.params, moe=moe) for a in kinds.values())
-    return job.verb.force or all(verdict.works for verdict in given)
+    return job.verb.force or all(
+        clients.verdict(loader, a.form, a.params, moe=moe).works
+        for loader, a in product(job.loaders, kinds.values())
+    )
 
 
 def _chosen(job: ToFit, scheme: Scheme) -> Choice | None:
@@ -273,7 +280,7 @@ def _check(job: ToFit, candidates: Mapping[str, Sequence[Rated]]) -> None:
     least = job.size(scheme)
     if least > target:
         raise MoetoolError(
-            f"nothing that {job.loader} reads is as small as that",
+            f"nothing that {job.said} reads is as small as that",
             file=job.source.folder,
             expected=f"--target-size of at least {least} ({show_bytes(least)}: {scheme})",
             found=show_bytes(target),
@@ -329,7 +336,7 @@ def _measured(job: ToFit, ranked: Sequence[Considered], meter: Meter) -> list[Co
                 return [made]
     if not tried or not job.verb.target_size:
         raise MoetoolError(
-            f"no plan that {job.loader} reads fits",
+            f"no plan that {job.said} reads fits",
             file=job.source.folder,
             found=", ".join(f"{p.plan}: {p.measured:.3g}" for p in tried.values()) or "none",
             hint="raise --target-size or --max-kl, or choose another loader (--for)",

@@ -18,7 +18,7 @@ from moetool.methods.contract import (
     Summary,
 )
 from moetool.methods.field import WHAT
-from moetool.methods.options import Gate, option
+from moetool.methods.options import CHECKED, Gate, option
 from moetool.methods.proof import Pledge
 from moetool.methods.quantize.options import Quantizing
 from moetool.methods.quantize.way import Rounding, ToRound
@@ -117,7 +117,7 @@ class Quantize(Several):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every tensor as it is, but for the matrices that get a form."""
-        from moetool.methods.quantize import already, facts, scheme
+        from moetool.methods.quantize import already, facts, refuse, scheme
         from moetool.methods.quantize import solved as solving
 
         source, chosen = sources[0], decisions.chosen.get("plan")
@@ -126,7 +126,8 @@ class Quantize(Several):
         choice = scheme.choose(source, asked, told)
         read = (source, *(solving.again(one, choice) for one in decisions.extra))
         laid = _laid(read, asked, choice, self.way.rounding, settings.max_shard)
-        said = (self.way.name, asked.loader(self.options))
+        loaders = asked.loaders(self.options)
+        said = (self.way.name, loaders)
         found = facts.of(source, asked, choice, laid.plan, said)
         certificate = _certificate(source, choice, found.formats(), laid.warnings)
         solved: JsonObject = {**decisions.report}
@@ -141,7 +142,8 @@ class Quantize(Several):
             replace(found, solved=solved, fit=fitted),
             warnings,
             promised=_promised(read, choice, laid.into),
-            loader=said[1] if self._asks_loader(choice) else "",
+            loader=_first_run(loaders) if self._asks_loader(choice) else "",
+            scheme=tuple(refuse.written(source, choice)),
         )
 
     def _asks_loader(self, choice: Choice) -> bool:
@@ -166,6 +168,11 @@ class Quantize(Several):
         from moetool.methods.quantize import report as document
 
         return {"report.json": document.render(report)}
+
+
+def _first_run(loaders: Sequence[str]) -> str:
+    """Of those that must read it the one that can be asked here, else the first."""
+    return next((name for name in loaders if name in CHECKED), loaders[0])
 
 
 def _may_solve(options: Asking) -> bool:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from moetool.errors import UsageError
 from moetool.methods.field import FINE, WHAT
-from moetool.methods.options import Gate, Text, option
+from moetool.methods.options import Gate, Served, Text, option, same
 from moetool.surgery import forms
 
 DEFAULT = "int4"
-LOADERS = ("transformers5", "transformers4", "vllm", "llama.cpp", "mlx")
 
 
 @dataclass(frozen=True)
-class Formats:
+class Formats(Served):
     """Which matrices become what."""
 
     format: str = option(
@@ -58,13 +57,12 @@ class Formats:
         needs=("target_size", "max_kl"),
     )
     method: str = option("auto", "", WHAT)
-    for_: str = option(
-        "auto",
-        "the loader that must read it (auto: transformers5, of GGUF files llama.cpp); what it reads "
-        "wrongly is refused before any work",
-        WHAT,
-        choices=("auto", *LOADERS),
-        metavar="LOADER",
+    for_: tuple[str, ...] = same(
+        Served,
+        "for_",
+        default=("auto",),
+        help="clients that must read it (auto: its format by transformers5, or llama.cpp where it is "
+        "GGUF); what one of them refuses or reads wrongly is refused before any work",
     )
     loader_check: bool = option(
         True,
@@ -80,6 +78,11 @@ class Formats:
 @dataclass(frozen=True)
 class Quantizing(Gate, Text, Formats):
     """Everything that quantize is told."""
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """What --force writes is for whoever reads it."""
+        return () if self.force else self.named
 
     def __post_init__(self) -> None:
         if self.calibrate and self.stats:

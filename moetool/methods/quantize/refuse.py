@@ -115,7 +115,7 @@ def done(source: Checkpoint, choice: Choice) -> None:
 
 def unread(source: Checkpoint, choice: Choice, loader: str, *, force: bool) -> tuple[str, ...]:
     """What the loader would not read, or read wrongly. With `force` as warnings."""
-    assigned = [_assigned(source, choice, m) for m in choice.matrices.values()]
+    assigned = written(source, choice)
     found = clients.refusals(loader, assigned)
     if all(r.through for r in found):
         also = "".join(f", and {n} too (--for)" for n in _readers(assigned))
@@ -130,6 +130,11 @@ def unread(source: Checkpoint, choice: Choice, loader: str, *, force: bool) -> t
         found="; ".join(r.said for r in rest) or None,
         hint=_instead(assigned, loader),
     )
+
+
+def written(source: Checkpoint, choice: Choice) -> list[Assigned]:
+    """Every matrix of the output, with its form."""
+    return [_assigned(source, choice, m) for m in choice.matrices.values()]
 
 
 def _assigned(source: Checkpoint, choice: Choice, matrix: Matrix) -> Assigned:

@@ -59,11 +59,10 @@ class Scheme:
         """The file format that can hold these."""
         return forms.named(next(iter(self.roles.values())).form).container
 
-    def loader(self, options: Quantizing) -> str:
+    def loaders(self, options: Quantizing) -> tuple[str, ...]:
         """Who must read it."""
-        if options.for_ != "auto":
-            return options.for_
-        return "llama.cpp" if self.container == "gguf" else "transformers5"
+        usual = "llama.cpp" if self.container == "gguf" else "transformers5"
+        return options.named or (usual,)
 
     def __str__(self) -> str:
         return ",".join(f"{role}={asked}" for role, asked in self.roles.items())
@@ -128,8 +127,10 @@ def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
         raise _nothing(source, scheme, roles)
     choice = already.kept(source, Choice(formats, {m.name: m for m in roles.matrices}, left))
     refuse.done(source, choice)
-    loader = scheme.loader(options)
-    return replace(choice, warnings=refuse.unread(source, choice, loader, force=options.force))
+    for loader in scheme.loaders(options):
+        told = refuse.unread(source, choice, loader, force=options.force)
+        choice = replace(choice, warnings=(*choice.warnings, *told))
+    return choice
 
 
 def _nothing(source: Checkpoint, scheme: Scheme, roles: Roles) -> MoetoolError:

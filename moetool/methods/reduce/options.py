@@ -9,7 +9,7 @@ from pathlib import Path
 from moetool.errors import UsageError
 from moetool.forward import drawn
 from moetool.methods.field import WHAT, Field
-from moetool.methods.options import Gate, Solving, Storing, Text, option
+from moetool.methods.options import Gate, Served, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
 RANDOM_TOKENS = 16_384  # of a calibration without text
@@ -55,7 +55,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class Reducing(Storing, Gate, Solving, Text, What):
+class Reducing(Storing, Served, Gate, Solving, Text, What):
     """Everything that prune and merge are told, but for what only one of them knows."""
 
     def __post_init__(self) -> None:

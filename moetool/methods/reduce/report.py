@@ -9,6 +9,7 @@ tokens}}
                                     tokens: how many each old expert saw
 protected: {"3": [7]}               super experts that were kept
 data: {tokens, files, data_sha256, seq_len}, refit: {"3": {error_before, error_after}}
+clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried
 input_bytes, output_bytes, expert_bytes_before, expert_bytes_after
 quality: {files: [{file, tokens, perplexity, reference_perplexity, kl, top1_agreement, flips}], kl,
 perplexity, ...}
@@ -39,6 +40,7 @@ _TAKEN = (
     "refit",
     "router",
     "input_bytes",
+    "clients",
     "output_bytes",
     "expert_bytes_before",
     "expert_bytes_after",

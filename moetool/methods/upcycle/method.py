@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
@@ -15,28 +15,25 @@ from moetool.methods.contract import (
     Decisions,
     Line,
     Made,
+    Method,
     ModelFacts,
     Settings,
     Summary,
     left_out,
 )
-from moetool.methods.field import WHAT
-from moetool.methods.options import Storing, same
-from moetool.methods.options import fields as fields_of
-from moetool.methods.several import Several
-from moetool.methods.upcycle import assemble, carve, own, scale, site
+from moetool.methods.upcycle import assemble, carve, scale, site
 from moetool.methods.upcycle.config import Shape, config_of
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, Layer, write_moe
-from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
 from moetool.methods.upcycle.route import Router
-from moetool.methods.upcycle.targets import Conversion, Wish, candidates, choose, dense
+from moetool.methods.upcycle.targets import Conversion, Spelling, Wish, candidates, choose, dense
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
-from moetool.surgery import reform
+from moetool.surgery import clients, reform
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.clients import Judged
+from moetool.surgery.family import filled
 from moetool.surgery.plan import Outputs, Plan
-from moetool.surgery.reform import FORMS
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
@@ -60,23 +57,7 @@ class Reading:
         return len(set(self.origin)) > 1 or self.weights is not None or self.origin[0] != 0
 
 
-def _forms() -> str:
-    """What --form may say: a kind of experts, or how a source's quantized matrices are stored."""
-    kinds = "; ".join(f"{name}: {kind.line()}" for name, kind in ExpertKind.known().items())
-    stored = next(f.help for f in fields_of(Storing) if f.name == "form")
-    return f"what experts are, where no stock class has such: {kinds}; else {stored}"
-
-
-@dataclass(frozen=True)
-class Growing(Upcycling):
-    """What upcycle is told."""
-
-    form: str = same(
-        Storing, "form", help=_forms, panel=WHAT, choices=lambda: (*FORMS, *ExpertKind.known())
-    )
-
-
-class Upcycle(Several):
+class Upcycle(Method):
     """Turn a dense checkpoint, or several fine-tunes of one, into a mixture of experts.
 
     The default keeps the function exactly: 8 copies of each FFN, 2 run for a token, their weights
@@ -86,10 +67,7 @@ class Upcycle(Several):
     2410.07524. Drop-Upcycling: arXiv 2502.19261. Branch-Train-MiX: arXiv 2403.07816.
     """
 
-    Options = Growing
-    Base = ExpertKind
-    verb: ClassVar[str] = "upcycle"
-    chooser: ClassVar[str] = "form"
+    Options = Upcycling
     several = "a fine-tune that gives experts; repeat it"
     examples = (
         "moetool upcycle demo my-moe",
@@ -97,35 +75,10 @@ class Upcycle(Several):
         "moetool upcycle BASE my-moe --from CODE --from MATH --experts 3 --trunk mean",
         "moetool upcycle SRC my-moe --shared --diversify drop:0.5 --dry-run",
     )
-    options: Growing
-    way: ExpertKind
-
-    def __init__(self, options: Growing, way: ExpertKind | None = None) -> None:
-        super().__init__(options)
-        self.way = way or ExpertKind(options)
-
-    @classmethod
-    def ways(cls) -> Mapping[str, type[ExpertKind]]:
-        return ExpertKind.known()
-
-    @classmethod
-    def named(cls, options: Growing) -> type[ExpertKind]:
-        """The kind of experts that is meant; `ExpertKind` itself where a stock class holds them."""
-        return next(
-            (kind for kind in ExpertKind.known().values() if kind.meant(options)), ExpertKind
-        )
-
-    @classmethod
-    def make(cls, values: Mapping[str, object]) -> Upcycle:
-        told = cls.split(values)
-        made = cls(told.options, told.acting(told.options, told.own))
-        made.way.told()
-        return made
+    options: Upcycling
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Neuron orders of every MoE layer (as tables), and how far apart the sources' trunks are."""
-        if self.way.grows:
-            return Decisions()
         assemble.check_alike(sources)
         if len(sources) == 1 and self.options.trunk != "base":
             raise UsageError(
@@ -134,7 +87,7 @@ class Upcycle(Several):
                 found=f"--trunk {self.options.trunk[:40]} alone",
                 hint="give the models whose trunks are meant, or leave out --trunk",
             )
-        chosen = self._conversion(sources[0])
+        chosen = self._spelling(sources).conversion
         kind, _ = carve.parse(self.options.carve, self.options.split)
         needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
         report: JsonObject = {}
@@ -164,12 +117,11 @@ class Upcycle(Several):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """The plan and its certificate; every refusal that needs only headers happens here."""
-        if self.way.grows:
-            return own.plan(self.way, sources, settings)
-        chosen = self._conversion(sources[0])
+        spelled = self._spelling(sources)
+        chosen = spelled.conversion
         if chosen.stays_dense:
             return self._plan_dense(sources, chosen, decisions, settings)
-        reading = self._reading(chosen, sources)
+        reading = self._reading(spelled, sources)
         certificate = self._certificate(chosen, reading)
         config = config_of(chosen, sources[0].config, self._shape(reading, certificate))
         build, trunk = Builder(), Trunk.of(sources, chosen, reading.weights)
@@ -196,8 +148,8 @@ class Upcycle(Several):
         told = tuple(reform.widened(sources, plan, self.options.form))
         return Made(plan, certificate, plan.config, config.dropped, facts, told)
 
-    def _reading(self, chosen: Conversion, sources: Sequence[Checkpoint]) -> Reading:
-        said = self.options
+    def _reading(self, spelled: Spelling, sources: Sequence[Checkpoint]) -> Reading:
+        said, chosen = self.options, spelled.conversion
         layers = site.parse(said.layers, chosen.source.field("layers", chosen.config))
         return Reading(
             layers=layers,
@@ -206,7 +158,7 @@ class Upcycle(Several):
             diversify=Diversify.parse(said.diversify),
             router=Router.parse(said.router, said.split, said.top_k),
             ffn=Ffn.read(sources[0], chosen, layers[0]),
-            fused=self._fused(chosen),
+            fused=spelled.fused,
         )
 
     def _certificate(self, chosen: Conversion, reading: Reading) -> Certificate:
@@ -280,8 +232,8 @@ class Upcycle(Several):
         told = tuple(reform.widened(sources, plan, self.options.form))
         return Made(plan, certificate, plan.config, {}, facts, told)
 
-    def _conversion(self, base: Checkpoint) -> Conversion:
-        said = self.options
+    def _spelling(self, sources: Sequence[Checkpoint]) -> Spelling:
+        said, base = self.options, sources[0]
         if (said.layers == "none") != (said.target == "same"):
             raise UsageError(
                 "--layers none and --target same belong together: no experts, only trunks mixed",
@@ -289,7 +241,7 @@ class Upcycle(Several):
                 hint="use both or neither",
             )
         if said.layers == "none":
-            return dense(base)
+            return Spelling(dense(base), fused=False)
         first = candidates(base)[0]
         width, count = Ffn.read(base, first, 0).width, first.source.field("layers", first.config)
         _check_width(width, said.split)
@@ -302,13 +254,25 @@ class Upcycle(Several):
             said.top_k,
             width,
             count,
+            said.named,
         )
-        return choose(base, wish)
+        return choose(base, wish, partial(self._judged, sources))
 
-    def _fused(self, chosen: Conversion) -> bool:
-        if self.options.layout != "auto":
-            return self.options.layout == "fused"
-        return not (chosen.target.per_expert() and chosen.target.experts.reads_per_expert)
+    def _judged(self, sources: Sequence[Checkpoint], spelled: Spelling) -> tuple[Judged, ...]:
+        """What clients make of the config and the names that would be written; nothing where they
+        cannot be.
+        """
+        chosen = spelled.conversion
+        reading = self._reading(spelled, sources)
+        shape = self._shape(reading, self._certificate(chosen, reading))
+        try:
+            config = config_of(chosen, sources[0].config, shape).value
+        except MoetoolError:
+            return ()
+        forms = chosen.target.fused() if spelled.fused else chosen.target.per_expert()
+        names = [chosen.prefix + filled(t, layer=shape.layers[0], expert=0) for t in forms.values()]
+        folder, idle = sources[0].folder, self.options.shared
+        return clients.judged(clients.traits(config, names, folder=folder, idle=idle))
 
     def _facts(
         self, plan: Plan, chosen: Conversion, reading: Reading, decisions: Decisions

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 
 from moetool.errors import UsageError
 from moetool.methods.field import WHAT
-from moetool.methods.options import Storing, option
+from moetool.methods.options import Served, Storing, option
 from moetool.methods.upcycle import carve, site
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 
-# How scores become weights, for experts that no stock class holds (surgery/groups.py).
-LAWS = ("auto", "renormalised", "hard", "softmax", "soft")
 MOST = 4096  # experts of a layer; models in use have hundreds
 
 
 @dataclass(frozen=True)
-class Upcycling(Storing):
+class Upcycling(Storing, Served):
     """The options of upcycle, seven primitives in short."""
 
     experts: int = option(8, "routed experts in each MoE layer", WHAT)
@@ -43,12 +41,6 @@ class Upcycling(Storing):
         "auto",
         "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA",
         metavar="START",
-    )
-    law: str = option(
-        LAWS[0],
-        "with --form lora, ternary, ...: how scores become weights: renormalised (those of the "
-        "chosen sum to one), hard (1 each), softmax (their shares among all), soft (all run)",
-        choices=LAWS,
     )
     carve: str = option(
         "contiguous", f"how --split chooses neurons: {carve.FORMS}", metavar="random|kmeans|..."

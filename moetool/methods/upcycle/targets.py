@@ -1,17 +1,20 @@
-"""Which family the result is written as: the first that loses nothing, or a sentence for each that
-would.
+"""Which family the result is written as: of those that lose nothing the one that works in most
+clients, or a sentence for each that would.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.methods.options import CLIENTS
 from moetool.methods.upcycle import site
+from moetool.methods.works import said
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.clients import Judged
 from moetool.surgery.layout import DATA, Layout, Matched, families
 from moetool.surgery.pair import Pair, pairs
 from moetool.surgery.sites import CannotHold
@@ -43,8 +46,36 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """A conversion, and how its experts will lie."""
+
+    conversion: Conversion
+    fused: bool
+
+
+Judge = Callable[[Spelling], Sequence[Judged]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A spelling as clients judge it: why it does not work in those that are named, and in how many
+    of all it works without a condition.
+    """
+
+    spelling: Spelling
+    useless: list[str]
+    worth: int
+
+    @classmethod
+    def of(cls, spelling: Spelling, found: Sequence[Judged], wish: Wish) -> Tried:
+        named = [one for one in found if one.client in wish.serves]
+        useless = [f"{one.client} {said(one)}" for one in named if not one.works]
+        return cls(spelling, useless, sum(one.works and not one.why for one in found))
+
+
+@dataclass(frozen=True)
 class Wish:
-    """What the target must be able to hold."""
+    """What the target must be able to hold, and the clients in which it must work (`serves`)."""
 
     target: str
     layout: str
@@ -54,6 +85,7 @@ class Wish:
     top_k: int
     width: int
     count: int
+    serves: tuple[str, ...] = ()
 
 
 def dense(source: Checkpoint) -> Conversion:
@@ -169,40 +201,69 @@ def refusals(conversion: Conversion, wish: Wish) -> list[str]:
     return found
 
 
-def choose(source: Checkpoint, wish: Wish) -> Conversion:
-    """The wished conversion, or with `auto` the first that fits; MoetoolError with a reason for
-    each that does not.
+def choose(source: Checkpoint, wish: Wish, judge: Judge) -> Spelling:
+    """The wished conversion, or with `auto` the one that works in most clients of those that fit
+    (the first of several); MoetoolError with a reason for each that does not. `judge`: what clients
+    make of one.
     """
-    options = candidates(source)
-    named = [
-        c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)
-    ]
-    if not named:
-        known = sorted({c.pair.target for c in options})
-        hint = did_you_mean(wish.target, [*known, "auto"])
-        if wish.target in families()["moe"]:
-            hint = f"{gap(options[0].source, Layout.load(wish.target))}; use --target auto"
-        raise MoetoolError(
-            f"no exact conversion from {source.config.get('model_type')} to {wish.target}",
-            expected=", ".join(known),
-            found=wish.target,
-            hint=hint,
-        )
+    named = _named(source, wish)
     reasons = {c.pair.target: refusals(c, wish) for c in named}
-    for conversion in named:
-        if not reasons[conversion.pair.target]:
-            return conversion
+    fitting = [c for c in named if not reasons[c.pair.target]]
+    if len(fitting) == 1 and not wish.serves:
+        return _spellings(fitting[0], wish)[0]
+    able: list[tuple[int, Spelling]] = []
+    for conversion in fitting:
+        tried = [Tried.of(one, judge(one), wish) for one in _spellings(conversion, wish)]
+        good = next((one for one in tried if not one.useless), None)
+        if good is not None:
+            able.append((good.worth, good.spelling))
+        reasons[conversion.pair.target] = tried[0].useless
+    if able:
+        return max(able, key=lambda one: one[0])[1]
     lines = {target: "; ".join(why) for target, why in reasons.items()}
+    where = f" and works in {', '.join(wish.serves)}" if wish.serves else ""
     raise MoetoolError(
-        f"no target can hold {source.config.get('model_type')} without loss",
+        f"no target can hold {source.config.get('model_type')} without loss{where}",
         file=source.folder,
         **{f"not {t}": w for t, w in lines.items()},
         hint=_next_step(reasons, str(source.config.get("model_type"))),
     )
 
 
+def _named(source: Checkpoint, wish: Wish) -> list[Conversion]:
+    """The conversions that --target means."""
+    options = candidates(source)
+    named = [
+        c for c in options if wish.target in ("auto", (c.outer or c.pair).target, c.pair.target)
+    ]
+    if named:
+        return named
+    known = sorted({c.pair.target for c in options})
+    hint = did_you_mean(wish.target, [*known, "auto"])
+    if wish.target in families()["moe"]:
+        hint = f"{gap(options[0].source, Layout.load(wish.target))}; use --target auto"
+    raise MoetoolError(
+        f"no exact conversion from {source.config.get('model_type')} to {wish.target}",
+        expected=", ".join(known),
+        found=wish.target,
+        hint=hint,
+    )
+
+
+def _spellings(conversion: Conversion, wish: Wish) -> list[Spelling]:
+    """How the experts may lie, what most clients read first."""
+    target = conversion.target
+    single = bool(target.per_expert()) and target.experts.reads_per_expert
+    if wish.layout != "auto":
+        return [Spelling(conversion, wish.layout == "fused")]
+    both = single and bool(target.fused()) and bool(wish.serves)
+    return [Spelling(conversion, fused) for fused in ((False, True) if both else (not single,))]
+
+
 def _next_step(reasons: Mapping[str, Sequence[str]], model_type: str) -> str:
     text = " ".join(" ".join(found) for found in reasons.values())
+    if any(name in text for name in CLIENTS):
+        return "leave out --for, and the report says what works where"
     if "would stay dense" in text or "only before" in text:
         return "use --layers all or last:N, or another --target"
     if "bias" in text:

@@ -1,5 +1,5 @@
-"""What a client says of forms. A cell is (client, form, params, experts or not). Rules hold for what
-is written together: one format for all experts, a width that a block must divide.
+"""What a client says of forms. A cell is (client, form, params, experts or not). Rules hold for
+what is written together: one format for all experts, a width that a block must divide.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What each client makes of an output: a matrix in a form, all of them together, the model they are,
-and, joined, the output.
+"""What each client makes of an output: a matrix in a form, all of them together, the model they
+are, and, joined, the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from moetool.data import JsonObject
 from moetool.surgery.clients.cells import Cell, Verdict
@@ -25,19 +25,21 @@ _EVIDENCE = {"run": "tried with", "source": "source of", "untried": "not tried w
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a client would not read an output as it is meant: what it would do, a sentence, and what
-    makes it read this all the same.
+    """Why a client would not read an output as it is meant: what it would do, a sentence, what
+    makes it read this all the same, and the reason alone.
     """
 
     state: str
     said: str
     through: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Judged:
     """What a client makes of an output: works only where it reads the model and every form in it.
-    `why`: reasons, or what goes with a thing that works. `known`: the weakest evidence for it.
+    `why`: reasons, or what goes with a thing that works. `known`: how that is known;
+    `through`: what makes it read this all the same.
     """
 
     client: str
@@ -45,6 +47,7 @@ class Judged:
     why: tuple[str, ...]
     known: str
     version: str
+    through: str = ""
 
     @property
     def works(self) -> bool:
@@ -53,7 +56,8 @@ class Judged:
     def as_json(self) -> JsonObject:
         """As the report has it, under the client's name."""
         found = asdict(self)
-        del found["client"]
+        for name in ("client", *([] if self.through else ["through"])):
+            del found[name]
         return found | {"why": list(self.why)}
 
 
@@ -84,11 +88,12 @@ def refusals(name: str, scheme: Iterable[Assigned]) -> list[Refusal]:
         given = verdict(name, one.form, one.params, moe=one.role == EXPERTS)
         if not given.works:
             said = _sentence(name, given.state, one.what, given)
-            found[Refusal(given.state, said, given.through)] = None
+            found[Refusal(given.state, said, given.through, given.why)] = None
     for rule in told.rules:
         if problem := rule.refusal(asked):
             given = Verdict(rule.state, rule.why, told.version, rule.known)
-            found[Refusal(rule.state, _sentence(name, rule.state, problem, given))] = None
+            said = _sentence(name, rule.state, problem, given)
+            found[Refusal(rule.state, said, why=f"{problem}: {rule.why}")] = None
     return list(found)
 
 
@@ -127,10 +132,19 @@ def _joined(name: str, output: Traits, scheme: Sequence[Assigned]) -> Judged:
     of_forms = refusals(name, scheme) if scheme else []
     states = [of_model.state, *(r.state for r in of_forms)]
     state = next(s for s in _WORST if s in states)
-    if state == "works" or not any(r.state == state for r in of_forms):
-        return of_model
-    why = tuple(r.said.removeprefix(f"{name} ") for r in of_forms if r.state == state)
-    told = client(name)
+    if state == "works":
+        read = any(v.known == "source" for v in _verdicts(name, scheme))
+        return replace(of_model, known="source") if read else of_model
+    why = tuple(dict.fromkeys(r.why for r in of_forms if r.state == state))
     if of_model.state == state:
-        return Judged(name, state, (*of_model.why, *why), of_model.known, of_model.version)
-    return Judged(name, state, why, "run", told.version)
+        return replace(of_model, why=(*of_model.why, *why))
+    known = {v.known for v in _verdicts(name, scheme) if v.state == state} or {"run"}
+    mine = of_forms if of_model.works else []
+    through = mine[0].through if mine and all(r.through for r in mine) else ""
+    return Judged(name, state, why, min(known), client(name).version, through)
+
+
+def _verdicts(name: str, scheme: Sequence[Assigned]) -> list[Verdict]:
+    """Each form of a scheme once."""
+    kinds = {(a.form, repr(a.params), a.role == EXPERTS): a for a in scheme if a.form != FULL}
+    return [verdict(name, a.form, a.params, moe=moe) for (_, _, moe), a in kinds.items()]

@@ -1,5 +1,5 @@
-"""What an output is, as far as clients tell outputs apart: its family, how its experts lie, and what
-its config says. Read off the output itself, whatever verb writes it.
+"""What an output is, as far as clients tell outputs apart: its family, how its experts lie, and
+what its config says. Read off the output itself, whatever verb writes it.
 """
 
 from __future__ import annotations
