@@ -123,11 +123,11 @@ def _summary(made: Profile, checkpoint: Checkpoint) -> JsonObject:
     from moetool.surgery.experts import Mixture
 
     mixture = Mixture.of(checkpoint)
-    largest = {n: made.layer(n).max_out for n in made.facts["layers"]}
-    layers = int(mixture.layout.field("layers", mixture.text_model.config))
+    peaks = protect.found(made, mixture)
     return {
         "summary": [_row(made, n, mixture.experts) for n in made.facts["layers"]],
-        "super_experts": {str(n): e for n, e in protect.super_experts(largest, layers).items()},
+        "super_experts": {str(n): e for n, e in protect.by_layer(peaks).items()},
+        "largest_outputs": [peak.as_json() for peak in peaks],
         "domains": profiling.domains(made, [f["name"] for f in made.facts["files"]]),
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
 from moetool.data import JsonObject
@@ -62,21 +60,15 @@ def _show(found: JsonObject) -> None:
     sink.line(f"{model}, {len(found['layers'])} layers; {text} {spent}")
     head = ["layer", "least used", "most used", "idle", "largest |out|", "output cosine"]
     sink.table([*head, "REAP least / most"], [_row(r) for r in found["summary"]])
-    if found["super_experts"]:
-        layers = found["super_experts"].items()
-        said = ", ".join(f"{e} of layer {n}" for n, e in _pairs(layers))
-        sink.line(f"super experts: {said}")
+    for peak in found["largest_outputs"]:
+        who = f"expert {peak['expert']} of layer {peak['layer']}"
+        named = "super expert" if peak["super"] else "no super expert; the largest output"
+        sink.line(f"{named}: {who}, {peak['times']:.3g} times the others")
     if len(found["domains"]) > 1:
         sink.table(
             ["file", "share", "use of experts differs from the mix by"],
             [[d["file"], f"{d['share']:.0%}", f"{d['apart']:.1%}"] for d in found["domains"]],
         )
-
-
-def _pairs(layers: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, int]]:
-    for number, experts in layers:
-        for expert in experts:
-            yield number, expert
 
 
 def _row(layer: JsonObject) -> list[object]:

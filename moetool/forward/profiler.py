@@ -57,6 +57,7 @@ class Profiler:
             "in_sq": zeros(e, hidden),
             "mid_sq": zeros(e, width),
             "together": zeros(everyone, everyone),
+            "stream": zeros(2),
         }
         if self.wanted.covariance:
             self._sums |= {"in_cov": zeros(hidden, hidden), "mid_cov": zeros(e, width, width)}
@@ -111,6 +112,15 @@ class Profiler:
         for rows, e, weighted in self._pending:
             self._sums["easy"][e] += (weighted * moved[rows]).sum(dtype=torch.float64).cpu()
         self._pending = []
+        self._massive(out)
+
+    def _massive(self, stream: Tensor) -> None:
+        """Keep the stream's largest number, and what the others of its token are like."""
+        largest = stream.abs().amax(-1)
+        token = int(largest.argmax()) if len(largest) else 0
+        if len(largest) and float(largest[token]) > float(self._sums["stream"][0]):
+            typical = stream[token].abs().median()
+            self._sums["stream"] = torch.stack([largest[token], typical]).double().cpu()
 
     def _take(self, x: Tensor) -> None:
         """Evenly spaced tokens of all that come."""

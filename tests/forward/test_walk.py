@@ -142,6 +142,9 @@ def test_statistics_are_those_of_a_plain_float64_reference(models: Callable[...,
         close(stats.in_sq[e], (x[token] ** 2).sum(0))
         close(stats.mid_sq[e], (h**2).sum(0))
         close(stats.mid_cov[e], (h * w[:, None]).T @ (h * w[:, None]))
+    token = stream.abs().amax(1).argmax()
+    wanted = torch.stack([stream[token].abs().amax(), stream[token].abs().median()])
+    np.testing.assert_allclose(stats.stream, wanted.numpy(), rtol=1e-5)
     np.testing.assert_allclose(stats.in_cov, (x.T @ x).numpy(), rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(stats.x, x.numpy(), atol=1e-5)
     every = torch.stack(

@@ -87,25 +87,44 @@ def test_sensitivity_takes_from_where_it_is_missed_least(models: Callable[..., P
 
 
 def test_super_experts_are_those_of_the_paper() -> None:
-    """|max| above the 99.5th percentile and a tenth of the largest, in the first 75 % of all
-    layers, by real layer number.
+    """|max| above the 99.5th percentile and a tenth of the largest, in a layer that forms massive
+    activations and in the first 75 % of all layers, by real layer number.
     """
     dice = np.random.default_rng(0)
     largest = {n: dice.uniform(0.1, 1, 128) for n in range(3, 48)}  # three dense layers first
     largest[3][7], largest[5][100], largest[40][1] = 5000.0, 900.0, 9000.0
-    found = protect.super_experts(largest, 48)
-    assert found[3] == [7] and found[5] == [100] and 40 not in found
-    assert {e for n, es in found.items() for e in es} == {7, 100}
-    assert protect.super_experts({}, 4) == {}
+    peaks = protect.super_experts(largest, {}, 48)
+    assert protect.by_layer(peaks) == {3: [7], 5: [100]}
+    rest = max(float(np.sort(a)[-2]) for a in largest.values())
+    assert [p.times for p in peaks] == pytest.approx([5000 / rest, 900 / rest], rel=1e-3)
+    streams = {n: np.array([4.0, 1.0]) for n in largest}
+    for number in range(3, 40):  # made in layers 3 and 5, and handed on
+        streams[number] = np.array([5000.0 if number < 5 else 6000.0, 0.9])
+    peaks = protect.super_experts(largest, streams, 48)
+    assert protect.by_layer(peaks) == {3: [7], 5: [100]}
+    streams[5][0] = 5000.0
+    assert protect.by_layer(protect.super_experts(largest, streams, 48)) == {3: [7]}
+    assert protect.super_experts({}, {}, 4) == ()
+
+
+def test_the_largest_by_a_hair_is_no_super_expert() -> None:
+    """Of 64 experts one always lies above the 99.5th percentile."""
+    largest = {n: np.random.default_rng(n).uniform(0.9, 1, 16) for n in range(4)}
+    (peak,) = protect.super_experts(largest, {n: np.array([3.0, 1.0]) for n in range(4)}, 4)
+    assert not peak.super and 1.0 < peak.times < 1.1
+    assert peak.output == max(float(a.max()) for n, a in largest.items() if n < 3)
+    assert protect.by_layer([peak]) == {}
 
 
 def test_protected_experts_stay(models: Callable[..., Path], tmp_path: Path) -> None:
-    """A super expert by construction: one huge down_proj, rarely chosen."""
+    """A super expert by construction: two huge rows of its down_proj, whose numbers stand out in
+    the residual stream.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = models("mixtral")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.block_sparse_moe.experts.6.w2.weight"] *= 1000
+    tensors["model.layers.1.block_sparse_moe.experts.6.w2.weight"][[5, 17]] *= 1e5
     (tmp_path / "m").mkdir()
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "m" / "config.json").write_text((folder / "config.json").read_text())
@@ -117,6 +136,10 @@ def test_protected_experts_stay(models: Callable[..., Path], tmp_path: Path) -> 
         and 6 in kept["decisions"]["layers"]["1"]["keep"]
         and kept["decisions"]["layers"]["1"]["protected"] == [6]
     )
+    (peak,) = kept["largest_outputs"]
+    assert peak["super"] and peak["times"] > 100 and (peak["layer"], peak["expert"]) == (1, 6)
+    plain = api.prune(str(folder), str(tmp_path / "p"), method="random", seed=1, **options)
+    assert not plain["protected"] and not plain["largest_outputs"][0]["super"]
     seeds = [
         api.prune(
             str(tmp_path / "m"),

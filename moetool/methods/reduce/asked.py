@@ -15,6 +15,7 @@ from moetool.methods.reduce import budget
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Found, TextSeen
 from moetool.methods.reduce.options import Reducing
+from moetool.methods.reduce.protect import Peak
 from moetool.methods.reduce.view import Eye, View
 from moetool.methods.reduce.way import Way
 from moetool.surgery.checkpoint import Checkpoint
@@ -93,11 +94,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many experts each layer keeps, and who stays whatever its score (None: nobody looked)."""
+    """How many experts each layer keeps, who stays whatever its score (None: nobody looked), and
+    whose outputs were the largest.
+    """
 
     counts: Mapping[int, int]
     protected: Mapping[int, list[int]] | None = None
     warnings: tuple[str, ...] = ()
+    peaks: tuple[Peak, ...] = ()
 
     def of(self, layer: int) -> tuple[int, ...]:
         """Protected experts of a layer."""

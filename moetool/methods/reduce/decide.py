@@ -142,7 +142,9 @@ def choose(asked: Asked, seen: Evidence, replay: Decided | None) -> Settled:
     numbers = asked.mixture.layers
     used = {n: tokens_per_expert(profile.layer(n)) for n in numbers} if profile else {}
     layers = {n: asked.way.choose(view(n), within.counts[n]) for n in numbers}
-    found = Found(within.warnings, protected=within.protected, tokens_per_expert=used)
+    found = Found(
+        within.warnings, protected=within.protected, peaks=within.peaks, tokens_per_expert=used
+    )
     return Settled(asked.way.finish(layers, view), found, memory=memory)
 
 
@@ -176,11 +178,10 @@ def _guarded(asked: Asked, seen: Evidence, uniform: dict[int, int]) -> Bounds:
     if profile is None:
         told = "no text: super experts were not looked for (--calibrate FILE finds and keeps them)"
         return Bounds(uniform, None, (told,))
-    layers = int(mixture.layout.field("layers", mixture.text_model.config))
-    largest = {n: profile.layer(n).max_out for n in mixture.layers}
+    peaks = protect.found(profile, mixture)
     least = min(asked.kept // mixture.groups, asked.kept)
-    found = protect.super_experts(largest, layers)
-    return Bounds(uniform, {n: e for n, e in found.items() if len(e) <= least})
+    stay = {n: e for n, e in protect.by_layer(peaks).items() if len(e) <= least}
+    return Bounds(uniform, stay, peaks=peaks)
 
 
 def _by_sensitivity(asked: Asked, seen: Evidence, guarded: Bounds) -> dict[int, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moetool.data import JsonMapping, JsonObject
 from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.protect import Peak
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plan import Plan
 
@@ -52,6 +53,7 @@ class Found:
     warnings: tuple[str, ...] = ()
     data: TextSeen | None = None
     protected: Mapping[int, list[int]] | None = None  # super experts by layer
+    peaks: tuple[Peak, ...] = ()  # super experts, or the one whose output was the largest
     tokens_per_expert: Mapping[int, list[int]] = field(default_factory=dict)
     refit: Mapping[int, Refitted] = field(default_factory=dict)
     replayed: str = ""  # the file of decisions
@@ -64,6 +66,7 @@ class Found:
             "protected": None
             if self.protected is None
             else {str(n): e for n, e in self.protected.items()},
+            "largest_outputs": [peak.as_json() for peak in self.peaks] or None,
             "tokens_per_expert": {str(n): t for n, t in self.tokens_per_expert.items()} or None,
             "refit": {str(n): r.as_json() for n, r in self.refit.items()} or None,
             "replayed": self.replayed or None,

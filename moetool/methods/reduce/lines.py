@@ -8,7 +8,7 @@ from moetool.methods.contract import Line
 from moetool.methods.reduce.facts import Found, Reduced, Refitted, TextSeen
 from moetool.units import show_bytes, show_count
 
-SHOWN = 6  # layers with super experts that are named
+SHOWN = 6  # super experts that are named
 
 
 def lines(reduced: Reduced, own: list[Line]) -> list[Line]:
@@ -18,7 +18,7 @@ def lines(reduced: Reduced, own: list[Line]) -> list[Line]:
         Line(reduced.decided.verb, removal(reduced)),
         *own,
         *(_text(found.data) if found.data else []),
-        *(_protected(found.protected) if found.protected else []),
+        *(_protected(found) if found.protected else []),
         *(_refit(found.refit) if found.refit else []),
         Line("parameters", _sizes(reduced)),
     ]
@@ -57,11 +57,13 @@ def calibrated(found: Found) -> list[str]:
     return [f"{found.data.random:.0%} of the calibration tokens are random ids"]
 
 
-def _protected(protected: Mapping[int, list[int]]) -> list[Line]:
-    said = []
-    for layer, experts in list(protected.items())[:SHOWN]:
-        said += [f"{e} of layer {layer}" for e in experts]
-    return [Line("protected", f"super experts {', '.join(said)}")]
+def _protected(found: Found) -> list[Line]:
+    stay = found.protected or {}
+    shown = [p for p in found.peaks if p.expert in stay.get(p.layer, ())][:SHOWN]
+    said = [f"{p.expert} of layer {p.layer} ({p.times:.3g} times the others)" for p in shown]
+    more = sum(map(len, stay.values())) - len(shown)
+    rest = f" and {more} more" if more else ""
+    return [Line("protected", f"super experts {', '.join(said)}{rest}")]
 
 
 def _refit(refit: Mapping[int, Refitted]) -> list[Line]:

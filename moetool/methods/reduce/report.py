@@ -8,6 +8,8 @@ layers: {"3": {map: [new expert or null of each old one], groups, weights, score
 tokens}}
                                     tokens: how many each old expert saw
 protected: {"3": [7]}               super experts that were kept
+largest_outputs: [{layer, expert, output, times, super}]
+                                    super experts, or the nearest to one; times the rest's largest
 data: {tokens, files, data_sha256, seq_len}, refit: {"3": {error_before, error_after}}
 clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried
 input_bytes, output_bytes, expert_bytes_before, expert_bytes_after
@@ -36,6 +38,7 @@ _TAKEN = (
     "top_k",
     "counts",
     "protected",
+    "largest_outputs",
     "data",
     "refit",
     "router",

@@ -123,6 +123,7 @@ def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided
         (*within.warnings, *batches.notes),
         _text(batches),
         within.protected,
+        within.peaks,
         {n: d.tokens for n, d in done.items()},
         {n: d.refit for n, d in done.items() if d.refit},
     )
