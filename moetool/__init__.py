@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, Stopped, UsageError, VerificationFailed
+from moetool.modeling import plugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,7 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.2.0"
+plugin.announce()  # transformers loads models with groups of experts from here on
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from moetool import methods
-from moetool.errors import UsageError
+from moetool.errors import MoetoolError, UsageError
 from moetool.methods import works
 from moetool.methods.certificates import weakest
 from moetool.methods.contract import Method, Options, Prepared, Settings, Step
 from moetool.progress import Progress, Stage
-from moetool.surgery import view
+from moetool.surgery import groups, view
 from moetool.surgery.checkpoint import Checkpoint
 
 
@@ -72,6 +72,7 @@ def _asked(options: Options, step: Step) -> Options:
 def _one(
     options: Options, method: Method, sources: tuple[Checkpoint, ...], settings: Settings
 ) -> Prepared:
+    _accept(method, sources)
     if method.interruptible:
         works.check_model(method, sources[0])
     begun = time.perf_counter()
@@ -91,6 +92,19 @@ def _one(
         work=settings.work,
         decided_in=took,
     )
+
+
+def _accept(method: Method, sources: tuple[Checkpoint, ...]) -> None:
+    """Refuse sources with experts that no stock class holds, where a verb does not know them."""
+    held = next((s for s in sources if groups.is_ours(s.config)), None)
+    if held is not None and not method.reads_groups:
+        raise MoetoolError(
+            "this model has groups of experts that no stock class holds",
+            file=held.folder,
+            expected="a model of a stock class",
+            found=f"model type {groups.MODEL_TYPE}",
+            hint="`moetool materialize` writes a native model of it, where that is exact",
+        )
 
 
 def _shown(prepared: Prepared, settings: Settings) -> view.Between:

@@ -336,6 +336,22 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Dense families that no class with experts is near to.
+OTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 160, "n_positions": 64},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        {**COMMON, "num_hidden_layers": 2},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {**COMMON, "num_hidden_layers": 2, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    ),
+}
+
 
 def save(
     family: str, folder: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any
@@ -344,7 +360,7 @@ def save(
     import torch
     import transformers
 
-    cls_name, config = (FAMILIES | MOE)[family]
+    cls_name, config = (FAMILIES | MOE | OTHER)[family]
     config = json.loads(json.dumps({**config, **overrides}))
     torch.manual_seed(seed)
     made = transformers.CONFIG_MAPPING[family](**config)

@@ -239,6 +239,7 @@ class Method:
     several: ClassVar[str] = ""  # help of --from, where a verb takes more than one source
     examples: ClassVar[tuple[str, ...]] = ()  # for --help; `demo` stands for the embedded model
     interruptible: ClassVar[bool] = False  # deciding takes long, and can be stopped after a layer
+    reads_groups: ClassVar[bool] = False  # also sources with experts that no stock class holds
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -34,20 +34,21 @@ class Several(Method):
     """A verb with ways. `way` acts; it has `own` options."""
 
     verb: ClassVar[str]
+    chooser: ClassVar[str] = "method"  # the option that names the way
     way: Any
 
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
         own = (fields_of(way.Options, (name,)) for name, way in cls.ways().items())
         theirs = (
-            replace(f, help=f"with --method {' or '.join(f.of)}: {f.help}")
+            replace(f, help=f"with --{cls.chooser} {' or '.join(f.of)}: {f.help}")
             for f in chain.from_iterable(own)
         )
         return (*fields_of(cls.Options), *theirs)
 
     @classmethod
     def named(cls, options: Any) -> type[Any]:
-        """The way that --method means."""
+        """The way that the chooser means."""
         raise NotImplementedError
 
     @classmethod
@@ -70,19 +71,19 @@ class Several(Method):
             if key in {f.name for f in fields_of(acting.Options)}:
                 own[key] = value
             elif known[key].read(value) != known[key].default:
-                raise _stranger(known[key], options.method, value)
+                raise cls._stranger(known[key], getattr(options, cls.chooser), value)
         return Split(options, acting, build(acting.Options, own, cls.verb))
 
     def recorded(self) -> dict[str, Value]:
         own = {f.name: getattr(self.way.own, f.name) for f in fields_of(type(self.way.own))}
         return super().recorded() | own
 
-
-def _stranger(field: Field, method: str, value: Any) -> UsageError:
-    owner = " or ".join(field.of)
-    return UsageError(
-        f"--{field.spelled} and --method {owner} belong together",
-        expected=f"--method {owner} --{field.spelled} {value}",
-        found=f"--method {method} --{field.spelled} {value}",
-        hint="use both or neither",
-    )
+    @classmethod
+    def _stranger(cls, field: Field, chosen: str, value: Any) -> UsageError:
+        owner, chooser = " or ".join(field.of), cls.chooser
+        return UsageError(
+            f"--{field.spelled} and --{chooser} {owner} belong together",
+            expected=f"--{chooser} {owner} --{field.spelled} {value}",
+            found=f"--{chooser} {chosen} --{field.spelled} {value}",
+            hint="use both or neither",
+        )

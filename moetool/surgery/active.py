@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import forms
+from moetool.surgery import forms, groups
 from moetool.surgery.layout import Layout, Matched
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel, any_text_model
@@ -33,7 +33,7 @@ class Matching:
         """For a checkpoint with this config and tensors of these names."""
         family = None
         with suppress(MoetoolError):
-            family = Layout.load(str(config.get("model_type")))
+            family = Layout.load(groups.family_of(config))
         return cls(family, any_text_model(config, names))
 
     def match(self, name: str) -> Matched | None:
@@ -44,6 +44,9 @@ class Matching:
     @property
     def top_k(self) -> object:
         """Experts that a token reaches, where the config says it."""
+        if self.text is not None and self.text.groups:
+            reached = {group.reached for group in self.text.groups}
+            return reached.pop() if len(reached) == 1 else None
         return self.text.field("top_k") if self.text else None
 
 

@@ -13,6 +13,7 @@ from itertools import chain, product
 from typing import Any
 
 from moetool.errors import MoetoolError
+from moetool.surgery import ffn
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, Needed, Shape
 from moetool.surgery.spec import Stored
@@ -120,11 +121,15 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
         if found is None or not str(found.slot.role).startswith("expert."):
             continue
         layer, expert = found.numbers.get("layer", layers), found.numbers.get("expert", 0)
+        here, most = places, experts
+        if at.groups:
+            held = ffn.experts_in(at.layout, found.slot.name)
+            here, most = set(held), held.get(layer, 0)
         wanted = ""
-        if layer < layers and layer not in places:
+        if layer < layers and layer not in here:
             wanted = f"no experts in layer {layer}"
-        elif expert >= experts:
-            wanted = f"experts 0 to {experts - 1}"
+        elif expert >= most:
+            wanted = f"experts 0 to {most - 1}"
         if wanted:
             file = f"{checkpoint.folder}/{stored.file}"
             yield Fault(PLACELESS, file, name, wanted, "one more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from moetool.data import JsonObject
@@ -32,6 +33,15 @@ class Slot:
     def pattern(self) -> tuple[str, list[str]]:
         """The name with `#` for each number, and what those number."""
         return re.sub(r"\{\w+\}", "#", self.name), re.findall(r"\{(\w+)\}", self.name)
+
+
+@dataclass(frozen=True)
+class GroupSlot(Slot):
+    """A tensor of groups of experts (surgery/groups.py), in the layers that `held` names, each with
+    the number of experts that have it there.
+    """
+
+    held: Mapping[int, int] = field(default_factory=dict)
 
 
 def filled(template: str, **numbers: int | None) -> str:

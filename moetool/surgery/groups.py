@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 from moetool.data import JsonObject
@@ -30,6 +31,8 @@ MODEL_TYPE = "moetool"
 VERSION = 1
 FIRST = "experts"  # the usual name of a group
 BASES = ("under", "beside", "member", "gone")
+EMPTY = "null"  # the form of experts that have no tensors: their output is zero
+ROUTED = "token"  # the key of routes that have a router
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Route:
     law (`allowed`: [modalities][experts], a temperature, ...).
     """
 
-    key: str = "token"
+    key: str = ROUTED
     law: str = "renormalised"
     top_k: int = 1
     bias: bool = False
@@ -50,10 +53,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Group:
-    """Experts of one form behind one route. `base`, the layer's own FFN: `under` (each expert is the
-    FFN with something changed: y = sum of w_e FFN_e(x)), `beside` (y = FFN(x) + sum of w_e E_e(x)),
-    `member` (expert 0 of the route is the FFN itself; `experts` counts the others), or `gone`.
-    `scale`: factor on the sum.
+    """Experts of one form behind one route. `base`, the layer's own FFN: `under` (each expert is
+    the FFN with something changed: y = sum of w_e FFN_e(x)), `beside` (y = FFN(x) + sum of w_e
+    E_e(x)), `member` (expert 0 of the route is the FFN itself; `experts` counts the others), or
+    `gone`. `scale`: factor on the sum.
     """
 
     form: str
@@ -76,6 +79,11 @@ class Group:
     def choices(self) -> int:
         """Rows of the router: what it chooses among."""
         return self.experts + (self.base == "member")
+
+    @property
+    def reached(self) -> int:
+        """Experts that work on a token: all of them under a law that mixes them all."""
+        return self.experts if self.route.law == "soft" else min(self.route.top_k, self.experts)
 
     def expert(self, number: int, linear: str = "", part: str = "") -> str:
         """A name inside the block: `experts.7.gate_proj.lora_A`."""
@@ -119,6 +127,11 @@ def base_of(config: JsonObject) -> JsonObject:
     return rest | {"architectures": named, "model_type": config["base_model_type"]}
 
 
+def family_of(config: Mapping[str, Any]) -> str:
+    """The model type of the family that a model is of, or stands on."""
+    return str(config.get("base_model_type" if is_ours(config) else "model_type"))
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether a config is of a model with groups."""
     return config.get("model_type") == MODEL_TYPE
@@ -137,7 +150,7 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
     _known(said, ("version", "groups"), "moetool")
     groups = tuple(_group(entry) for entry in said.get("groups") or ())
-    for layer in {n for g in groups for n in g.layers}:
+    for layer in set(chain.from_iterable(g.layers for g in groups)):
         names = [g.name for g in groups if layer in g.layers]
         if len(set(names)) != len(names):
             raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)

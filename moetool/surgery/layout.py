@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery.family import Names, Overlay, Slot, StackedExperts, filled
+from moetool.surgery.family import GroupSlot, Names, Overlay, Slot, StackedExperts, filled
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
 # a part of a name that is a number, or expert_7 (Switch, NLLB)
@@ -228,7 +228,7 @@ class Layout:
                 yield Needed(_first(slot.name), self.shape(slot, text), slot)
                 continue
             for layer in layers:
-                if _holds(slot, layer in moe):
+                if _holds(slot, layer, layer in moe):
                     yield from self._in_layer(slot, layer, text)
 
     def _idle(self, slot: Slot, text: JsonObject) -> bool:
@@ -245,7 +245,10 @@ class Layout:
         if "{expert}" not in name:
             yield Needed(name, shape, slot)
             return
-        for expert in range(self.evaluate(self.fields.get("experts"), own) or 0):
+        count = self.evaluate(self.fields.get("experts"), own)
+        if isinstance(slot, GroupSlot):
+            count = slot.held[layer]
+        for expert in range(count or 0):
             yield Needed(filled(name, expert=expert), shape, slot)
 
 
@@ -254,8 +257,10 @@ def _first(template: str) -> str:
     return re.sub(r"\{i\d+\}", "0", template)
 
 
-def _holds(slot: Slot, moe: bool) -> bool:
+def _holds(slot: Slot, layer: int, moe: bool) -> bool:
     """Whether a layer, with experts or without, has this slot."""
+    if isinstance(slot, GroupSlot):
+        return layer in slot.held
     return slot.layers == "all" or slot.layers == ("moe" if moe else "dense")
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.surgery import ffn, groups
 from moetool.surgery.family import Slot, filled
+from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
 
 
@@ -26,6 +28,7 @@ class TextModel:
     config: JsonObject
     prefix: str = ""
     path: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()  # of experts that no stock class holds
 
     @property
     def text(self) -> JsonObject:
@@ -76,8 +79,17 @@ class TextModel:
 
 def text_model(config: JsonObject) -> TextModel:
     """Where the text model of this config is described: the family itself, or, in a multimodal
-    family that only wraps a model of another family, that one.
+    family that only wraps a model of another family, that one. With groups of experts, the layout
+    has slots for them too.
     """
+    if not groups.is_ours(config):
+        return _native(config)
+    held, at = groups.read(config), _native(groups.base_of(config))
+    layout = ffn.grown(at.layout, held, at.field("layers") or 0)
+    return replace(at, layout=layout, groups=held)
+
+
+def _native(config: JsonObject) -> TextModel:
     layout = Layout.load(str(config.get("model_type")))
     path = tuple(filter(None, layout.text_config.split(".")))
     text, known = config, layout.defaults

@@ -96,6 +96,7 @@ def test_the_forms_there_are() -> None:
         "gguf",
         "in_gguf",
         "int8_activations",
+        "lora",
         "mxfp4",
         "mxfp4_packed",
         "mxfp8",

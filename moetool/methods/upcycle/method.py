@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
@@ -15,16 +15,20 @@ from moetool.methods.contract import (
     Decisions,
     Line,
     Made,
-    Method,
     ModelFacts,
     Settings,
     Summary,
     left_out,
 )
-from moetool.methods.upcycle import assemble, carve, scale, site
+from moetool.methods.field import WHAT
+from moetool.methods.options import Storing, same
+from moetool.methods.options import fields as fields_of
+from moetool.methods.several import Several
+from moetool.methods.upcycle import assemble, carve, own, scale, site
 from moetool.methods.upcycle.config import Shape, config_of
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, Layer, write_moe
+from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion, Spelling, Wish, candidates, choose, dense
@@ -34,6 +38,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
 from moetool.surgery.plan import Outputs, Plan
+from moetool.surgery.reform import FORMS
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
@@ -57,7 +62,23 @@ class Reading:
         return len(set(self.origin)) > 1 or self.weights is not None or self.origin[0] != 0
 
 
-class Upcycle(Method):
+def _forms() -> str:
+    """What --form may say: a kind of experts, or how a source's quantized matrices are stored."""
+    kinds = "; ".join(f"{name}: {kind.line()}" for name, kind in ExpertKind.known().items())
+    stored = next(f.help for f in fields_of(Storing) if f.name == "form")
+    return f"what experts are, where no stock class has such: {kinds}; else {stored}"
+
+
+@dataclass(frozen=True)
+class Growing(Upcycling):
+    """What upcycle is told."""
+
+    form: str = same(
+        Storing, "form", help=_forms, panel=WHAT, choices=lambda: (*FORMS, *ExpertKind.known())
+    )
+
+
+class Upcycle(Several):
     """Turn a dense checkpoint, or several fine-tunes of one, into a mixture of experts.
 
     The default keeps the function exactly: 8 copies of each FFN, 2 run for a token, their weights
@@ -67,7 +88,10 @@ class Upcycle(Method):
     2410.07524. Drop-Upcycling: arXiv 2502.19261. Branch-Train-MiX: arXiv 2403.07816.
     """
 
-    Options = Upcycling
+    Options = Growing
+    Base = ExpertKind
+    verb: ClassVar[str] = "upcycle"
+    chooser: ClassVar[str] = "form"
     several = "a fine-tune that gives experts; repeat it"
     examples = (
         "moetool upcycle demo my-moe",
@@ -75,10 +99,35 @@ class Upcycle(Method):
         "moetool upcycle BASE my-moe --from CODE --from MATH --experts 3 --trunk mean",
         "moetool upcycle SRC my-moe --shared --diversify drop:0.5 --dry-run",
     )
-    options: Upcycling
+    options: Growing
+    way: ExpertKind
+
+    def __init__(self, options: Growing, way: ExpertKind | None = None) -> None:
+        super().__init__(options)
+        self.way = way or ExpertKind(options)
+
+    @classmethod
+    def ways(cls) -> Mapping[str, type[ExpertKind]]:
+        return ExpertKind.known()
+
+    @classmethod
+    def named(cls, options: Growing) -> type[ExpertKind]:
+        """The kind of experts that is meant; `ExpertKind` itself where a stock class holds them."""
+        return next(
+            (kind for kind in ExpertKind.known().values() if kind.meant(options)), ExpertKind
+        )
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Upcycle:
+        told = cls.split(values)
+        made = cls(told.options, told.acting(told.options, told.own))
+        made.way.told()
+        return made
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Neuron orders of every MoE layer (as tables), and how far apart the sources' trunks are."""
+        if self.way.grows:
+            return Decisions()
         assemble.check_alike(sources)
         if len(sources) == 1 and self.options.trunk != "base":
             raise UsageError(
@@ -117,6 +166,8 @@ class Upcycle(Method):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """The plan and its certificate; every refusal that needs only headers happens here."""
+        if self.way.grows:
+            return own.plan(self.way, sources, settings)
         spelled = self._spelling(sources)
         chosen = spelled.conversion
         if chosen.stays_dense:

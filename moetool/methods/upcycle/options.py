@@ -11,6 +11,8 @@ from moetool.methods.upcycle import carve, site
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 
+# How scores become weights, for experts that no stock class holds (surgery/groups.py).
+LAWS = ("auto", "renormalised", "hard", "softmax", "soft")
 MOST = 4096  # experts of a layer; models in use have hundreds
 
 
@@ -41,6 +43,12 @@ class Upcycling(Storing, Served):
         "auto",
         "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA",
         metavar="START",
+    )
+    law: str = option(
+        LAWS[0],
+        "with --form lora, ternary, ...: how scores become weights: renormalised (those of the "
+        "chosen sum to one), hard (1 each), softmax (their shares among all), soft (all run)",
+        choices=LAWS,
     )
     carve: str = option(
         "contiguous", f"how --split chooses neurons: {carve.FORMS}", metavar="random|kmeans|..."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moetool import discover
 from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.kernels.grid import Grid
+from moetool.surgery import groups
 from moetool.surgery.forms.form import Config, Form, Format, Params, Read, Recognised, Written
 from moetool.surgery.spec import Piece, Shape, Stored, Target, whole
 
@@ -145,16 +146,30 @@ def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None
     gives the bytes of a small tensor; without it (a plan) some shapes are not known.
     """
     found, told = dict(tensors), {}
+    _check_groups(config)
     for name, form in forms().items():
         if (known := form.look(found, config, read)) is None:
             continue
-        found = _replaced(found, known.matrices)
+        found = _replaced(found, known.matrices, known.kept)
         config, told[name] = known.config, known.told
     for form in {f.quant_method: f for f in forms().values() if f.quant_method}.values():
         form.complete(found, config)
     _refuse_parts(found, config)
     said = set(chain.from_iterable(told.values()))  # several forms may be told of by one key
     return Known(found, {k: v for k, v in config.items() if k not in said}, told)
+
+
+def _check_groups(config: Config) -> None:
+    """Refuse groups of experts in a form that there is not."""
+    known = (*forms(), groups.EMPTY)
+    for group in groups.read(config) if groups.is_ours(config) else ():
+        if group.form not in known:
+            raise MoetoolError(
+                f"the config names a group of experts of form {group.form!r}",
+                file="config.json",
+                expected="a form that this moetool knows",
+                hint=did_you_mean(group.form, known),
+            )
 
 
 def _refuse_parts(tensors: Mapping[str, Stored], config: Config) -> None:
@@ -205,12 +220,16 @@ def split(stored: Stored, piece: Piece) -> tuple[tuple[Piece, ...], Params | Non
     return every, entry | {"shape": list(piece.shape)} | partial
 
 
-def _replaced(tensors: dict[str, Stored], matrices: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Matrices in the place of the first of their parts that no other matrix has."""
+def _replaced(
+    tensors: dict[str, Stored], matrices: Mapping[str, Stored], kept: frozenset[str]
+) -> dict[str, Stored]:
+    """Matrices in the place of the first of their parts that no other matrix has, and that is not
+    kept.
+    """
     whose: dict[str, str] = {}
     for full, matrix in matrices.items():
         assert matrix.parts is not None
-        whose |= {part.name: full for part in matrix.parts.tensors}
+        whose |= {part.name: full for part in matrix.parts.tensors if part.name not in kept}
     made: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         full = whose.get(name, name)

@@ -24,12 +24,14 @@ Read = Callable[[Stored], bytes]  # the bytes of a small tensor
 @dataclass(frozen=True)
 class Recognised:
     """What a form found in a checkpoint: its matrices by their full names, the config as one
-    reads it who knows nothing of the form, and what that config no longer says (`told`).
+    reads it who knows nothing of the form, what that config no longer says (`told`), and names of
+    parts that are tensors of their own as well.
     """
 
     matrices: dict[str, Stored]
     config: Config
     told: Config = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""A dense checkpoint as experts of moetool's own see it: the linears of its FFNs, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moetool.errors import MoetoolError
+from moetool.methods.upcycle import site
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.ffn import FfnBlock, FfnLinear
+from moetool.surgery.groups import Group
+from moetool.surgery.layout import words
+from moetool.surgery.pair import drops
+from moetool.surgery.spec import FLOATS, Stored
+from moetool.surgery.text_model import TextModel, text_model
+
+Place = int | str  # a layer, "before" or "after" the layers
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The FFNs that experts are to stand under or beside."""
+
+    source: Checkpoint
+    at: TextModel
+    block: FfnBlock
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: Checkpoint, layers: str) -> Ground:
+        """MoetoolError where the family has no such FFN, or its weights are no plain floats."""
+        at = text_model(source.config)
+        block = FfnBlock.of(at.layout)
+        found = cls(source, at, block, site.parse(layers, at.field("layers") or 0))
+        for layer in found.layers:
+            for linear in block.linears:
+                found.stored(linear, layer)
+        return found
+
+    @property
+    def count(self) -> int:
+        """Layers of the text model."""
+        return self.at.field("layers") or 0
+
+    @property
+    def dtype(self) -> str:
+        """Of the FFNs, and of what stands beside them."""
+        return self.stored(self.block.last, self.layers[0]).dtype
+
+    @property
+    def hidden(self) -> int:
+        """Width of what goes through the layers."""
+        last = self.block.last
+        return last.sides(self.stored(last, self.layers[0]).shape)[0]
+
+    @property
+    def width(self) -> int:
+        """Neurons of an FFN."""
+        last = self.block.last
+        return last.sides(self.stored(last, self.layers[0]).shape)[1]
+
+    def module(self, layer: int) -> str:
+        """The module that holds a layer's FFN: `model.layers.3.mlp`."""
+        return self.at.name(self.block.module, layer=layer)
+
+    def stored(self, linear: FfnLinear, layer: int) -> Stored:
+        """The weight of a linear; MoetoolError where it is quantized, or no matrix."""
+        found = self.source.tensor(self.at.name(linear.slot.name, layer=layer))
+        if found.parts is not None or found.dtype not in FLOATS or len(found.shape) != 2:
+            held = found.parts.form if found.parts else f"{found.dtype} {list(found.shape)}"
+            raise MoetoolError(
+                "the weights are not plain floats",
+                file=f"{self.source.folder}/{found.file}",
+                tensor=found.name,
+                expected=f"a matrix of {', '.join(FLOATS)}",
+                found=held,
+                hint="`moetool dequantize` writes them in full",
+            )
+        return found
+
+    def bias(self, linear: FfnLinear, layer: int) -> Stored | None:
+        """The bias of a linear, where the layer has one."""
+        if linear.bias is None:
+            return None
+        return self.source.tensors.get(self.at.name(linear.bias.name, layer=layer))
+
+    def names(self) -> dict[Place, list[str]]:
+        """The source's tensors by where they lie, without buffers that no class reads."""
+        found: dict[Place, list[str]] = {}
+        for name in sorted(self.source.tensors):
+            if drops(name):
+                continue
+            place: Place | None = self.at.layer_of(name)
+            if place is None:
+                place = "before" if words().is_first(name) else "after"
+            found.setdefault(place, []).append(name)
+        return found
+
+    def dropped(self) -> dict[str, str]:
+        """What is left out, by name with the reason."""
+        return {n: why for n in self.source.tensors if (why := drops(n))}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One layer, and the group of experts that it gets. `seed`: of everything random."""
+
+    ground: Ground
+    group: Group
+    layer: int
+    seed: int
+
+    @property
+    def module(self) -> str:
+        return self.ground.module(self.layer)
+
+    def name(self, expert: int, linear: FfnLinear, part: str) -> str:
+        """A tensor of an expert: `model.layers.3.mlp.experts.7.gate_proj.lora_A`."""
+        return f"{self.module}.{self.group.expert(expert, linear.name, part)}"
+
+    def each(self) -> Iterator[tuple[int, FfnLinear]]:
+        """Every linear of every expert."""
+        for expert in range(self.group.experts):
+            for linear in self.ground.block.linears:
+                yield expert, linear

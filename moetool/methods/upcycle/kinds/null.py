@@ -1,0 +1,21 @@
+"""Experts that do nothing."""
+
+from __future__ import annotations
+
+from moetool.methods.contract import Builder
+from moetool.methods.upcycle.ground import Spot
+from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery.reform import Into
+
+
+class NullExperts(ExpertKind):
+    """Experts without tensors, whose output is zero, beside the FFN: a router alone, which learns
+    where another group would be left out.
+    """
+
+    name = "null"
+    base = "beside"
+    starts = "zero"
+
+    def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
+        return {}

@@ -1,0 +1,78 @@
+"""The target of moetool's own: the base as it lies, byte for byte, and a group of experts in its
+FFNs' blocks. Any dense family whose FFN the layout data finds can have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moetool.methods.contract import Builder, Made, ModelFacts, Settings
+from moetool.methods.upcycle.ground import Ground, Place, Spot
+from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery import groups, reform
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import ROUTED, Group
+from moetool.surgery.plan import Outputs, Plan
+from moetool.surgery.reform import Into
+from moetool.surgery.spec import whole
+
+
+def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Made:
+    """The plan and its certificate; every refusal that needs only headers happens here."""
+    ground = Ground.of(sources[0], kind.verb.layers)
+    kind.check(ground)
+    group, build = kind.group(ground), Builder()
+    names, into = ground.names(), dict[str, Into]()
+    places: list[Place] = ["before", *range(ground.count), "after"]
+    for place in places:
+        gone = _gone(ground, group, place)
+        for name in names.get(place, ()):
+            if name not in gone:
+                stored = ground.source.tensors[name]
+                build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+        if isinstance(place, int) and place in ground.layers:
+            spot = Spot(ground, group, place, settings.seed)
+            _router(build, kind, spot)
+            into |= kind.write(build, spot)
+    config = groups.config_of(sources[0].config, (group,))
+    wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
+    made = reform.plan(sources, wanted, max_shard=settings.max_shard, into=into)
+    facts = _facts(ground, group, made)
+    return Made(made, kind.certificate(group), made.config, {}, facts)
+
+
+def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
+    """The FFN's own tensors in a layer whose experts stand in its stead."""
+    if group.base != "gone" or not isinstance(place, int) or place not in ground.layers:
+        return set()
+    biases = (ground.bias(one, place) for one in ground.block.linears)
+    own = (ground.stored(one, place) for one in ground.block.linears)
+    return {one.name for one in (*own, *biases) if one is not None}
+
+
+def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
+    """The router of a layer, as --router says it starts."""
+    group, ground = spot.group, spot.ground
+    if group.route.key != ROUTED:
+        return
+    shape = (group.choices, ground.hidden)
+    target = build.target(f"{spot.module}.{group.router}.weight", ground.dtype, shape)
+    start = kind.first_router
+    if start.law == "zero":
+        build.zeros(target)
+    else:
+        build.task("draw", [], [whole(target)], **start.params(spot.seed, target.name))
+
+
+def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
+    return ModelFacts(
+        source_type=str(ground.source.config.get("model_type")),
+        target_type=groups.MODEL_TYPE,
+        layers=group.layers,
+        experts=group.experts,
+        top_k=group.reached,
+        expert_width=ground.width,
+        layout=f"{group.form} experts {group.base} the FFN,",
+        parameters=plan.parameters,
+        active_parameters=plan.active_parameters,
+    )

@@ -1,0 +1,127 @@
+"""Model classes with groups of experts: the stock class of a family, and what it lacks.
+
+For training they answer what trainers ask of a mixture: `output_router_logits` and
+`router_aux_loss_coef` in the config or the call, `aux_loss` and `router_logits` in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moetool.modeling import balance
+from moetool.modeling.block import GroupedBlock
+from moetool.modeling.install import install
+from moetool.modeling.piece import GrownPart
+from moetool.surgery import groups, shim
+
+Tensor = torch.Tensor
+_FLOAT32 = ("weight_scale", "output_scale")  # of pieces; bf16 would round them
+
+
+class Grown(PreTrainedModel):  # type: ignore[misc]
+    """What derived classes have beside their stock class."""
+
+    def initialize_weights(self) -> None:
+        """Experts and routers too: submodels of the stock class do not know them."""
+        for module in self.modules():
+            if isinstance(module, GrownPart) and not getattr(module, "_is_hf_initialized", False):
+                module.reset()
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Also the file that says to those without moetool what they need."""
+        self.config.auto_map = dict(shim.AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / shim.FILE).write_text(shim.TEXT)
+
+    @property
+    def grouped_blocks(self) -> list[GroupedBlock]:
+        """Its blocks with groups of experts, in order."""
+        return [m for m in self.modules() if isinstance(m, GroupedBlock)]
+
+
+def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
+    """`MoeLlamaForCausalLM` of `LlamaForCausalLM`, and its config class; one class however often it
+    is asked for.
+    """
+    if stock not in _MADE:
+        _MADE[stock] = _made(stock, config)
+    return _MADE[stock]
+
+
+_MADE: dict[type[Any], type[Any]] = {}
+
+
+def _made(stock: type[Any], config: type[Any]) -> type[Any]:
+    strict = set(stock._keep_in_fp32_modules_strict or ()) | set(_FLOAT32)
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
+        install(self, groups.read(said), config.base_model_type)
+        self.post_init()
+
+    said = {
+        "__init__": wraps(stock.__init__)(__init__),
+        "__module__": __name__,
+        "__doc__": f"A {stock.__name__} with groups of experts.",
+        "forward": _observed(stock.forward),
+        "config_class": config,
+        "_keep_in_fp32_modules_strict": strict,
+    }
+    made = type(f"Moe{stock.__name__}", (Grown, stock), said)
+    _copy_names(stock, made)
+    return made
+
+
+def _copy_names(stock: type[Any], made: type[Any]) -> None:
+    """Names on disk are the stock class's: transformers looks for its renamings by class name."""
+    from transformers import conversion_mapping as names
+
+    found = names.get_checkpoint_conversion_mapping(stock.__name__)
+    if found is None:
+        found = names.get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if found is not None:
+        names.register_checkpoint_conversion_mapping(made.__name__, found, overwrite=True)
+
+
+def _observed(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The stock forward, and where router logits are asked for, these and their loss."""
+
+    @wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.pop("output_router_logits", None)
+        if not (self.config.output_router_logits if asked is None else asked):
+            made = stock(self, *args, **kwargs)
+            for name in ("aux_loss", "router_logits"):
+                if not isinstance(made, tuple):
+                    setattr(made, name, None)
+            return made
+        whole = kwargs.pop("return_dict", None)
+        whole = self.config.return_dict if whole is None else whole
+        blocks = self.grouped_blocks
+        for block in blocks:
+            block.seen = []
+        try:
+            made = stock(self, *args, **kwargs, return_dict=True)
+            seen = [*chain.from_iterable(block.seen or () for block in blocks)]
+        finally:
+            for block in blocks:
+                block.seen = None
+        mask = kwargs.get("attention_mask")
+        made["aux_loss"] = loss = balance.mean(seen, mask)
+        made["router_logits"] = tuple(scores.logits for scores in seen)
+        if made.get("loss") is not None and loss is not None:
+            made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)
+        return made if whole else made.to_tuple()
+
+    return forward

@@ -1,0 +1,39 @@
+"""Experts as they run: one file a form, found by itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+
+from moetool import discover
+from moetool.errors import MoetoolError, did_you_mean
+from moetool.modeling.experts.group import ExpertGroup
+from moetool.surgery.groups import Group
+
+
+@lru_cache(maxsize=1)
+def forms() -> Mapping[str, type[ExpertGroup]]:
+    """form -> the experts of a group in this form."""
+    return discover.classes(sys.modules[__name__], ExpertGroup)
+
+
+def named(group: Group) -> type[ExpertGroup]:
+    """Those of a group's form; MoetoolError where there is none, or none over its base."""
+    if group.form not in forms():
+        raise MoetoolError(
+            f"no experts have the form {group.form!r}",
+            file="config.json",
+            expected=", ".join(forms()),
+            hint=did_you_mean(group.form, forms()),
+        )
+    found = forms()[group.form]
+    if group.base not in found.bases:
+        raise MoetoolError(
+            f"{group.form} experts do not stand {group.base!r} an FFN",
+            file="config.json",
+            expected=", ".join(found.bases),
+            found=group.base,
+            hint="the config was written by another moetool, or edited",
+        )
+    return found

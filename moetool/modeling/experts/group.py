@@ -1,0 +1,110 @@
+"""What the experts of a group share, and how those run that are FFNs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import starmap
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError, did_you_mean
+from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
+from moetool.modeling.piece import GrownPart
+from moetool.surgery.groups import Group
+
+
+class Expert(GrownPart):
+    """One expert: a child for each linear of the FFN that it has, under the linear's name, and
+    `output_scale` [1] where the group's params ask for one.
+    """
+
+    def __init__(self, parts: Iterable[tuple[str, nn.Module]], params: JsonObject) -> None:
+        super().__init__()
+        for name, part in parts:
+            self.add_module(name, part)
+        scale = torch.empty(1, dtype=torch.float32) if params.get("output_scale") else None
+        self.output_scale = None if scale is None else nn.Parameter(scale)
+
+    def reset(self) -> None:
+        from transformers import initialization as init
+
+        if self.output_scale is not None:
+            init.ones_(self.output_scale)
+
+    def forward(self, made: Tensor) -> Tensor:
+        """What its FFN gave [rows, hidden], scaled."""
+        return made if self.output_scale is None else made * self.output_scale.to(made.dtype)
+
+
+class ExpertGroup(nn.ModuleList):
+    """Subclass it in a file of this folder, with a `name`, and say what a linear of an expert is
+    (`part`), or how all run. `bases`: what a group of this form may stand on; `needs`
+    and `knows`: the keys that its params must and may have.
+    """
+
+    name: ClassVar[str] = ""
+    bases: ClassVar[tuple[str, ...]] = ("beside", "member", "gone")
+    needs: ClassVar[tuple[str, ...]] = ()
+    knows: ClassVar[tuple[str, ...]] = ("output_scale",)
+
+    def __init__(self, group: Group, linears: FfnLinears) -> None:
+        _check(group, self.needs, self.knows)
+        self.first = int(group.base == "member")  # the number that the first expert has in a route
+        super().__init__(self.one(group, linears) for _ in range(group.experts))
+
+    def one(self, group: Group, linears: FfnLinears) -> Expert:
+        """An expert."""
+        return Expert(
+            ((name, self.part(group.params, linears, name)) for name in linears.names),
+            group.params,
+        )
+
+    def part(self, params: JsonObject, linears: FfnLinears, name: str) -> nn.Module:
+        """One linear of one expert."""
+        raise NotImplementedError
+
+    def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
+        """[tokens, hidden] -> the weighted sum of what each token's experts give."""
+        rows = x[picked.token]
+
+        def given(choice: int, first: int, last: int) -> Tensor:
+            mine = rows[first:last]
+            return block.ffn(mine) if choice < self.first else self.of(block, choice, mine)
+
+        return picked.back(picked.weighted(torch.cat([*starmap(given, picked.runs)])))
+
+    def of(self, block: GroupedBlock, choice: int, rows: Tensor) -> Tensor:
+        """What the expert behind a choice gives for its rows."""
+        expert = self[choice - self.first]
+        made: Tensor = expert(block.ffn(rows, dict(expert.named_children())))
+        return made
+
+    def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
+        """The weights [out, in] of an FFN in full that computes what this expert does, by linear."""
+        raise NotImplementedError
+
+
+def _check(group: Group, needs: tuple[str, ...], knows: tuple[str, ...]) -> None:
+    """Refuse params without a key that is needed, or with one that is not known."""
+    every, said = (*needs, *knows), group.params
+    wrong = [n for n in needs if n not in said] + [n for n in said if n not in every]
+    if wrong:
+        lacks = wrong[0] not in said
+        raise MoetoolError(
+            f"the params of {group.form} experts {'lack' if lacks else 'have the unknown'} "
+            f"{wrong[0]!r}",
+            file="config.json",
+            expected=", ".join(every),
+            found=", ".join(said) or "none",
+            hint="restore the config.json that came with the model"
+            if lacks
+            else did_you_mean(wrong[0], every),
+        )
+
+
+def dense_of(expert: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """The linears of an expert in full."""
+    return {name: getattr(expert, name).dense() for name in names}

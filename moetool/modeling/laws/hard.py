@@ -1,0 +1,22 @@
+"""The best k, each with the weight 1 (LLaVA-MoLE)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from moetool.modeling.laws.law import Choices, CombineLaw
+
+
+class HardLaw(CombineLaw):
+    """The model's loss gives the router no gradient; a balance loss does."""
+
+    name: ClassVar[str] = "hard"
+
+    def __init__(self, route: object) -> None:
+        super().__init__(route)  # type: ignore[arg-type]
+        self.sums = self.top_k == 1  # type: ignore[misc]
+
+    def choose(self, scores: Tensor) -> Choices:
+        return Choices(scores.topk(self.top_k, -1).indices, None)

@@ -1,0 +1,20 @@
+"""The best k, their shares divided by the sum of these (Mixtral, MixLoRA)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from moetool.modeling.laws.law import Choices, CombineLaw
+
+
+class RenormalisedLaw(CombineLaw):
+    """Softmax over the chosen scores alone, which is the same."""
+
+    name: ClassVar[str] = "renormalised"
+    sums: ClassVar[bool] = True
+
+    def choose(self, scores: Tensor) -> Choices:
+        best, expert = scores.float().topk(self.top_k, -1)
+        return Choices(expert, best.softmax(-1).to(scores.dtype))

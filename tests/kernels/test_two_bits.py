@@ -1,0 +1,44 @@
+"""Codes at two bits: both ways, and products of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moetool.kernels import two_bits
+
+CODES = torch.randint(-1, 2, (24, 20), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def test_packing_is_as_written_down_and_exact_both_ways() -> None:
+    bytes_ = two_bits.packed(CODES)
+    assert bytes_.shape == (24, 5) and bytes_.dtype == torch.uint8
+    first = sum((int(c) + 1) << 2 * i for i, c in enumerate(CODES[0, :4]))
+    assert int(bytes_[0, 0]) == first
+    for dtype in DTYPES:
+        again = two_bits.unpacked(bytes_, dtype)
+        assert again.dtype == dtype and torch.equal(again, CODES.to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_products_and_their_gradients(tokens: int) -> None:
+    x = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(tokens))
+    bytes_, wide = two_bits.packed(CODES), x.double() @ CODES.double().T
+    assert torch.allclose(two_bits.product(x, bytes_).double(), wide, atol=1e-5)
+    x.requires_grad_()
+    grad = torch.randn(tokens, 24)
+    for multiply in (two_bits.product, two_bits.rounded_product):
+        x.grad = None
+        multiply(x, bytes_).backward(grad)
+        assert x.grad is not None
+        assert torch.allclose(x.grad.double(), grad.double() @ CODES.double(), atol=1e-5)
+
+
+def test_rounded_activations_are_whole_steps_of_each_tokens_largest() -> None:
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    wanted = (x.double() / step).round() * step
+    made = two_bits.rounded_product(x, two_bits.packed(CODES))
+    assert torch.allclose(made.double(), wanted @ CODES.double().T, atol=1e-5)
+    assert torch.allclose(two_bits.rounded(x).double(), wanted, atol=1e-6)

@@ -1,0 +1,167 @@
+"""Experts that no stock class holds, written: their bytes and names, what reads them, and what is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moetool
+from moetool.errors import MoetoolError
+from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery import groups
+from moetool.surgery.checkpoint import Checkpoint
+
+Models = Callable[..., Path]
+# family -> its block, its linears, and the prefix of its text model
+BLOCKS = {
+    "llama": ("model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
+    "gemma": ("model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
+    "phi3": ("model.layers.{}.mlp", ("gate_up_proj", "down_proj")),
+    "llava": ("language_model.model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
+    "gpt2": ("transformer.h.{}.mlp", ("c_fc", "c_proj")),
+    "gpt_neox": ("gpt_neox.layers.{}.mlp", ("dense_h_to_4h", "dense_4h_to_h")),
+    "opt": ("model.decoder.layers.{}", ("fc1", "fc2")),
+}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def made(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    moetool.upcycle(str(source), str(out), **options)
+    return tensors(out)
+
+
+def test_all_kinds_are_found() -> None:
+    assert set(ExpertKind.known()) == {"lora", "null"}
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_low_rank_experts_of_every_shape_of_ffn(
+    family: str, models: Models, tmp_path: Path
+) -> None:
+    source, out = models(family), tmp_path / "out"
+    new = made(source, out, experts=3, form="lora", rank=4, layers="0", seed=5)
+    old, (block, linears) = tensors(source), BLOCKS[family]
+    for name, tensor in old.items():
+        assert torch.equal(new.pop(name), tensor)
+    block = block.format(0)
+    router = new.pop(f"{block}.router.weight")
+    assert router.shape == (3, 64) and 0.01 < router.std() < 0.03
+    seen = Checkpoint.open(out)
+    for expert in range(3):
+        for linear in linears:
+            stem = f"{block}.experts.{expert}.{linear}"
+            a, b = new.pop(f"{stem}.lora_A"), new.pop(f"{stem}.lora_B")
+            base = old[f"{block}.{linear}.weight"]
+            turned = family == "gpt2"
+            sides = base.shape[::-1] if turned else base.shape
+            assert (b.shape, a.shape) == ((sides[0], 4), (4, sides[1]))
+            assert not b.any() and 0.8 < a.std() * (3 * sides[1]) ** 0.5 < 1.2
+            assert torch.equal(seen.matrix(f"{stem}.weight"), base)
+    assert not new
+    config = json.loads((out / "config.json").read_text())
+    assert groups.base_of(config) == json.loads((source / "config.json").read_text())
+    (group,) = groups.read(config)
+    assert (group.form, group.layers, group.params) == ("lora", (0,), {"rank": 4, "alpha": 8.0})
+    assert moetool.verify(str(out), against=[str(source)], load=False)["forms"]["lora"]
+
+
+def test_decoded_is_the_ffn_and_the_change(models: Models, tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):
+        out = tmp_path / family
+        made(models(family), out, experts=2, top_k=1, form="lora", rank=3, alpha=12, layers="1")
+        (file,) = out.glob("*.safetensors")
+        held = load_file(file)
+        for name in [n for n in held if n.endswith("lora_B")]:
+            held[name] = torch.randn(held[name].shape)
+        save_file(held, file, {"format": "pt"})
+        seen = Checkpoint.open(out)
+        lying = {n: t for n, t in seen.tensors.items() if t.parts}
+        assert len(lying) == 2 * len(BLOCKS[family][1])
+        for name in lying:
+            stem = name.removesuffix(".weight")
+            base = held[stem.replace("experts.0.", "").replace("experts.1.", "") + ".weight"]
+            change = 4.0 * held[f"{stem}.lora_B"] @ held[f"{stem}.lora_A"]
+            wanted = base + (change.T if family == "gpt2" else change)
+            assert torch.allclose(seen.matrix(name), wanted, atol=1e-5)
+
+
+def test_null_experts_are_a_router(models: Models, tmp_path: Path) -> None:
+    source, out = models("llama"), tmp_path / "out"
+    new = made(source, out, experts=2, form="null", layers="0,2", router="zero")
+    more = {n: t for n, t in new.items() if n not in tensors(source)}
+    assert set(more) == {f"model.layers.{i}.mlp.router.weight" for i in (0, 2)}
+    assert not any(t.any() for t in more.values())
+    moetool.verify(str(out), against=[str(source)], load=False)
+
+
+LORA = {"experts": 2, "form": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 65}, "--rank at most 64"),
+        ({"law": "hard"}, "--top-k 1"),
+        ({"split": 2}, "--split does nothing with --form lora"),
+        ({"shared": True}, "--shared"),
+        ({"diversify": "permute"}, "--diversify"),
+        ({"target": "mixtral"}, "--target moetool"),
+        ({"layers": "7"}, "layers 0 to 3"),
+        ({"form": "auto", "rank": 16, "law": "hard"}, "--form"),
+        ({"form": "full"}, "--form lora --rank 4"),
+        ({"form": "lorra"}, "lora"),
+    ],
+)
+def test_what_does_not_go_together(
+    options: dict[str, Any], said: str, models: Models, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MoetoolError) as raised:
+        moetool.upcycle(str(models("llama")), str(out), **{**LORA, **options})
+    assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"params": {"rank": 4}}, "alpha"),
+        ({"params": {"rank": 5, "alpha": 8.0}}, "does not fit"),
+        ({"params": {"rank": 4, "alpha": 8.0, "scal": 1}}, "scal"),
+        ({"params": {"rank": "4", "alpha": 8.0}}, "int"),
+        ({"form": "lorra"}, "lora"),
+        ({"experts": 3}, "lacks a part"),
+        ({"experts": 1, "route": {"top_k": 1}}, "wrong shape"),
+        ({"layers": [9]}, "layers 0 to 3"),
+    ],
+)
+def test_a_config_that_is_not_the_weights(
+    change: dict[str, Any], said: str, models: Models, tmp_path: Path
+) -> None:
+    made(models("llama"), tmp_path / "out", **LORA, layers="0", top_k=1)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["moetool"]["groups"][0] |= change
+    path.write_text(json.dumps(config))
+    (tmp_path / "out" / "moetool.json").unlink()
+    with pytest.raises(MoetoolError) as raised:
+        moetool.quantize(str(tmp_path / "out"), str(tmp_path / "no"), format="int8")
+    assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
+@pytest.mark.parametrize("verb", ["prune", "merge", "quantize", "convert_layout", "upcycle"])
+def test_other_verbs_refuse_it(verb: str, models: Models, tmp_path: Path) -> None:
+    made(models("llama"), tmp_path / "out", **LORA, layers="0", top_k=1)
+    with pytest.raises(MoetoolError, match="groups of experts"):
+        getattr(moetool, verb)(str(tmp_path / "out"), str(tmp_path / "no"))
