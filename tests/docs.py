@@ -11,12 +11,16 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
+from moetool.surgery.layout import kinds
+
 if TYPE_CHECKING:
+    from moetool.surgery.clients import Judged
     from moetool.surgery.forms import Spelled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,12 +116,46 @@ def readers(asked: Spelled, moe: bool) -> str:
     return ", ".join(found)
 
 
+def works() -> str:
+    """Conversions of a family's default config, and families with experts as prune and merge keep
+    them: what each client makes of them.
+    """
+    from moetool.methods.upcycle import usual
+    from moetool.surgery import clients
+    from moetool.surgery.pair import pairs as known
+
+    rows = [[f"{p.source} to {p.target}", *map(state, usual.of_pair(p))] for p in known()]
+    tried = chain.from_iterable(c.models.families for c in clients.clients().values())
+    moe = [name for name in dict.fromkeys(tried) if kinds().get(name) == "moe"]
+    rows += [[name, *map(state, usual.of_family(name))] for name in sorted(moe)]
+    return markdown(["written", *clients.clients()], rows)
+
+
+def state(judged: Judged) -> str:
+    """A cell: what fails silently stands out."""
+    return f"**{judged.state}**" if judged.state == "wrong" else judged.state
+
+
+def breaks() -> str:
+    """What of an output makes a client that knows its family do something else."""
+    from moetool.methods.upcycle import usual
+
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for family in sorted(n for n, kind in kinds().items() if kind == "moe"):
+        for told in usual.told(family):
+            found.setdefault((told.client, told.of, told.state, told.why), []).append(family)
+    rows = ([c, of, ", ".join(names), is_, why] for (c, of, is_, why), names in found.items())
+    return markdown(["client", "with", "of", "is", "because"], sorted(rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ways of prune": lambda: ways("prune"),
     "ways of merge": lambda: ways("merge"),
     "ways of quantize": lambda: ways("quantize"),
     "formats": formats,
     "pairs": pairs,
+    "what works where": works,
+    "what breaks it": breaks,
     "recipes": recipes,
 }
 

@@ -9,6 +9,9 @@ from moetool.cli.options import Argument, Command, Given
 from moetool.data import JsonObject
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from moetool.surgery.clients import Judged
     from moetool.surgery.layout import Layout
     from moetool.surgery.pair import Pair
 
@@ -36,6 +39,7 @@ def list_(given: Given) -> int:
 
 def show(given: Given) -> int:
     """One family."""
+    from moetool.methods.upcycle import usual
     from moetool.methods.upcycle.targets import why_not
     from moetool.surgery.layout import Layout
     from moetool.surgery.pair import pairs
@@ -52,10 +56,13 @@ def show(given: Given) -> int:
         "conversions": conversions,
         "comes_from": sorted({p.source for p in pairs() if p.target == family and not p.inner}),
         "why_not": why_not(layout) if not conversions else None,
+        "clients": _clients(usual.of_family(family)),
+        "but": [t._asdict() for t in usual.told(family)],
         "note": layout.overlay.note,
         "tensors": _tensors(layout),
     }
     session.sink.result(found, "\n".join(_lines(found)))
+    _where(found)
     head = ["tensor", "shape", "role", "layers", "when"]
     session.sink.table(head, [_row(t) for t in found["tensors"]], plain=True)
     return 0
@@ -99,6 +106,7 @@ def _lines(found: JsonObject) -> list[str]:
         shown = ", ".join(filter(None, (entry["measured"], entry["evidence"])))
         lines.append(f"-> {entry['target']}: exact ({shown})")
         lines += [f"     only if {line}" for line in entry["only_if"]]
+        lines += [f"     {line}" for line in entry["not_in"]]
     if found["why_not"]:
         lines.append(f"-> nothing: {found['why_not']}")
     if found["comes_from"]:
@@ -109,13 +117,33 @@ def _lines(found: JsonObject) -> list[str]:
     return lines
 
 
+def _where(found: JsonObject) -> None:
+    """What works in which client: targets of a dense family; itself, and what changes that."""
+    usual = {entry["target"]: entry["clients"] for entry in found["conversions"]}
+    if found["kind"] == "moe":
+        usual[found["family"]] = found["clients"]
+    head = ["usually", *found["clients"]]
+    states = [[name, *(one["state"] for one in told.values())] for name, told in usual.items()]
+    session.sink.table(head, states, plain=True)
+    rows = [[t["client"], t["of"], t["state"], t["why"]] for t in found["but"]]
+    if rows:
+        session.sink.table(["client", "with", "is", "because"], rows, plain=True)
+
+
+def _clients(judged: Iterable[Judged]) -> JsonObject:
+    return {one.client: one.as_json() for one in judged}
+
+
 def _row(tensor: JsonObject) -> list[str]:
     shape = " x ".join(size or "?" for size in tensor["shape"] or [None])
     return [tensor["name"], shape, *(tensor[k] or "" for k in ("role", "layers", "when"))]
 
 
 def _conversion(pair: Pair) -> JsonObject:
-    rules = []
+    from moetool.methods import works
+    from moetool.methods.upcycle import usual
+
+    rules, judged = [], usual.of_pair(pair)
     for rule in pair.require:
         wanted = f"= {rule.values[0]!r}" if rule.values else f"is all {rule.each}"
         rules.append(f"{rule.field} {wanted} ({rule.because})")
@@ -127,4 +155,6 @@ def _conversion(pair: Pair) -> JsonObject:
         "dropped_fields": pair.drop,
         "measured": pair.measured,
         "evidence": pair.evidence,
+        "clients": _clients(judged),
+        "not_in": [f"{o.client} {works.said(o)}" for o in judged if not o.works],
     }

@@ -27,8 +27,8 @@ from moetool.units import show_count
 
 @dataclass(frozen=True)
 class Certificate:
-    """How the result relates to its source. `coverage` is the value of the identity c_j + sum w_e
-    m_e (1 = same function).
+    """How the result relates to its source. `coverage`: of the identity c_j + sum w_e m_e (1 =
+    same function).
     """
 
     level: str  # exact | exact_if | expectation | none
@@ -189,8 +189,8 @@ class Summary:
         """One flat object, facts after what every verb says."""
         apart = ("facts", "steps", "clients")
         data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name not in apart}
-        data |= {"steps": [s.as_json() for s in self.steps]} if self.steps else {}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
+        data |= {"steps": [s.as_json() for s in self.steps]} if self.steps else {}
         told = self.options.items()
         data["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in told}
         data |= {"clients": {c.client: c.as_json() for c in self.clients}} if self.clients else {}
@@ -217,9 +217,8 @@ class Report(Summary):
 
     def as_json(self) -> JsonObject:
         """What did not happen is left out."""
-        warnings, resumed = list(self.warnings), self.resumed_shards
-        found = super().as_json() | {"warnings": warnings, "resumed_shards": resumed}
-        found["seconds"] = self.seconds
+        found = super().as_json() | {"warnings": list(self.warnings)}
+        found |= {"resumed_shards": self.resumed_shards, "seconds": self.seconds}
         optional = {
             "ray_nodes": list(self.ray_nodes),
             "quality": self.quality,

@@ -48,3 +48,25 @@ def order(
 
     labels = cluster.balanced_kmeans(read(), split, seed)
     return [int(i) for i in labels.argsort(kind="stable")]
+
+
+def check_width(width: int, split: int) -> None:
+    """Refuse a --split that does not cut an FFN of this width; UsageError."""
+    if width % split:
+        raise UsageError(
+            "the FFN cannot be cut into equal parts",
+            expected=f"a divisor of its width {width}",
+            found=f"--split {split}",
+            hint=f"try --split {_near_divisor(width, split)}",
+        )
+    if width // split % 8:
+        raise UsageError(
+            "expert width must be a multiple of 8",
+            expected=f"{width} / split divisible by 8",
+            found=f"{width // split} at --split {split}",
+            hint=f"transformers' grouped kernels need it; try --split {_near_divisor(width // 8, split)}",
+        )
+
+
+def _near_divisor(width: int, near: int) -> int:
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - near), d))

@@ -295,7 +295,7 @@ class Upcycle(Several):
             return Spelling(dense(base), fused=False)
         first = candidates(base)[0]
         width, count = Ffn.read(base, first, 0).width, first.source.field("layers", first.config)
-        _check_width(width, said.split)
+        carve.check_width(width, said.split)
         wish = Wish(
             said.target,
             said.layout,
@@ -370,27 +370,6 @@ class Upcycle(Several):
         return found + [
             Line("left out", f"{name}: {why}") for name, why in list(dropped.items())[:SHOWN]
         ]
-
-
-def _check_width(width: int, split: int) -> None:
-    if width % split:
-        raise UsageError(
-            "the FFN cannot be cut into equal parts",
-            expected=f"a divisor of its width {width}",
-            found=f"--split {split}",
-            hint=f"try --split {_near_divisor(width, split)}",
-        )
-    if width // split % 8:
-        raise UsageError(
-            "expert width must be a multiple of 8",
-            expected=f"{width} / split divisible by 8",
-            found=f"{width // split} at --split {split}",
-            hint=f"transformers' grouped kernels need it; try --split {_near_divisor(width // 8, split)}",
-        )
-
-
-def _near_divisor(width: int, near: int) -> int:
-    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - near), d))
 
 
 def _check_memory(ffn: Ffn, settings: Settings) -> int:

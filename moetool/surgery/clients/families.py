@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
+from moetool.surgery import groups
 from moetool.surgery.clients.cells import Cell
-from moetool.surgery.clients.traits import FACTS, Fact, Traits
-from moetool.surgery.forms.factored import MODEL_TYPE
+from moetool.surgery.clients.traits import FACTS, Fact, Traits, words
+from moetool.surgery.forms import factored
 from moetool.surgery.layout import kinds
+
+_OURS = (groups.MODEL_TYPE, factored.MODEL_TYPE)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class Breaks:
             raise TypeError(f"{made.cell.state} told {made.told!r}")
         return made
 
+    def __str__(self) -> str:
+        """Of which outputs it speaks: `stacked experts`."""
+        found = [words(name, values) for name, values in self.when.items()]
+        found += [f"no {name} in the config" for name in self.lacks]
+        found += [f"no {self.token} in the tokenizer"] if self.token else []
+        found += [f"no {self.file}"] if self.file else []
+        return " and ".join(filter(None, found))
+
     def holds(self, output: Traits) -> bool:
         """Whether an output is of this kind."""
         if output.family in self.but or (self.families and output.family not in self.families):
@@ -78,11 +89,14 @@ class Models:
         _check_families(families)
         return cls(families=families, rules=tuple(map(Breaks.read, rest.pop("rules", ()))), **rest)
 
+    def of(self, family: str) -> Cell:
+        """What is known of a family by itself."""
+        unknown = Cell("untried", "untried", f"nobody has tried {family}")
+        return self.families.get(family, unknown)
+
     def found(self, output: Traits) -> list[Cell]:
         """All that is said of an output, the family's own cell first."""
-        unknown = Cell("untried", "untried", f"nobody has tried {output.family}")
-        own = self.families.get(output.family, unknown)
-        return [own, *(rule.cell for rule in self.rules if rule.holds(output))]
+        return [self.of(output.family), *(rule.cell for rule in self.rules if rule.holds(output))]
 
     def told(self, output: Traits) -> list[str]:
         """What goes with an output that works."""
@@ -90,6 +104,6 @@ class Models:
 
 
 def _check_families(names: Sequence[str] | Mapping[str, Cell]) -> None:
-    unknown = [n for n in names if n not in kinds() and n != MODEL_TYPE]
+    unknown = [n for n in names if n not in kinds() and n not in _OURS]
     if unknown:
         raise TypeError(f"no family {', '.join(unknown)}")

@@ -165,3 +165,26 @@ _READ: dict[str, Callable[[Looked], Fact]] = {
     "ragged": lambda s: bool(s.text.get("per_layer_config")),
 }
 FACTS = (*_READ, "container", "idle")
+_WORDS: dict[tuple[str, Fact], str] = {
+    ("layout", "fused"): "stacked experts",
+    ("silu", False): "an activation other than SiLU",
+    ("window", True): "a sliding window",
+    ("rope_spelling", "new"): "rope_parameters alone in the config",
+    ("usual_rope", False): "a rope that is not the family's usual one",
+    ("odd_head", True): "head_dim other than hidden_size / heads",
+    ("grouped", True): "grouped heads",
+    ("tied", True): "a tied head",
+    ("renormalised", True): "norm_topk_prob",
+    ("without_shared", True): "no shared expert",
+    ("qkv_bias", False): "no biases of q, k and v",
+    ("dense_layers", True): "layers without experts",
+    ("ragged", True): "layers of different numbers of experts",
+    ("idle", True): "routed experts that put out zero",
+}
+
+
+def words(name: str, values: Iterable[Fact]) -> str:
+    """A fact of these values, for people; empty where it need not be said."""
+    if name == "rope":
+        return f"{' or '.join(map(str, values))} rope"
+    return _WORDS.get((name, next(iter(values))), "")
