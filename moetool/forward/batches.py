@@ -53,7 +53,7 @@ class Batches:
     seq_len: int
     digest: str
     notes: tuple[str, ...] = ()
-    drawn: frozenset[int] = frozenset()  # of `files`: those that are random ids
+    drawn: tuple[str, ...] = ()  # of each file, where one is no text: its name, or nothing
 
     @property
     def total(self) -> int:
@@ -61,10 +61,11 @@ class Batches:
 
     @property
     def described(self) -> list[JsonObject]:
-        """Files as reports name them: {name, tokens}, and {random: true} of random ids."""
+        """Files as reports name them: {name, tokens}, and `drawn` of ids that are no text."""
+        drawn = self.drawn or ("",) * len(self.files)
         return [
-            {"name": name, "tokens": count} | ({"random": True} if number in self.drawn else {})
-            for number, (name, count) in enumerate(zip(self.files, self.tokens, strict=True))
+            {"name": name, "tokens": count} | ({"drawn": kind} if kind else {})
+            for name, count, kind in zip(self.files, self.tokens, drawn, strict=True)
         ]
 
 
@@ -126,7 +127,7 @@ def make(
         seq_len,
         seal.hexdigest(),
         (*words.notes, *notes),
-        frozenset(n for n, c in enumerate(corpora) if isinstance(c.documents, Drawn)),
+        tuple(c.documents.name if isinstance(c.documents, Drawn) else "" for c in corpora),
     )
 
 

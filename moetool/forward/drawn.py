@@ -1,6 +1,7 @@
 """Token ids drawn from a seed: calibration where there is no text, or a share of it.
 
-`random` stands among the names of files, `random:0.2` is a share. Nothing here needs torch, a
+`random` stands among the names of files, `random:0.2` is a share; so does `own`, what the model
+writes itself (forward/own.py), which begins with such ids. Nothing here needs torch, a
 network or a tokenizer that loads: what special tokens there are is read from tokenizer.json where
 it lies beside the weights, else a tokenizer is asked, else the config.
 
@@ -24,17 +25,20 @@ from moetool.errors import MoetoolError
 if TYPE_CHECKING:
     import numpy as np
 
-NAME = "random"
+RANDOM, OWN = "random", "own"
 SHIFT = (
     10.0  # ranks by which Zipf's law is shifted (Mandelbrot), so that the first are no text alone
 )
-_SPEC = re.compile(rf"{NAME}(?::\d*\.?\d+)?")
+_SPEC = re.compile(rf"({RANDOM}|{OWN})(?::\d*\.?\d+)?")
 _SPECIAL = re.compile(r"\w*(token_ids?|token_index)")
 
 
-def means(spec: str) -> bool:
-    """Whether a `--calibrate` asks for random token ids; a file of that name comes first."""
-    return bool(_SPEC.fullmatch(spec)) and not Path(spec).exists() and not Path(NAME).exists()
+def means(spec: str) -> str:
+    """RANDOM or OWN where a `--calibrate` asks for them, else nothing; a file of that name comes
+    first.
+    """
+    found = _SPEC.fullmatch(spec)
+    return found[1] if found and not Path(spec).exists() and not Path(found[1]).exists() else ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Drawn:
     None until the model is known.
     """
 
+    name: str = RANDOM
     ids: np.ndarray | None = field(default=None, repr=False)
     weight: np.ndarray | None = field(default=None, repr=False)
 
@@ -60,7 +65,7 @@ class Drawn:
             count = min(length, tokens - start)
             if count < 2:
                 return
-            at = draw.uniform(count, seed, f"calibrate/{NAME}/{number}") * upto[-1]
+            at = draw.uniform(count, seed, f"calibrate/{RANDOM}/{number}") * upto[-1]
             place = np.minimum(np.searchsorted(upto, at, side="right"), len(self.ids) - 1)
             yield self.ids[place].astype(np.int64)
 
@@ -85,8 +90,8 @@ def of(folder: str | Path, config: JsonMapping, rows: int, *, trusted: bool = Fa
             hint="give text or token ids: --calibrate FILE",
         )
     if known.scores:
-        return Drawn(ids, np.exp(np.array([known.scores[i] for i in ids], np.float64)))
-    return Drawn(ids, 1.0 / (np.arange(len(ids)) + SHIFT))
+        return Drawn(RANDOM, ids, np.exp(np.array([known.scores[i] for i in ids], np.float64)))
+    return Drawn(RANDOM, ids, 1.0 / (np.arange(len(ids)) + SHIFT))
 
 
 @dataclass(frozen=True)

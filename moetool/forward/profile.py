@@ -16,8 +16,9 @@ from moetool import atomic, lock, strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
-from moetool.forward import drawn, text
+from moetool.forward import drawn, own, text
 from moetool.forward.drawn import Drawn
+from moetool.forward.own import Running
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Wanted, layer_file
 from moetool.lock import Lock
 from moetool.progress import Progress, silent
@@ -40,6 +41,7 @@ class Calibration:
     field: str = ""
     trusted: bool = False
     option: str = "calibrate"
+    running: Running = Running()  # for text that the model writes itself
 
     def read(self, source: Checkpoint) -> batching.Batches:
         """Token batches for this model. Raises for bad files before anything is computed."""
@@ -50,8 +52,12 @@ class Calibration:
         corpora = text.read(self.specs, field=self.field, option=self.option)
         if any(isinstance(c.documents, Drawn) for c in corpora):
             ids = drawn.of(source.folder, source.config, vocab, trusted=self.trusted)
+            known = {drawn.RANDOM: ids, drawn.OWN: own.of(source, ids, self.running)}
             corpora = [
-                replace(c, documents=ids) if isinstance(c.documents, Drawn) else c for c in corpora
+                replace(c, documents=known[c.documents.name])
+                if isinstance(c.documents, Drawn)
+                else c
+                for c in corpora
             ]
         return batching.make(
             corpora,

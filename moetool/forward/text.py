@@ -1,5 +1,6 @@
 """Documents for calibration and evaluation: .txt, .jsonl, .parquet, a Hub dataset, or standard
-input, each with a share of the mix; `demo` is the embedded text, `random` token ids from a seed.
+input, each with a share of the mix; `demo` is the embedded text, `random` token ids from a seed,
+`own` what the model writes itself.
 
 Whatever is wrong with a file is said with its name and line. Nothing here needs torch.
 """
@@ -61,7 +62,7 @@ def read(specs: Sequence[str], *, field: str = "", option: str = "calibrate") ->
     if not specs:
         raise UsageError(
             "no text given",
-            hint=f"--{option} FILE (.txt, .jsonl, .parquet, a Hub dataset, - for standard input, or random)",
+            hint=f"--{option} FILE (.txt, .jsonl, .parquet, a Hub dataset, - for standard input, random or own)",
         )
     named = [_split(s) for s in specs]
     given = sum(share for _, share in named if share is not None)
@@ -99,7 +100,7 @@ def _split(spec: str) -> tuple[str, float | None]:
 
 def _documents(name: str, field: str) -> tuple[Document, ...] | Large | Drawn:
     if drawn.means(name):
-        return Drawn()
+        return Drawn(drawn.means(name))
     if name == "-":
         found = _from_stdin(field)
     else:

@@ -5,7 +5,7 @@ on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,11 +75,14 @@ class Asked:
     def calibration(self) -> Calibration:
         """The calibration text as forward/profile.py takes it."""
         from moetool.forward.batches import Cut
+        from moetool.forward.own import Running
         from moetool.forward.profile import Calibration
 
-        o = self.options
-        cut = Cut(o.tokens, o.seq_len, o.pack, True, self.settings.seed, o.batch_tokens)
-        return Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
+        o, s = self.options, self.settings
+        cut = Cut(o.tokens, o.seq_len, o.pack, True, s.seed, o.batch_tokens)
+        running = Running(s.memory, s.device, s.tell, s.stop)
+        told = Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
+        return replace(told, running=running)
 
 
 @dataclass(frozen=True)
