@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,16 +99,18 @@ def profile(
     """
     from moetool.forward import profile as profiling
     from moetool.forward.batches import Cut
+    from moetool.forward.own import Running
     from moetool.forward.stats import Wanted
 
     check_device(how.device)
     said: list[str] = []
     checkpoint = _open(moe, said)
     cut = Cut(how.tokens, how.seq_len, how.pack, True, how.seed, how.batch_tokens)
+    told = profiling.Calibration(how.calibrate, cut, how.text_field, how.trust_remote_code)
     made = profiling.make(
         checkpoint,
         moe,
-        profiling.Calibration(how.calibrate, cut, how.text_field, how.trust_remote_code),
+        replace(told, running=Running(how.memory, how.device, tell, stop)),
         Wanted(1, how.sample, how.sample > 0, how.covariance),
         profiling.Making(Path(stats), memory=how.memory, device=how.device, tell=tell, stop=stop),
     )

@@ -54,6 +54,7 @@ class Batches:
     digest: str
     notes: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()  # of each file, where one is no text: its name, or nothing
+    peak: int = 0  # promised bytes of making them, where a model wrote them
 
     @property
     def total(self) -> int:

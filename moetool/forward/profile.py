@@ -18,7 +18,7 @@ from moetool.errors import MoetoolError
 from moetool.forward import batches as batching
 from moetool.forward import drawn, own, text
 from moetool.forward.drawn import Drawn
-from moetool.forward.own import Running
+from moetool.forward.own import ANYWHERE, Running
 from moetool.forward.stats import SCHEMA, LayerStats, Profile, Wanted, layer_file
 from moetool.lock import Lock
 from moetool.progress import Progress, silent
@@ -41,7 +41,7 @@ class Calibration:
     field: str = ""
     trusted: bool = False
     option: str = "calibrate"
-    running: Running = Running()  # for text that the model writes itself
+    running: Running = ANYWHERE  # for text that the model writes itself
 
     def read(self, source: Checkpoint) -> batching.Batches:
         """Token batches for this model. Raises for bad files before anything is computed."""
@@ -59,7 +59,7 @@ class Calibration:
                 else c
                 for c in corpora
             ]
-        return batching.make(
+        made = batching.make(
             corpora,
             source.folder,
             self.cut,
@@ -67,6 +67,7 @@ class Calibration:
             longest=longest if isinstance(longest, int) else None,
             trusted=self.trusted,
         )
+        return replace(made, peak=own.needed(source) if drawn.OWN in made.drawn else 0)
 
 
 def digest(source: Checkpoint, batches: batching.Batches, wanted: Wanted, extra: str = "") -> str:
@@ -143,7 +144,7 @@ def make(
         claim(how.folder, seal)
         if not (how.folder / "profile.json").exists():
             facts = describe(name, mixture, batches, wanted, calibration)
-            facts["peak_memory"] = _walk(mixture, batches, wanted, how)
+            facts["peak_memory"] = max(batches.peak, _walk(mixture, batches, wanted, how))
             facts["seconds"] = round(time.perf_counter() - begun, 3)
             _finish(how.folder, mixture, facts, batches)
     return Profile.open(how.folder)

@@ -194,8 +194,8 @@ class Text:
 
     calibrate: tuple[str, ...] = option(
         (),
-        "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, - for standard input, or "
-        "random (token ids from --seed, of no text); repeat it",
+        "text to calibrate on: .txt, .jsonl, .parquet, a Hub dataset, - for standard input; or "
+        "no text: own (what the model writes itself) or random (token ids); repeat it",
         TEXT,
         unit="files",
         metavar="FILE[:SHARE]",
@@ -229,7 +229,7 @@ class Text:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What is text of --calibrate: all but random ids."""
+        """What is text of --calibrate: all but what the model writes, and random ids."""
         return tuple(spec for spec in self.calibrate if not drawn.means(spec))
 
 

@@ -34,7 +34,7 @@ def ids(found: Batches, file: int = 0) -> np.ndarray:
 def test_the_same_ids_for_a_seed_and_others_for_another() -> None:
     first = read("random")
     assert first.total == 4000 and first.files == ("random",) and first.notes == ()
-    assert first.described == [{"name": "random", "tokens": 4000, "random": True}]
+    assert first.described == [{"name": "random", "tokens": 4000, "drawn": "random"}]
     assert read("random").digest == first.digest != read("random", seed=1).digest
     more = [b.ids[:31] for b in read("random", tokens=8000, batch_tokens=1 << 20).batches]
     less = [b.ids[:31] for b in read("random", batch_tokens=1 << 20).batches]
@@ -119,7 +119,7 @@ def test_a_share_of_what_the_text_gives(tmp_path: Path) -> None:
     found = read(str(short), "random:0.2", tokens=100_000)
     assert found.tokens == (80, 20), "not of what the text should have given"
     assert "gave 80 of the 80,000" in found.notes[0] and len(found.notes) == 1
-    assert [f.get("random", False) for f in found.described] == [False, True]
+    assert [f.get("drawn", "") for f in found.described] == ["", "random"]
     assert read("random:0.5", str(short), tokens=160).tokens == (80, 80)
 
 
@@ -146,4 +146,4 @@ def test_the_cut_holds_for_random_ids_too() -> None:
     found = read("random", tokens=300, pack=False)
     lengths = np.concatenate([b.lengths for b in found.batches])
     assert sorted(lengths.tolist()) == [44, 128, 128] and found.total == 300
-    assert read(str(TEXT), tokens=64).drawn == frozenset()
+    assert read(str(TEXT), tokens=64).drawn == ("",)

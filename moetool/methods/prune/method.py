@@ -25,8 +25,8 @@ class Pruning(Reducing):
 
 
 class Prune(Reduce):
-    """Remove experts from a mixture of experts. With no text at all, random token ids decide; kept
-    experts move byte for byte where nothing is refitted (--method router-distance runs nothing).
+    """Remove experts from a mixture of experts. With no text at all, what the model writes itself
+    decides; kept experts move byte for byte where nothing is refitted (--method router-distance runs nothing).
 
     Everything counted with the experts goes with them: router rows, selection biases, per-expert
     scales, id tables, MTP layers. Papers and formulas stand with each way.

@@ -36,11 +36,10 @@ class TextSeen:
     data_sha256: str
     seq_len: int
 
-    @property
-    def random(self) -> float:
-        """The share of random token ids."""
-        drawn = sum(file["tokens"] for file in self.files if file.get("random"))
-        return float(drawn / max(1, self.tokens))
+    def share(self, drawn: str) -> float:
+        """The share of the tokens that are no text but `drawn` so (forward/drawn.py)."""
+        found = sum(file["tokens"] for file in self.files if file.get("drawn") == drawn)
+        return float(found / max(1, self.tokens))
 
     def as_json(self) -> JsonObject:
         return {f.name: getattr(self, f.name) for f in fields(self)}

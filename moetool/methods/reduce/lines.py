@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moetool.forward import drawn
 from moetool.methods.contract import Line
 from moetool.methods.reduce.facts import Found, Reduced, Refitted, TextSeen
 from moetool.units import show_bytes, show_count
 
+# what stands in for text, by its name (forward/drawn.py)
+DRAWN = {drawn.RANDOM: "random token ids", drawn.OWN: "tokens that the model wrote itself"}
 SHOWN = 6  # super experts that are named
 
 
@@ -40,9 +43,10 @@ def counted(reduced: Reduced) -> str:
 
 def _text(data: TextSeen) -> list[Line]:
     names = ", ".join(f["name"] for f in data.files)
-    if data.random == 1:
-        told = f"none was given: {data.tokens:,} random token ids in sequences of {data.seq_len}"
-        return [Line("text", f"{told}; --calibrate FILE is better")]
+    for kind, what in DRAWN.items():
+        if data.share(kind) == 1:
+            told = f"none was given: {data.tokens:,} {what} in sequences of {data.seq_len}"
+            return [Line("text", f"{told}; --calibrate FILE is better")]
     return [Line("text", f"{data.tokens:,} tokens in sequences of {data.seq_len}: {names}")]
 
 
@@ -50,11 +54,14 @@ def calibrated(found: Found) -> list[str]:
     """What a reader of the model card must know of the text: that there was none, or how much of it
     was no text.
     """
-    if found.data is None or not found.data.random:
-        return []
-    if found.data.random == 1:
-        return ["calibrated on random token ids: no text was given"]
-    return [f"{found.data.random:.0%} of the calibration tokens are random ids"]
+    said = []
+    for kind, what in DRAWN.items():
+        share = found.data.share(kind) if found.data else 0.0
+        if share == 1:
+            said.append(f"calibrated on {what}: no text was given")
+        elif share:
+            said.append(f"{share:.0%} of the calibration tokens are no text: {what}")
+    return said
 
 
 def _protected(found: Found) -> list[Line]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetool.errors import UsageError
-from moetool.forward import drawn
+from moetool.forward.drawn import OWN
 from moetool.methods.field import WHAT, Field
 from moetool.methods.options import Gate, Served, Solving, Storing, Text, option
 
 BUDGETS = ("uniform", "sensitivity")
-RANDOM_TOKENS = 16_384  # of a calibration without text
+DRAWN_TOKENS = 16_384  # of a calibration without text
 # told, these mean text: they are refused alone, as ever
 LOOKS = ("calibrate", "stats", "text_field", "trust_remote_code")
 UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
@@ -107,15 +107,15 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
             raise UsageError("--refit needs text", hint="--calibrate FILE")
 
 
-def with_random(values: Mapping[str, object]) -> Mapping[str, object]:
-    """What a verb was told, on random token ids where it has the choice of the method and was
-    given nothing to look at.
+def without_text(values: Mapping[str, object], drawn: str = OWN) -> Mapping[str, object]:
+    """What a verb was told; where it has the choice of the method and was given nothing to look
+    at, with what the model writes itself, or with random token ids.
     """
     replayed = str(values.get("decisions") or "")
     looks = any(values.get(name) for name in LOOKS)
     if looks or values.get("method", "auto") != "auto" or (replayed and Path(replayed).exists()):
         return values
-    return {"tokens": RANDOM_TOKENS, "refit": True, **values, "calibrate": (drawn.NAME,)}
+    return {"tokens": DRAWN_TOKENS, "refit": True, **values, "calibrate": (drawn,)}
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,9 @@ def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided
     )
     layers = {n: d.decision for n, d in done.items()}
     decided = Decided(asked.verb, asked.way.called, experts, layers).with_orders(orders)
-    return Settled(dict(decided.layers), found, _solved(asked, folder), made.peak)
+    return Settled(
+        dict(decided.layers), found, _solved(asked, folder), max(batches.peak, made.peak)
+    )
 
 
 def _wanted(asked: Asked, batches: Batches) -> Wanted:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from moetool.methods.contract import Decisions, Line, Made, Report, Settings, Summary
 from moetool.methods.options import Gate
-from moetool.methods.reduce.options import Reducing, renamed, with_random
+from moetool.methods.reduce.options import Reducing, renamed, without_text
 from moetool.methods.reduce.way import Way, meant_by_auto
 from moetool.methods.several import Several
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from moetool.methods.reduce.facts import Reduced
+    from moetool.surgery.experts import Mixture
 
 
 class Reduce(Several):
@@ -39,7 +40,7 @@ class Reduce(Several):
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
         given = renamed(values, cls.fields())
-        values = with_random(given.values)
+        values = without_text(given.values)
         made = cls._of(values, given.notes)
         made.bare = given.values if values is not given.values else None
         return made
@@ -72,16 +73,27 @@ class Reduce(Several):
 
         (source,) = sources
         mixture = mixture_of(source)
-        if self.bare is not None and not mixture.plain:
-            self._look_at_nothing()
+        if self.bare is not None:
+            self._settle(mixture, settings.memory)
         asked = Asked(self.verb, self.way, mixture, settings, self.remarks)
         self.way.check(asked.mixture)
         return decide(asked)
 
-    def _look_at_nothing(self) -> None:
-        """Become the way that runs nothing: ids cannot be sent through quantized experts."""
-        still = type(self)._of(self.bare or {}, self.remarks)
-        self.options, self.way = still.options, still.way
+    def _settle(self, mixture: Mixture, memory: int | None) -> None:
+        """Where the user gave no text, the model writes its own; random ids stand for it where it
+        does not fit into memory whole, and nothing runs where experts cannot be computed with.
+        """
+        from moetool.forward import drawn, own
+
+        told, remarks = self.bare or {}, self.remarks
+        if not mixture.plain:
+            chosen = type(self)._of(told, remarks)
+        elif not own.fits(mixture.source, memory):
+            chosen = type(self)._of(without_text(told, drawn.RANDOM), remarks)
+            remarks = (*remarks, own.too_large(mixture.source, memory))
+        else:
+            return
+        self.options, self.way, self.remarks = chosen.options, chosen.way, remarks
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         from moetool.methods.reduce import facts

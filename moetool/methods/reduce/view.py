@@ -35,7 +35,7 @@ class Eye:
 
     def without_text(self) -> UsageError:
         """The refusal where text is needed and there is none."""
-        hint = f"--calibrate random (token ids of no text), or a method without text: {', '.join(self.textless)}"
+        hint = f"--calibrate own (what the model writes itself) or random (token ids), or a method without text: {', '.join(self.textless)}"
         if self.method in self.textless:  # alone it needs none: an option does
             hint = "or leave out the options that look at text"
         return UsageError(

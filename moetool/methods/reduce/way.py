@@ -230,8 +230,6 @@ def meant_by_auto(known: Mapping[str, type[Kind]], *, text: bool) -> type[Kind]:
 
 
 def auto_help(known: Mapping[str, type[Way]]) -> str:
-    """`auto (reap, on random token ids where there is no text), or one of: ...`"""
+    """`auto (reap, without text on what the model writes itself), or one of: ...`"""
     meant = meant_by_auto(known, text=True).name
-    return (
-        f"auto ({meant}, on random token ids where there is no text), or one of: {', '.join(known)}"
-    )
+    return f"auto ({meant}, without text on what the model writes itself), or one of: {', '.join(known)}"

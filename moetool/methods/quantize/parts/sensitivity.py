@@ -7,6 +7,7 @@ the weights, which says less.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from moetool import atomic
 from moetool.forward import answers
 from moetool.forward import profile as profiling
 from moetool.forward.batches import Cut
+from moetool.forward.own import Running
 from moetool.forward.profile import Calibration
 from moetool.forward.stats import Wanted
 from moetool.forward.walk import Budget, Walk
@@ -51,6 +53,7 @@ class ByText:
         length = min(verb.seq_len, tokens)
         cut = Cut(tokens, length, verb.pack, True, settings.seed, verb.batch_tokens)
         told = Calibration(verb.calibrate, cut, verb.text_field, verb.trust_remote_code)
+        told = replace(told, running=Running(settings.memory, settings.device, settings.tell))
         self.batches = told.read(source)
         self.tokens, self.peak = self.batches.total, 0
         folder = Path(settings.work) / "fit"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from moetool.forward.block import Block
 from moetool.forward.catch import Look
 from moetool.forward.linears import Grams, Linear
 from moetool.forward.needs import needs
+from moetool.forward.own import Running
 from moetool.forward.profile import Calibration
 from moetool.forward.solve import Layers, Solved, Work
 from moetool.forward.solve import solve as solve_layers
@@ -67,6 +69,8 @@ def _text(job: ToRound, verb: Quantizing) -> Batches:
     """The calibration text; refused where it cannot be enough."""
     cut = Cut(verb.tokens, verb.seq_len, verb.pack, True, job.settings.seed, verb.batch_tokens)
     told = Calibration(verb.calibrate, cut, verb.text_field, verb.trust_remote_code)
+    settings = job.settings
+    told = replace(told, running=Running(settings.memory, settings.device, settings.tell))
     batches = told.read(job.source)
     least = min(job.choice.matrices[name].shape[-1] for name in job.choice.formats)
     if batches.total < least:

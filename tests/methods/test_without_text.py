@@ -1,0 +1,102 @@
+"""prune and merge where nobody gave text: the model writes its own, random ids stand in where it
+cannot, and everybody is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moetool as api
+from moetool.forward import own
+from moetool.surgery.checkpoint import Checkpoint
+
+Models = Callable[..., Path]
+FEW: dict[str, Any] = {"tokens": 256, "seq_len": 64, "ratio": 0.5}
+
+
+def of(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize(("verb", "method"), [("prune", "reap"), ("merge", "mergemoe")])
+def test_the_model_writes_its_own(
+    verb: str, method: str, models: Models, tmp_path: Path, moetool: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    words = [verb, models("mixtral"), out, "--tokens", 256, "--seq-len", 64]
+    done = moetool(*words)
+    assert done.returncode == 0 and "the model wrote itself" in done.stdout, done.stderr
+    report = of(out, "report.json")
+    assert report["method"] == method and report["options"]["calibrate"] == ["own"]
+    assert report["data"]["files"] == [{"name": "own", "tokens": 256, "drawn": "own"}]
+    assert set(report["refit"]) == {"0", "1", "2", "3"}
+    assert all(r["error_after"] < r["error_before"] for r in report["refit"].values())
+    assert report["peak_memory"] >= own.needed(Checkpoint.open(models("mixtral")))
+    card = (out / "README.md").read_text()
+    assert "- calibrated on tokens that the model wrote itself: no text was given" in card
+    named = [*words[:2], tmp_path / "named", *words[3:], "--calibrate", "own", "--refit"]
+    assert moetool(*named, "--method", method).returncode == 0
+    first, second = out / "model.safetensors", tmp_path / "named" / "model.safetensors"
+    assert first.read_bytes() == second.read_bytes(), "the same as when it is named"
+
+
+def test_random_ids_where_the_model_does_not_fit(models: Models, tmp_path: Path) -> None:
+    source = str(models("mixtral"))
+    memory = own.needed(Checkpoint.open(source)) - 1
+    report = api.prune(source, str(tmp_path / "out"), memory=memory, **FEW)
+    (said,) = [w for w in report["warnings"] if "random token ids" in w]
+    assert "cannot write its own text" in said
+    assert report["options"]["calibrate"] == ["random"] and report["refit"]
+    assert report["data"]["files"] == [{"name": "random", "tokens": 256, "drawn": "random"}]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- calibrated on random token ids: no text was given" in card
+
+
+def test_nothing_runs_where_experts_cannot_be_computed_with(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moetool.surgery.experts import Mixture
+
+    monkeypatch.setattr(Mixture, "plain", property(lambda _: False))
+    report = api.prune(str(models("mixtral")), str(tmp_path / "out"), ratio=0.5)
+    assert report["method_used"] == "router-distance" and "data" not in report
+
+
+@pytest.mark.parametrize("name", ["own", "random"])
+def test_a_mix_says_its_share(name: str, models: Models, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12]}\n' * 100)
+    mixed = [str(tmp_path / "ids.jsonl"), f"{name}:0.25"]
+    report = api.prune(str(models("mixtral")), str(tmp_path / "out"), calibrate=mixed, **FEW)
+    assert [f["tokens"] for f in report["data"]["files"]] == [192, 64]
+    what = {"own": "tokens that the model wrote itself", "random": "random token ids"}[name]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- 25% of the calibration tokens are no text: {what}" in card
+
+
+def test_a_gate_is_measured_on_text_alone(models: Models, tmp_path: Path) -> None:
+    source, out = str(models("mixtral")), str(tmp_path / "out")
+    for calibrate in ([], ["random"], ["own"]):
+        with pytest.raises(api.UsageError, match="a gate needs text"):
+            api.prune(source, out, calibrate=calibrate, max_kl=9.0, **FEW)
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12]}\n' * 100)
+    mixed = [str(tmp_path / "ids.jsonl"), "random:0.25"]
+    report = api.prune(source, out, calibrate=mixed, max_kl=99.0, **FEW)
+    assert [Path(f["file"]).name for f in report["quality"]["files"]] == ["ids.jsonl"]
+
+
+def test_decisions_are_replayed_without_running(
+    models: Models, tmp_path: Path, moetool: Callable[..., Any]
+) -> None:
+    source, file = str(models("mixtral")), tmp_path / "d.json"
+    words = ["prune", source, tmp_path / "a", "--ratio", 0.5, "--tokens", 256, "--seq-len", 64]
+    plan = moetool(*words, "--decisions", file, "--dry-run", "--json").json
+    assert plan["method_used"] == "reap" and file.exists() and not (tmp_path / "a").exists()
+    report = api.prune(source, str(tmp_path / "b"), decisions=str(file), ratio=0.5)
+    assert "data" not in report and "refit" not in report
+    kept = {n: layer["keep"] for n, layer in of(file.parent, file.name)["layers"].items()}
+    assert {n: layer["keep"] for n, layer in report["decisions"]["layers"].items()} == kept
