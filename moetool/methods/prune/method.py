@@ -26,7 +26,8 @@ class Pruning(Reducing):
 
 class Prune(Reduce):
     """Remove experts from a mixture of experts. With no text at all, what the model writes itself
-    decides; kept experts move byte for byte where nothing is refitted (--method router-distance runs nothing).
+    decides (--method router-distance runs nothing). Kept experts move byte for byte where they are
+    not refitted.
 
     Everything counted with the experts goes with them: router rows, selection biases, per-expert
     scales, id tables, MTP layers. Papers and formulas stand with each way.
