@@ -53,3 +53,25 @@ def unpacked(bytes_: Tensor) -> Tensor:
     """The inverse of `packed`, in float32."""
     quarters = [(bytes_ >> 2 * i) & 3 for i in range(_CODES)]
     return torch.cat(quarters).float() - 1.0
+
+
+def absmean(matrix: Tensor, group: int = 0) -> Ternary:
+    """[out, in] -> codes under the mean magnitude of the matrix, or of every `group` inputs of a
+    row, as BitNet and MoTE train them (arXiv 2402.17764, 2506.14435; transformers' WeightQuant gives
+    the same codes). `scale` [1] or [out, in / group], rounded to float16, so that formats that
+    store it so hold it exactly.
+    """
+    wide = matrix.float()
+    rows = wide.reshape(*wide.shape[:-1], -1, group) if group else wide
+    size = rows.abs()
+    mean = size.mean(-1, keepdim=True) if group else size.mean()
+    mean = mean.clamp(min=1e-5)
+    codes = (rows * (1.0 / mean)).round_().clamp_(-1, 1)
+    scale = mean.half().float()
+    if matrix.is_meta:
+        return Ternary(codes.to(torch.int8).reshape(wide.shape), scale, 0.0, False)
+    lost = (codes * scale - rows).norm() / wide.norm().clamp(min=1e-38)
+    shape = (wide.shape[0], -1) if group else (1,)
+    return Ternary(
+        codes.to(torch.int8).reshape(wide.shape), scale.reshape(shape), float(lost), False
+    )

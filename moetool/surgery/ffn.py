@@ -10,7 +10,7 @@ from itertools import chain
 
 from moetool.errors import MoetoolError
 from moetool.surgery.family import GroupSlot, Slot
-from moetool.surgery.groups import EMPTY, MODEL_TYPE, ROUTED, Group, block_of, linear_of
+from moetool.surgery.groups import MODEL_TYPE, ROUTED, Group, block_of, linear_of
 from moetool.surgery.layout import Layout
 
 ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
@@ -143,9 +143,9 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
     expert = f"{block.module}.{group.name}.{{expert}}"
     if group.params.get("output_scale"):
         yield GroupSlot(f"{expert}.output_scale", ["1"], "expert.output_scale", "held", held=held)
-    if group.form == EMPTY:
-        return
     for linear in block.linears:
+        if not group.has(linear.name):
+            continue
         role = f"expert.{linear.role}"
         name = f"{expert}.{linear.name}"
         yield GroupSlot(f"{name}.weight", linear.slot.shape, role, "held", held=held)

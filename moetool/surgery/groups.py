@@ -85,6 +85,10 @@ class Group:
         """Experts that work on a token: all of them under a law that mixes them all."""
         return self.experts if self.route.law == "soft" else min(self.route.top_k, self.experts)
 
+    def has(self, linear: str) -> bool:
+        """Whether its experts have tensors for this linear of the FFN."""
+        return self.form != EMPTY and linear in self.params.get("targets", [linear])
+
     def expert(self, number: int, linear: str = "", part: str = "") -> str:
         """A name inside the block: `experts.7.gate_proj.lora_A`."""
         return ".".join(filter(None, (self.name, str(number), linear, part)))

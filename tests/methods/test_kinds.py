@@ -42,7 +42,7 @@ def made(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def test_all_kinds_are_found() -> None:
-    assert set(ExpertKind.known()) == {"lora", "null"}
+    assert set(ExpertKind.known()) == {"full", "lora", "null", "ternary"}
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -105,6 +105,80 @@ def test_null_experts_are_a_router(models: Models, tmp_path: Path) -> None:
     moetool.verify(str(out), against=[str(source)], load=False)
 
 
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_ternary_experts_are_the_ffn_rounded(
+    family: str, group: int, models: Models, tmp_path: Path
+) -> None:
+    from transformers.integrations.bitnet import WeightQuant
+
+    source, out = models(family), tmp_path / "out"
+    new = made(
+        source, out, experts=2, top_k=1, form="ternary", layers="1", scale_group=group, exact=True
+    )
+    old, (block, linears) = tensors(source), BLOCKS[family]
+    block, seen = block.format(1), Checkpoint.open(out)
+    for linear in linears:
+        lying = old[f"{block}.{linear}.weight"]
+        weight = lying.T if family == "gpt2" else lying
+        rows, width = weight.shape
+        wanted = weight.reshape(-1, group) if group else weight.reshape(1, -1)
+        wanted = torch.stack([WeightQuant.apply(row) for row in wanted]).reshape(weight.shape)
+        for expert in range(2):
+            stem = f"{block}.experts.{expert}.{linear}"
+            packed, scale = new[f"{stem}.weight_packed"], new[f"{stem}.weight_scale"]
+            assert (packed.dtype, packed.shape) == (torch.uint8, (rows, width // 4))
+            assert scale.shape == ((rows, width // 32) if group else (1,))
+            assert torch.equal(scale, scale.half().float())
+            codes = torch.stack([packed >> 2 * i & 3 for i in range(4)], -1).reshape(rows, width)
+            codes = codes.float() - 1
+            assert torch.equal(codes, wanted.sign())
+            made_of = seen.matrix(f"{stem}.weight")
+            made_of = made_of.T if family == "gpt2" else made_of
+            assert torch.allclose(made_of, wanted, rtol=1e-3, atol=0)
+            if family == "gpt2":
+                assert torch.equal(new[f"{stem}.bias"], old[f"{block}.{linear}.bias"])
+    assert not new[f"{block}.experts.1.output_scale"].any()
+    moetool.verify(str(out), against=[str(source)], load=False)
+
+
+def test_what_ternary_experts_weigh_and_promise(models: Models, tmp_path: Path) -> None:
+    source = models("llama", dtype="bfloat16")
+    for exact, level in ((True, "exact"), (False, "none")):
+        out = tmp_path / level
+        report = moetool.upcycle(
+            str(source), str(out), experts=8, top_k=1, form="ternary", exact=exact
+        )
+        assert report["certificate"]["level"] == level
+        more = [t for n, t in tensors(out).items() if ".experts." in n]
+        assert sum(t.nbytes for t in more) <= 4 * 8 * 3 * 64 * 128 * 2 / 7.9
+        assert report["parameters"] - report["active_parameters"] == 4 * 7 * (3 * 64 * 128 + exact)
+        config = json.loads((out / "config.json").read_text())
+        (group,) = groups.read(config)
+        assert (group.base, group.route.law, group.route.top_k) == ("beside", "softmax", 1)
+
+
+def test_whole_copies_where_no_class_has_them(models: Models, tmp_path: Path) -> None:
+    source, other, out = models("gpt2"), models("gpt2", seed=1), tmp_path / "out"
+    args = {"experts": 2, "target": "moetool", "layers": "1"}
+    moetool.upcycle(str(source), str(out), **args)
+    new, old = tensors(out), tensors(source)
+    block = "transformer.h.1.mlp"
+    assert not [n for n in new if n.startswith(f"{block}.c_")]
+    for name in [n for n in old if n.startswith(block)]:
+        for expert in range(2):
+            copied = new[name.replace(block, f"{block}.experts.{expert}")]
+            assert torch.equal(copied, old[name])
+    assert moetool.verify(str(out), against=[str(source)], load=False)["verified"]
+    both = tmp_path / "both"
+    report = moetool.upcycle(str(source), str(both), experts_from=[str(other)], expert_map="0,1", **args)
+    assert report["certificate"]["level"] == "none"
+    name = f"{block}.experts.1.c_fc.weight"
+    assert torch.equal(tensors(both)[name], tensors(other)[f"{block}.c_fc.weight"])
+    with pytest.raises(MoetoolError, match="--from does nothing"):
+        moetool.upcycle(str(source), str(tmp_path / "no"), experts_from=[str(other)], form="null")
+
+
 LORA = {"experts": 2, "form": "lora", "rank": 4}
 
 
@@ -121,6 +195,8 @@ LORA = {"experts": 2, "form": "lora", "rank": 4}
         ({"form": "auto", "rank": 16, "law": "hard"}, "--form"),
         ({"form": "full"}, "--form lora --rank 4"),
         ({"form": "lorra"}, "lora"),
+        ({"form": "ternary"}, "--form lora --rank 4"),
+        ({"rank": 16, "form": "ternary", "scale_group": 48}, "divisible by 48"),
     ],
 )
 def test_what_does_not_go_together(

@@ -104,6 +104,7 @@ def test_the_forms_there_are() -> None:
         "nvfp4",
         "packed_asym",
         "packed_int",
+        "ternary",
     ]
     with pytest.raises(MoetoolError, match="no form 'fp8_blok'"):
         forms.named("fp8_blok")

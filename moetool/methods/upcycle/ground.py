@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moetool.errors import MoetoolError
+from moetool.methods.contract import Builder
 from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import words
 from moetool.surgery.pair import drops
-from moetool.surgery.spec import FLOATS, Stored
+from moetool.surgery.spec import FLOATS, Stored, whole
 from moetool.surgery.text_model import TextModel, text_model
 
 Place = int | str  # a layer, "before" or "after" the layers
@@ -104,12 +105,15 @@ class Ground:
 
 @dataclass(frozen=True)
 class Spot:
-    """One layer, and the group of experts that it gets. `seed`: of everything random."""
+    """One layer, and the group of experts that it gets. `seed`: of everything random; `others`:
+    further sources.
+    """
 
     ground: Ground
     group: Group
     layer: int
     seed: int
+    others: tuple[Ground, ...] = ()
 
     @property
     def module(self) -> str:
@@ -124,3 +128,10 @@ class Spot:
         for expert in range(self.group.experts):
             for linear in self.ground.block.linears:
                 yield expert, linear
+
+    def copy_bias(self, build: Builder, expert: int, linear: FfnLinear, source: int = 0) -> None:
+        """An expert's own bias, where the FFN's linear has one."""
+        bias = self.ground.bias(linear, self.layer)
+        if bias is not None:
+            target = build.target(self.name(expert, linear, "bias"), bias.dtype, bias.shape)
+            build.copy(whole(bias, source), whole(target))

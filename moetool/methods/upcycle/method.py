@@ -74,7 +74,11 @@ class Growing(Upcycling):
     """What upcycle is told."""
 
     form: str = same(
-        Storing, "form", help=_forms, panel=WHAT, choices=lambda: (*FORMS, *ExpertKind.known())
+        Storing,
+        "form",
+        help=_forms,
+        panel=WHAT,
+        choices=lambda: tuple(dict.fromkeys((*FORMS, *ExpertKind.known()))),
     )
 
 

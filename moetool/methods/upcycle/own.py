@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Made, ModelFacts, Settings
+from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery import groups, reform
@@ -16,10 +18,13 @@ from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
 from moetool.surgery.spec import whole
 
+_WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
+
 
 def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Made:
     """The plan and its certificate; every refusal that needs only headers happens here."""
-    ground = Ground.of(sources[0], kind.verb.layers)
+    _check_sources(kind, sources)
+    ground, *others = (Ground.of(source, kind.verb.layers) for source in sources)
     kind.check(ground)
     group, build = kind.group(ground), Builder()
     names, into = ground.names(), dict[str, Into]()
@@ -31,14 +36,25 @@ def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) ->
                 stored = ground.source.tensors[name]
                 build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
         if isinstance(place, int) and place in ground.layers:
-            spot = Spot(ground, group, place, settings.seed)
+            spot = Spot(ground, group, place, settings.seed, tuple(others))
             _router(build, kind, spot)
             into |= kind.write(build, spot)
     config = groups.config_of(sources[0].config, (group,))
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
     made = reform.plan(sources, wanted, max_shard=settings.max_shard, into=into)
     facts = _facts(ground, group, made)
-    return Made(made, kind.certificate(group), made.config, {}, facts)
+    return Made(made, kind.certificate(group, len(sources)), made.config, {}, facts)
+
+
+def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
+    if len(sources) > 1 and not kind.several:
+        raise UsageError(
+            f"--from does nothing with {kind.spelled}",
+            expected=f"{kind.spelled} alone",
+            found=f"{len(sources) - 1} --from",
+            hint="leave out --from",
+        )
+    assemble.check_alike(sources)
 
 
 def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
@@ -72,7 +88,7 @@ def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
         experts=group.experts,
         top_k=group.reached,
         expert_width=ground.width,
-        layout=f"{group.form} experts {group.base} the FFN,",
+        layout=f"{group.form} experts{_WHERE.get(group.base, '')},",
         parameters=plan.parameters,
         active_parameters=plan.active_parameters,
     )

@@ -43,7 +43,7 @@ def sites(at: TextModel, form: str) -> Iterator[Site]:
         for layer in group.layers:
             module = at.name(block.module, layer=layer)
             for expert in range(group.experts):
-                for linear in block.linears:
+                for linear in filter(lambda one: group.has(one.name), block.linears):
                     stem = f"{module}.{group.expert(expert, linear.name)}"
                     yield Site(group, linear, stem, at.name(linear.slot.name, layer=layer))
 

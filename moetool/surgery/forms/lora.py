@@ -21,12 +21,12 @@ PARTS = ("lora_A", "lora_B")
 
 class LoraForm(InGroups):
     """params: {base: name of W, rank, scale, transposed: whether W lies as [in, out]}; a config's
-    group says {rank, alpha}.
+    group says {rank, alpha} and, where only some linears change, their names {targets}.
     """
 
     name: ClassVar[str] = "lora"
     must: ClassVar[Mapping[str, type]] = {"rank": int, "alpha": float}
-    may: ClassVar[Mapping[str, type]] = {"output_scale": bool}
+    may: ClassVar[Mapping[str, type]] = {"targets": list}
 
     def parts(self, target: Target, params: Params) -> tuple[Target, ...]:
         out, into = _sides(target.shape, params["transposed"])

@@ -38,7 +38,7 @@ class ExpertKind:
     name: ClassVar[str] = ""
     Options: ClassVar[type] = Nothing
     base: ClassVar[str] = "under"
-    starts: ClassVar[str] = "ffn"
+    starts: str = "ffn"
     law: ClassVar[str] = "renormalised"  # what --law auto means
     takes: ClassVar[tuple[str, ...]] = ()  # options of upcycle beyond those that all kinds take
     several: ClassVar[bool] = False  # whether --from means anything
@@ -156,8 +156,8 @@ class ExpertKind:
         """Plan the tensors of a layer's experts; the forms of those that are encoded."""
         raise NotImplementedError
 
-    def certificate(self, group: Group) -> Certificate:
-        """How the result relates to its source at birth."""
+    def certificate(self, group: Group, sources: int) -> Certificate:
+        """How the result relates to its source at birth. `sources`: how many there are."""
         law, beside = group.route.law, group.base == "beside"
         if self.starts == "zero" and beside:
             why = "the FFN stays as it is and the experts beside it start at zero output"

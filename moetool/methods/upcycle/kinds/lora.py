@@ -26,7 +26,7 @@ class LowRank:
     )
 
 
-class LoraExperts(ExpertKind):
+class LowRankKind(ExpertKind):
     """Low-rank experts over the layer's own FFN, which all of them share: A is drawn, B is zero, so
     that the model is exactly its source until it is trained.
 

@@ -8,7 +8,7 @@ from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery.reform import Into
 
 
-class NullExperts(ExpertKind):
+class NullKind(ExpertKind):
     """Experts without tensors, whose output is zero, beside the FFN: a router alone, which learns
     where another group would be left out.
     """

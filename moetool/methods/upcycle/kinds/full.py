@@ -1,0 +1,57 @@
+"""Whole copies of the FFN, in the place of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from moetool.methods.contract import Builder, Certificate
+from moetool.methods.upcycle import assemble
+from moetool.methods.upcycle.ground import Spot
+from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.methods.upcycle.options import Upcycling
+from moetool.surgery.groups import MODEL_TYPE, Group
+from moetool.surgery.reform import FORMS, Into
+from moetool.surgery.spec import whole
+
+
+class FullKind(ExpertKind):
+    """Whole copies of the FFN with `--target moetool`, for families that no class with experts is
+    near to, and laws that none has.
+    """
+
+    name = "full"
+    base = "gone"
+    takes: ClassVar[tuple[str, ...]] = ("expert_map",)
+    several = True
+
+    @classmethod
+    def meant(cls, said: Upcycling) -> bool:
+        return said.target == MODEL_TYPE and said.form in FORMS
+
+    @property
+    def spelled(self) -> str:
+        return f"--target {MODEL_TYPE}"
+
+    def origin(self, sources: int) -> Sequence[int]:
+        """Source of each expert."""
+        return assemble.expert_map(self.verb.expert_map, self.verb.experts, 1, sources)
+
+    def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
+        origin = self.origin(1 + len(spot.others))
+        for expert, linear in spot.each():
+            number = origin[expert]
+            ground = (spot.ground, *spot.others)[number]
+            stored = ground.stored(linear, spot.layer)
+            target = build.target(spot.name(expert, linear, "weight"), stored.dtype, stored.shape)
+            build.copy(whole(stored, number), whole(target))
+            here = replace(spot, ground=ground)
+            here.copy_bias(build, expert, linear, number)
+        return {}
+
+    def certificate(self, group: Group, sources: int) -> Certificate:
+        if set(self.origin(sources)) != {0}:
+            why = "experts come from different models: there is no single function to keep"
+            return Certificate("none", why, None)
+        return super().certificate(group, sources)
