@@ -57,9 +57,9 @@ def unpacked(bytes_: Tensor) -> Tensor:
 
 def absmean(matrix: Tensor, group: int = 0) -> Ternary:
     """[out, in] -> codes under the mean magnitude of the matrix, or of every `group` inputs of a
-    row, as BitNet and MoTE train them (arXiv 2402.17764, 2506.14435; transformers' WeightQuant gives
-    the same codes). `scale` [1] or [out, in / group], rounded to float16, so that formats that
-    store it so hold it exactly.
+    row, as BitNet and MoTE train them (arXiv 2402.17764, 2506.14435; transformers' WeightQuant
+    gives the same codes). `scale` [1] or [out, in / group], rounded to float16, so that formats
+    that store it so hold it exactly.
     """
     wide = matrix.float()
     rows = wide.reshape(*wide.shape[:-1], -1, group) if group else wide
@@ -72,6 +72,5 @@ def absmean(matrix: Tensor, group: int = 0) -> Ternary:
         return Ternary(codes.to(torch.int8).reshape(wide.shape), scale, 0.0, False)
     lost = (codes * scale - rows).norm() / wide.norm().clamp(min=1e-38)
     shape = (wide.shape[0], -1) if group else (1,)
-    return Ternary(
-        codes.to(torch.int8).reshape(wide.shape), scale.reshape(shape), float(lost), False
-    )
+    small = codes.to(torch.int8).reshape(wide.shape)
+    return Ternary(small, scale.reshape(shape), float(lost), False)

@@ -230,9 +230,7 @@ class Report(Summary):
 
 
 class Method:
-    """A verb that writes. `options` is an instance of `Options` (moetool/methods/options.py); verbs
-    with several ways (prune, merge) hold one as well.
-    """
+    """A verb that writes. `options` are of `Options` (methods/options.py); ways: several.py."""
 
     Options: ClassVar[type]
     several: ClassVar[str] = ""  # help of --from, where a verb takes more than one source

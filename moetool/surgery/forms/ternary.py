@@ -1,5 +1,6 @@
-"""Experts of -1, 0 and 1 times a scale, at two bits a weight (MoTE, arXiv 2506.14435): `weight_packed`
-U8 [out, in / 4], four codes a byte along the input, and `weight_scale` F32 [1] or [out, in / group].
+"""Experts of -1, 0 and 1 times a scale, at two bits a weight (MoTE, arXiv 2506.14435):
+`weight_packed` U8 [out, in / 4], four codes a byte along the input, and `weight_scale` F32 [1] or
+[out, in / group].
 """
 
 from __future__ import annotations

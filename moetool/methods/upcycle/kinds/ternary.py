@@ -37,8 +37,8 @@ class Ternaries:
 
 
 class TernaryKind(ExpertKind):
-    """Ternary experts at two bits a weight beside the FFN, which stays whole: each starts as the FFN
-    rounded to -1, 0 and 1 times its mean magnitude, behind its share of the router's softmax.
+    """Ternary experts at two bits a weight beside the FFN, which stays whole: each starts as the
+    FFN rounded to -1, 0 and 1 times its mean magnitude, behind its share of the router's softmax.
 
     MoTE (arXiv 2506.14435): top-1, and the FFN frozen.
     """
