@@ -171,7 +171,9 @@ def test_whole_copies_where_no_class_has_them(models: Models, tmp_path: Path) ->
             assert torch.equal(copied, old[name])
     assert moetool.verify(str(out), against=[str(source)], load=False)["verified"]
     both = tmp_path / "both"
-    report = moetool.upcycle(str(source), str(both), experts_from=[str(other)], expert_map="0,1", **args)
+    report = moetool.upcycle(
+        str(source), str(both), experts_from=[str(other)], expert_map="0,1", **args
+    )
     assert report["certificate"]["level"] == "none"
     name = f"{block}.experts.1.c_fc.weight"
     assert torch.equal(tensors(both)[name], tensors(other)[f"{block}.c_fc.weight"])
