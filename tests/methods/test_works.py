@@ -119,8 +119,17 @@ def test_what_nobody_tried_is_refused_of_a_target_and_said_of_a_model(
 ) -> None:
     out, said = str(tmp_path / "out"), {"dry_run": True, "for_": "vllm"}
     with pytest.raises(MoetoolError, match="works in vllm") as problem:
-        moetool.upcycle(str(models("stablelm", partial_rotary_factor=1.0)), out, experts=4, **said)
-    assert "nobody has tried phimoe" in problem.value.where["not phimoe"]
+        moetool.upcycle(str(models("qwen3_5_text")), out, experts=4, **said)
+    (why,) = (w for name, w in problem.value.where.items() if name.startswith("not "))
+    assert "vllm is untried: nobody has tried qwen3_5_moe_text" in why
+    report = moetool.prune(
+        str(models("deepseek_v3", topk_method="noaux_tc")),
+        out,
+        method="router-distance",
+        for_="vllm",
+    )
+    assert states(report)["vllm"] == "untried"
+    assert any(w.startswith("--for vllm: its CPU build has no kernel") for w in report["warnings"])
 
 
 def test_the_usual_of_every_pair() -> None:
@@ -134,4 +143,4 @@ def test_the_usual_of_every_pair() -> None:
         "transformers4",
     }
     said = [str(one) for one in usual.told("mixtral")]
-    assert "mlx: wrong with llama3 rope (its Mixtral ignores rope_scaling)" in said
+    assert "mlx: wrong with llama3 rope (its models of this family ignore rope_scaling)" in said
