@@ -18,9 +18,10 @@ from moetool.methods.contract import Certificate, Decisions, Made, Method, Setti
 from moetool.methods.options import Checking
 from moetool.methods.proof import Loaded, Proof
 from moetool.progress import Progress, silent
-from moetool.surgery import identity, source, tables, view
+from moetool.surgery import identity, source, spellings, tables, view
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.device import check_device
+from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Stored
 
 EXACT = 1e-4
@@ -137,14 +138,24 @@ def _certified(checkpoint: Checkpoint, record: JsonObject, made: Made) -> str:
 
 
 def _same_plan(made: Made, record: JsonObject, folder: str) -> None:
-    if made.plan.digest != record["report"]["plan_digest"]:
+    digest = record["report"]["plan_digest"]
+    if digest not in (made.plan.digest, _as_spelled(made.plan, folder)):
         raise VerificationFailed(
             "the same command now makes another plan",
             file=folder,
-            expected=record["report"]["plan_digest"],
+            expected=digest,
             found=made.plan.digest,
             hint="another version of moetool wrote it: verify with that version, or make it again",
         )
+
+
+def _as_spelled(plan: Plan, folder: str) -> str:
+    """The digest that a plan has with the config of the output, where that says the same and was
+    only written before configs were spelled for every client; empty where it says something else.
+    """
+    path = Path(folder) / "config.json"
+    said = read_json(path, what="model config") if path.exists() else {}
+    return plan.sealed(said) if spellings.completed(said) == plan.config else ""
 
 
 @dataclass(frozen=True)

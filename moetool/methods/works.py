@@ -10,7 +10,7 @@ from itertools import chain
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Line, Made, Method
 from moetool.methods.options import Served
-from moetool.surgery import clients
+from moetool.surgery import clients, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Assigned, Judged, Traits
 from moetool.surgery.forms.form import float_of
@@ -95,7 +95,8 @@ def check_model(method: Method, source: Checkpoint) -> None:
     makes of the source's.
     """
     if serves := _serves(method):
-        found = clients.traits(source.config, source.tensors, folder=source.folder)
+        config = spellings.completed(source.config)  # as it will be written
+        found = clients.traits(config, source.tensors, folder=source.folder)
         _refuse(serves, [clients.model(name, found) for name in serves], source.folder)
 
 

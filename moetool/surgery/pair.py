@@ -174,7 +174,10 @@ def map_config(
         )
     mapped = _Fields.of(pair, source, target, config)
     out, known = mapped.carried(), mapped.known_target
-    _write_rope(out, rope(source, config), known, pair)
+    if settings := rope(source, config):
+        partial = pair.rope_partial_default
+        beside = {} if partial is None else {"partial_rotary_factor": partial}
+        out["rope_parameters"] = beside | settings
     if "head_dim" in known and out.get("head_dim") is None:
         # Mixtral's long rope reads it and computes nothing itself
         out["head_dim"] = source.evaluate("head_dim", mapped.effective)
@@ -276,27 +279,6 @@ def _inside(config: JsonObject, path: str) -> JsonObject:
     for part in filter(None, path.split(".")):
         config = config.get(part) or {}
     return config
-
-
-def _write_rope(
-    out: JsonObject, settings: JsonObject, known_target: JsonObject, pair: Pair
-) -> None:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling`
-    (transformers 4, vLLM, llama.cpp).
-    """
-    if not settings:
-        return
-    if pair.rope_partial_default is not None:
-        settings = {"partial_rotary_factor": pair.rope_partial_default} | settings
-        out["partial_rotary_factor"] = settings["partial_rotary_factor"]
-    out["rope_parameters"] = settings
-    if any(isinstance(v, dict) for v in settings.values()):
-        return
-    out["rope_theta"] = settings.get("rope_theta", 10000.0)
-    if settings.get("rope_type", "default") != "default":
-        out["rope_scaling"] = {
-            k: v for k, v in settings.items() if k not in ("rope_theta", "partial_rotary_factor")
-        }
 
 
 class Mapped(NamedTuple):

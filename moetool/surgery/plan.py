@@ -12,7 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetool.data import JsonObject
@@ -78,16 +78,6 @@ class Plan:
             by_name[target.name] = target
         tasks = tuple(wanted.tasks)
         shards = _pack(by_name, tasks, max_shard, containers.of(wanted.container))
-        body: JsonObject = {
-            "format": FORMAT,
-            "sources": sources,
-            "config": wanted.config,
-            "tables": tables or {},
-            "targets": [[t.name, t.dtype, t.shape] for t in by_name.values()],
-            "tasks": [t.as_json() for t in tasks],
-            "shards": [[s.name, list(s.offsets)] for s in shards],
-        } | _contained(wanted.container)
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         plan = cls(
             sources,
             wanted.config,
@@ -96,11 +86,24 @@ class Plan:
             shards,
             dict(wanted.dropped),
             tables or {},
-            hashlib.sha256(text.encode()).hexdigest(),
-            dict(wanted.container),
+            container=dict(wanted.container),
         )
         plan.check()
-        return plan
+        return replace(plan, digest=plan.sealed(wanted.config))
+
+    def sealed(self, config: JsonObject) -> str:
+        """The digest that this plan has with a config."""
+        body: JsonObject = {
+            "format": FORMAT,
+            "sources": self.sources,
+            "config": config,
+            "tables": self.tables,
+            "targets": [[t.name, t.dtype, t.shape] for t in self.targets.values()],
+            "tasks": [t.as_json() for t in self.tasks],
+            "shards": [[s.name, list(s.offsets)] for s in self.shards],
+        } | _contained(self.container)
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self) -> None:
         """Every element of every output is made exactly once; raises MoetoolError otherwise."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.kernels import turn
-from moetool.surgery import forms
+from moetool.surgery import forms, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms.form import Form, Kin, Written
 from moetool.surgery.plan import Outputs, Plan
@@ -63,9 +63,10 @@ def plan(
     form: str = "auto",
     into: Mapping[str, Into] | None = None,
 ) -> Plan:
-    """The plan that writes what is wanted; `form` is auto, same or full. `into`: a form by target
-    name.
+    """The plan that writes what is wanted, its config spelled for every client; `form` is auto,
+    same or full. `into`: a form by target name.
     """
+    wanted = replace(wanted, config=spellings.completed(wanted.config))
     if into or any(s.told for s in sources):
         wanted = _Reform(sources, wanted, form, into or {}).lowered()
     fingerprints = [s.fingerprint() for s in sources]

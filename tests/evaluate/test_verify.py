@@ -17,6 +17,7 @@ from moetool import VerificationFailed
 from moetool.evaluate import gate, structure
 from moetool.evaluate import verify as verifying
 from moetool.methods.options import Gate
+from moetool.surgery import spellings
 from moetool.surgery.checkpoint import Checkpoint
 
 MADE: dict[str, dict[str, Any]] = {
@@ -327,3 +328,23 @@ def test_parts_of_packed_matrices(fault: str, tmp_path: Path) -> None:
         moetool.verify(str(out))
     assert problem.value.exit_code == 4
     assert problem.value.where.get("tensor", "config.json") == where
+
+
+def test_outputs_from_before_configs_were_spelled_for_every_client(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older config says the same in fewer words; one that says something else is another plan."""
+    source, out = str(models("qwen3_moe")), tmp_path / "out"
+    with monkeypatch.context() as before:
+        before.setattr(spellings, "completed", lambda config: config)
+        moetool.convert_layout(source, str(out), to="fused")
+    config = json.loads((out / "config.json").read_text())
+    assert "rope_theta" not in config and config["rope_parameters"]["rope_theta"]
+    assert (
+        moetool.verify(str(out), against=[source], load=False)["verified"] == "bytes and function"
+    )
+    with monkeypatch.context() as other:
+        other.setattr(spellings, "completed", lambda config: config | {"hidden_act": "gelu"})
+        moetool.convert_layout(source, str(tmp_path / "else"), to="fused")
+    with pytest.raises(VerificationFailed, match="another plan"):
+        moetool.verify(str(tmp_path / "else"), against=[source], load=False)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import moetool
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery import groups
+from moetool.surgery import groups, spellings
 from moetool.surgery.checkpoint import Checkpoint
 
 Models = Callable[..., Path]
@@ -70,7 +70,8 @@ def test_low_rank_experts_of_every_shape_of_ffn(
             assert torch.equal(seen.matrix(f"{stem}.weight"), base)
     assert not new
     config = json.loads((out / "config.json").read_text())
-    assert groups.base_of(config) == json.loads((source / "config.json").read_text())
+    given = json.loads((source / "config.json").read_text())
+    assert groups.base_of(config) == spellings.completed(given)
     (group,) = groups.read(config)
     assert (group.form, group.layers, group.params) == ("lora", (0,), {"rank": 4, "alpha": 8.0})
     assert moetool.verify(str(out), against=[str(source)], load=False)["forms"]["lora"]

@@ -33,7 +33,7 @@ from moetool.methods.upcycle.options import Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion, Spelling, Wish, candidates, choose, dense
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
-from moetool.surgery import clients, reform
+from moetool.surgery import clients, reform, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
@@ -321,7 +321,7 @@ class Upcycle(Several):
         reading = self._reading(spelled, sources)
         shape = self._shape(reading, self._certificate(chosen, reading))
         try:
-            config = config_of(chosen, sources[0].config, shape).value
+            config = spellings.completed(config_of(chosen, sources[0].config, shape).value)
         except MoetoolError:
             return ()
         forms = chosen.target.fused() if spelled.fused else chosen.target.per_expert()
