@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     convert_layout: Verb
     dequantize: Verb
     eval: Verb
+    materialize: Verb
     merge: Verb
     plan: Callable[..., Plan]
     profile: Verb
@@ -45,6 +46,7 @@ __all__ = [
     "eval",
     "inspect",
     "load",
+    "materialize",
     "merge",
     "plan",
     "profile",

@@ -24,6 +24,7 @@ WRITING = {
     "merge": "merge",
     "quantize": "quantize",
     "dequantize": "dequantize",
+    "materialize": "materialize",
     "convert_layout": "convert-layout",
 }
 COMMON = fields(Common)

@@ -44,6 +44,10 @@ METHODS = {
         "moetool.methods.convert.dequantize:Dequantize",
         "Write every matrix of a quantized checkpoint in full again.",
     ),
+    "materialize": Entry(
+        "moetool.methods.upcycle.materialize:Materialize",
+        "Write a model with groups of experts as one of a class that every client loads.",
+    ),
     "convert-layout": Entry(
         "moetool.methods.convert.layout:ConvertLayout",
         "Write the same experts as single tensors, or stacked; only bytes move.",

@@ -14,7 +14,7 @@ from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.family import SharedExpert
-from moetool.surgery.spec import FLOATS, Piece, rows, whole
+from moetool.surgery.spec import FLOATS, Piece, Target, rows, whole
 
 MATRICES = ("gate", "up", "down")
 # A shared expert's switch is to be sigmoid(0) = 1/2. llama.cpp computes the sigmoid of x as
@@ -144,6 +144,34 @@ def write_moe(
         _shared(build, chosen, layer, ffns[0])
 
 
+class Given(NamedTuple):
+    """Experts that are there already: the layer's own FFN, one FFN each, what each one's output is
+    multiplied by, and the router.
+    """
+
+    ffn: Ffn
+    experts: Sequence[Ffn]
+    scales: Sequence[float]
+    router: Piece
+
+
+def write_given(build: Builder, chosen: Conversion, layer: Layer, given: Given) -> None:
+    """Plan all tensors of a MoE layer whose experts and router are given; the FFN becomes the
+    shared expert where the layer has one.
+    """
+    places = _places(build, chosen, layer, given.experts[0].width, given.experts[0])
+    for number, ffn in enumerate(given.experts):
+        for matrix in MATRICES:
+            piece, out, scale = getattr(ffn, matrix), places[matrix][number], given.scales[number]
+            if matrix == "down" and scale != 1.0:
+                build.task("affine", [piece], [out], scale=scale)
+            else:
+                build.copy(piece, out)
+    build.copy(given.router, whole(_routed(build, chosen, layer, given.ffn)))
+    if chosen.target.overlay.shared:
+        _shared(build, chosen, layer, given.ffn)
+
+
 def _name(chosen: Conversion, template: str, layer: int, expert: int | None = None) -> str:
     return chosen.prefix + template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
@@ -240,19 +268,25 @@ def _experts(
 
 
 def _router(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:
+    target = _routed(build, chosen, layer, ffn)
+    if layer.router.law == "zero":
+        build.zeros(target)
+    else:
+        build.task("draw", [], [whole(target)], **layer.router.params(layer.seed, target.name))
+
+
+def _routed(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> Target:
+    """Announce the router; its bias, where the family has one, is zero."""
     slot = chosen.target.role("router")
     assert slot is not None
     target = build.target(
         _name(chosen, slot.name, layer.number), ffn.dtype, (layer.experts, ffn.hidden)
     )
-    if layer.router.law == "zero":
-        build.zeros(target)
-    else:
-        build.task("draw", [], [whole(target)], **layer.router.params(layer.seed, target.name))
     bias = chosen.target.role("router.bias")
     if bias is not None and bias.shape is not None:
         shape = (1, layer.experts) if len(bias.shape) == 2 else (layer.experts,)
         build.zeros(build.target(_name(chosen, bias.name, layer.number), "F32", shape))
+    return target
 
 
 def _shared(build: Builder, chosen: Conversion, layer: Layer, ffn: Ffn) -> None:

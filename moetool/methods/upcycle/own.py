@@ -11,7 +11,7 @@ from moetool.methods.contract import Builder, Made, ModelFacts, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery import groups, reform
+from moetool.surgery import groups, reform, shim
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import ROUTED, Group
 from moetool.surgery.plan import Outputs, Plan
@@ -39,11 +39,12 @@ def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) ->
             spot = Spot(ground, group, place, settings.seed, tuple(others))
             _router(build, kind, spot)
             into |= kind.write(build, spot)
-    config = groups.config_of(sources[0].config, (group,))
+    config = groups.config_of(sources[0].config, (group,)) | {"auto_map": dict(shim.AUTO_MAP)}
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
     made = reform.plan(sources, wanted, max_shard=settings.max_shard, into=into)
     facts = _facts(ground, group, made)
-    return Made(made, kind.certificate(group, len(sources)), made.config, {}, facts)
+    certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
+    return Made(made, certificate, made.config, {}, facts, files=files)
 
 
 def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:

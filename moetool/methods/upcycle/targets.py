@@ -206,9 +206,9 @@ def choose(source: Checkpoint, wish: Wish, judge: Judge) -> Spelling:
     (the first of several); MoetoolError with a reason for each that does not. `judge`: what clients
     make of one.
     """
-    named = _named(source, wish)
-    reasons = {c.pair.target: refusals(c, wish) for c in named}
-    fitting = [c for c in named if not reasons[c.pair.target]]
+    found = named(source, wish)
+    reasons = {c.pair.target: refusals(c, wish) for c in found}
+    fitting = [c for c in found if not reasons[c.pair.target]]
     if len(fitting) == 1 and not wish.serves:
         return _spellings(fitting[0], wish)[0]
     able: list[tuple[int, Spelling]] = []
@@ -230,7 +230,7 @@ def choose(source: Checkpoint, wish: Wish, judge: Judge) -> Spelling:
     )
 
 
-def _named(source: Checkpoint, wish: Wish) -> list[Conversion]:
+def named(source: Checkpoint, wish: Wish) -> list[Conversion]:
     """The conversions that --target means."""
     options = candidates(source)
     named = [

@@ -1,0 +1,163 @@
+"""A model with a group of experts, as a class with experts would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moetool.errors import MoetoolError
+from moetool.methods.upcycle.config import Shape
+from moetool.methods.upcycle.diversify import Diversify
+from moetool.methods.upcycle.experts import Ffn, Given, Layer
+from moetool.methods.upcycle.route import Router
+from moetool.methods.upcycle.targets import Conversion
+from moetool.surgery import groups
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.groups import EMPTY, ROUTED, Group
+from moetool.surgery.spec import rows, whole
+from moetool.surgery.text_model import TextModel, text_model
+
+SCALE = "output_scale"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A checkpoint with one group of experts; `dense`: what it stands on."""
+
+    source: Checkpoint
+    dense: Checkpoint
+    at: TextModel
+    group: Group
+    block: FfnBlock
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> Held:
+        """MoetoolError for a model without groups, and for groups that no class has."""
+        if not groups.is_ours(source.config):
+            raise MoetoolError(
+                "this model has no groups of experts",
+                file=source.folder,
+                expected=f"model type {groups.MODEL_TYPE}",
+                found=source.config.get("model_type"),
+                hint="every client that knows its class loads it as it is",
+            )
+        at = text_model(source.config)
+        (group,) = at.groups if len(at.groups) == 1 else (None,)
+        _check(source, group)
+        assert group is not None
+        base = text_model(groups.base_of(source.config))
+        own = {n: t for n, t in source.tensors.items() if _of_base(base, at, n)}
+        dense = replace(source, config=groups.base_of(source.config), tensors=own)
+        block = FfnBlock.of(base.layout)
+        return cls(source, dense, at, group, block)
+
+    @property
+    def ffn(self) -> Ffn:
+        """The first expert, whose shapes are all experts'."""
+        return self.expert(self.group.layers[0], 0)
+
+    @property
+    def top_k(self) -> int:
+        return self.group.reached
+
+    def _module(self, layer: int) -> str:
+        return self.at.name(self.block.module, layer=layer)
+
+    def scales(self) -> Iterator[str]:
+        """Names of the experts' output scales."""
+        if self.group.params.get(SCALE):
+            for layer in self.group.layers:
+                for expert in range(self.group.experts):
+                    yield self._scale(layer, expert)
+
+    def _scale(self, layer: int, expert: int) -> str:
+        return f"{self._module(layer)}.{self.group.expert(expert, part=SCALE)}"
+
+    def expert(self, layer: int, expert: int | None) -> Ffn:
+        """An expert's matrices (None: the layer's own), where it has none of its own the FFN's."""
+        found = {}
+        for linear in self.block.linears:
+            own = self.at.name(linear.slot.name, layer=layer)
+            if expert is not None and self.group.has(linear.name):
+                own = f"{self._module(layer)}.{self.group.expert(expert, linear.name, 'weight')}"
+            found[linear.role] = self.source.tensor(own)
+        down, both = found.get("down"), found.get("gate_up")
+        if down is None or not (both or {"gate", "up"} <= set(found)):
+            raise MoetoolError(
+                f"{groups.family_of(self.source.config)} has no gated FFN, and no class with "
+                "experts has another",
+                file=self.source.folder,
+                expected="gate, up and down",
+                found=", ".join(found),
+                hint="it runs with `import moetool`, as it is",
+            )
+        hidden, width = down.shape
+        if both is not None:
+            gate, up = rows(both, 0, width), rows(both, width, 2 * width)
+        else:
+            gate, up = whole(found["gate"]), whole(found["up"])
+        return Ffn(gate, up, whole(down), width, hidden, down.dtype)
+
+    def given(self, layer: int, scales: dict[str, float]) -> Given:
+        """What is there of a layer."""
+        every = range(self.group.experts)
+        router = self.source.tensor(f"{self._module(layer)}.{self.group.router}.weight")
+        return Given(
+            self.expert(layer, None) if self.group.base != "gone" else self.ffn,
+            [self.expert(layer, e) for e in every],
+            [scales.get(self._scale(layer, e), 1.0) for e in every],
+            whole(router),
+        )
+
+    def layer(self, chosen: Conversion, number: int) -> Layer:
+        """The layer as the new family has it."""
+        single = chosen.target.per_expert() and chosen.target.experts.reads_per_expert
+        return Layer(
+            number=number,
+            experts=self.group.experts,
+            split=1,
+            origin=tuple(range(self.group.experts)),
+            order=None,
+            diversify=Diversify(),
+            router=Router("zero"),
+            scale=1.0,
+            shared=self.group.base == "beside",
+            fused=not single,
+            seed=0,
+        )
+
+    def shape(self, chosen: Conversion) -> Shape:
+        """What the config says of the experts."""
+        width = self.ffn.width
+        shared = self.group.base == "beside"
+        return Shape(self.group.layers, self.group.experts, self.top_k, width, width, shared, 1.0)
+
+
+def _check(source: Checkpoint, group: Group | None) -> None:
+    """Refuse groups that no class has, whatever the family."""
+    wrong = "more than one group of experts" if group is None else ""
+    if group is not None:
+        route = group.route
+        if route.key != ROUTED:
+            wrong = f"a route that looks at {route.key}"
+        elif route.bias:
+            wrong = "a router with a bias"
+        elif group.base == "member" or group.form == EMPTY:
+            wrong = f"{group.form} experts whose FFN is {group.base}"
+        elif group.scale != 1.0:
+            wrong = f"a factor of {group.scale:g} on the sum of experts"
+        elif group.params.get("activations"):
+            wrong = f"experts whose activations are rounded to {group.params['activations']}"
+    if wrong:
+        raise MoetoolError(
+            f"no class has {wrong}",
+            file=source.folder,
+            expected="one group of experts, by token",
+            hint="it runs with `import moetool`, as it is",
+        )
+
+
+def _of_base(base: TextModel, at: TextModel, name: str) -> bool:
+    """Whether a tensor is the base's own."""
+    return base.match(name) is not None or at.match(name) is None

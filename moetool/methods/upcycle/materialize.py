@@ -1,0 +1,165 @@
+"""moetool materialize: experts that only moetool runs, written in full as a class that every client
+loads, where that computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.methods.contract import (
+    Builder,
+    Certificate,
+    Decisions,
+    Line,
+    Made,
+    Method,
+    ModelFacts,
+    Settings,
+    Summary,
+)
+from moetool.methods.field import WHAT
+from moetool.methods.options import option
+from moetool.methods.upcycle.config import config_of
+from moetool.methods.upcycle.experts import write_given
+from moetool.methods.upcycle.held import Held
+from moetool.methods.upcycle.targets import Conversion, Wish, named, refusals
+from moetool.methods.upcycle.trunk import Trunk
+from moetool.surgery import groups, reform
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import Group
+from moetool.surgery.plan import Outputs, Plan
+from moetool.surgery.spec import whole
+
+SOFTMAX = ("softmax",)
+MONOTONE = ("softmax", "sigmoid")  # the best one is the same, and renormalised its weight is 1
+
+
+@dataclass(frozen=True)
+class Materializing:
+    """The options of materialize."""
+
+    target: str = option(
+        "auto", "model type to write, or auto (the first that is exact)", WHAT, metavar="FAMILY"
+    )
+
+
+class Materialize(Method):
+    """Write the experts of a model of moetool's own in full, as a mixture of experts of a class that
+    every client loads. Refuses with the reason where no class computes the same.
+
+    Low-rank experts become W + (alpha / rank) B A; ternary experts their decoded matrices, beside
+    the FFN as the shared expert.
+    """
+
+    Options = Materializing
+    reads_groups: ClassVar[bool] = True
+    examples = (
+        "moetool materialize OWN NATIVE",
+        "moetool materialize OWN NATIVE --target qwen2_moe",
+    )
+    options: Materializing
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        """The experts' output scales, which become part of their down_proj."""
+        held = Held.of(sources[0])
+        scales = {
+            name: float(sources[0].numbers(whole(sources[0].tensor(name)))[0])
+            for name in held.scales()
+        }
+        return Decisions(chosen={"scales": scales} if scales else {})
+
+    def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
+        """Every expert in full; all else moves byte for byte, by the names of the new family."""
+        held = Held.of(sources[0])
+        chosen = self._chosen(held)
+        scales: dict[str, float] = decisions.chosen.get("scales", {})
+        build, trunk = Builder(), Trunk.of([held.dense], chosen, None)
+        trunk.write(build, "before")
+        for number in range(chosen.source.field("layers", chosen.config)):
+            trunk.write(build, number)
+            if number in held.group.layers:
+                write_given(build, chosen, held.layer(chosen, number), held.given(number, scales))
+            else:
+                trunk.write_ffn(build, number)
+        trunk.write(build, "after")
+        config = config_of(chosen, held.dense.config, held.shape(chosen))
+        told = _with_law(config.value, chosen, held.group)
+        dropped = {**trunk.dropped, **dict.fromkeys(scales, "it is part of the expert's down_proj")}
+        wanted = Outputs(told, build.targets, build.tasks, dropped)
+        plan = reform.plan(sources, wanted, max_shard=settings.max_shard, form="full")
+        facts = _facts(held, chosen, plan)
+        return Made(plan, _certificate(held, chosen), plan.config, config.dropped, facts)
+
+    def _chosen(self, held: Held) -> Conversion:
+        """The first conversion of the base that computes what the group does."""
+        shared = held.group.base == "beside"
+        layers = ",".join(map(str, held.group.layers))
+        ffn, count = held.ffn, held.at.field("layers")
+        wish = Wish(self.options.target, "auto", layers, shared, 1, held.top_k, ffn.width, count)
+        reasons: dict[str, str] = {}
+        for conversion in named(held.dense, wish):
+            why = [*refusals(conversion, wish), *_other_law(conversion, held.group)]
+            if not why:
+                return conversion
+            reasons[f"not {conversion.pair.target}"] = "; ".join(why)
+        raise MoetoolError(
+            "no class computes what these experts do",
+            file=held.source.folder,
+            **reasons,
+            hint="it runs with `import moetool`, as it is",
+        )
+
+    def lines(self, summary: Summary) -> list[Line]:
+        """The family, the experts, and how many parameters run."""
+        return ModelFacts.of(summary.facts).lines()
+
+
+def _other_law(conversion: Conversion, group: Group) -> Iterator[str]:
+    """What a family's router does otherwise."""
+    law, family = conversion.target.overlay.law, conversion.target.model_type
+    asked, single = group.route.law, group.reached == 1
+    if asked == "softmax":
+        if law.score not in SOFTMAX or law.renorm == "always":
+            yield f"{family} does not weigh experts by their share of the softmax over all"
+    elif law.score not in (MONOTONE if single else SOFTMAX) or law.renorm == "never":
+        yield f"{family} does not weigh the chosen experts by a softmax that sums to one"
+    if asked == "hard" and not single:
+        yield f"{family} does not give every chosen expert the weight 1"
+
+
+def _with_law(config: JsonObject, chosen: Conversion, group: Group) -> JsonObject:
+    """The config, with weights renormalised or not, as the group's are."""
+    name = chosen.target.fields.get("renorm")
+    if chosen.target.overlay.law.renorm != "field" or name is None:
+        return config
+    said = {name: group.route.law != "softmax"}
+    inside = "text_config" if chosen.outer is not None else chosen.target.text_config
+    return config | ({inside: config[inside] | said} if inside else said)
+
+
+def _certificate(held: Held, chosen: Conversion) -> Certificate:
+    """Exact but for rounding to 16 bits."""
+    why = f"every expert in full, weighed by {chosen.target.model_type} as by moetool"
+    if held.ffn.dtype in ("BF16", "F16"):
+        return Certificate("exact_if", f"{why}; matrices are rounded to {held.ffn.dtype}")
+    return Certificate("exact", why)
+
+
+def _facts(held: Held, chosen: Conversion, plan: Plan) -> ModelFacts:
+    group = held.group
+    single = chosen.target.per_expert() and chosen.target.experts.reads_per_expert
+    return ModelFacts(
+        source_type=groups.MODEL_TYPE,
+        target_type=chosen.target.model_type,
+        layers=group.layers,
+        experts=group.experts,
+        top_k=held.top_k,
+        expert_width=held.ffn.width,
+        layout="per-expert" if single else "fused",
+        parameters=plan.parameters,
+        active_parameters=plan.active_parameters,
+    )
