@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from moetool.forward.documents import Document
 from moetool.forward.drawn import Drawn
 from moetool.forward.text import Corpus
 
+PIECE = 128  # tokens of a sequence, at least, where only a part of a text is taken
 LONG = 256 << 10  # characters that a tokenizer is given at once: it needs 200 bytes for each
 
 
@@ -68,6 +69,26 @@ class Batches:
             {"name": name, "tokens": count} | ({"drawn": kind} if kind else {})
             for name, count, kind in zip(self.files, self.tokens, drawn, strict=True)
         ]
+
+    def spread(self, tokens: int) -> Batches:
+        """About `tokens` of them, as different as they can be: the beginning of every sequence, at
+        least PIECE tokens long; where those are still too many, of evenly spaced sequences of every
+        file. Itself where there are no more.
+        """
+        share = tokens / self.total
+        if share >= 1:
+            return self
+        batches: list[Batch] = []
+        counts = []
+        for number in range(len(self.files)):
+            mine = [b for b in self.batches if b.file == number]
+            rows = [b.ids[i, :n] for b in mine for i, n in enumerate(b.lengths)]
+            size = max(len(b.ids) * b.ids.shape[1] for b in mine) if mine else 0
+            taken = _pieces(rows, share)
+            counts.append(sum(len(r) for r in taken))
+            batches += _group(taken, number, max(1, size // max(map(len, taken), default=1)))
+        seal = hashlib.sha256(f"{self.digest} spread {tokens}".encode()).hexdigest()
+        return replace(self, batches=tuple(batches), tokens=tuple(counts), digest=seal)
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,15 @@ def make(
         (*words.notes, *notes),
         tuple(c.documents.name if isinstance(c.documents, Drawn) else "" for c in corpora),
     )
+
+
+def _pieces(rows: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
+    """About this share of the tokens of all sequences; at least one piece."""
+    lengths = [min(len(r), max(PIECE, round(share * len(r)))) for r in rows]
+    wanted = share * sum(len(r) for r in rows)
+    few = max(1, min(len(rows), round(len(rows) * wanted / max(1, sum(lengths)))))
+    places = [(2 * i + 1) * len(rows) // (2 * few) for i in range(few)] if rows else []
+    return [rows[i][: lengths[i]] for i in places]
 
 
 def _wanted(corpus: Corpus, cut: Cut) -> int:

@@ -181,8 +181,9 @@ def test_refit_reaches_the_least_squares_solution(monkeypatch: pytest.MonkeyPatc
     routing = moe.select(x, router, law)
     target = torch.randn(200, 8)
     monkeypatch.setattr(solve, "RIDGE", 1e-9)
+    monkeypatch.setattr(solve, "SHRINK", 0.0)
     monkeypatch.setattr(solve, "SWEEPS", 500)
-    down, before, after = solve.refit(x, routing, bank, law, target)
+    down, before, after, _ = solve.refit(x, routing, bank, law, target)
     weights = routing.dense().double()
     design = torch.cat(
         [weights[:, e : e + 1] * bank.hidden(x, e).double() for e in range(4)], 1
@@ -198,9 +199,34 @@ def test_refit_reaches_the_least_squares_solution(monkeypatch: pytest.MonkeyPatc
 def test_refit_leaves_what_is_right() -> None:
     x, router, bank, law = layer()
     routing = moe.select(x, router, law)
-    down, before, _ = solve.refit(x, routing, bank, law, moe.mix(x, routing, bank, law))
+    down, before, *_ = solve.refit(x, routing, bank, law, moe.mix(x, routing, bank, law))
     torch.testing.assert_close(down, bank.down, rtol=1e-4, atol=1e-4)
     assert before < 1e-10
+
+
+def test_refit_pulls_towards_what_was_as_tokens_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the ridge solution around the old matrices, solved at once in float64; `few` counts
+    the experts with fewer tokens than they are wide.
+    """
+    x, router, bank, law = layer()
+    x = x[:9]
+    routing, target = moe.select(x, router, law), torch.randn(9, 8)
+    monkeypatch.setattr(solve, "RIDGE", 1e-9)
+    monkeypatch.setattr(solve, "SWEEPS", 2000)
+    down, *_, few = solve.refit(x, routing, bank, law, target)
+    weights = routing.dense().double()
+    parts = [weights[:, e : e + 1] * bank.hidden(x, e).double() for e in range(4)]
+    seen = [int((routing.index == e).sum()) for e in range(4)]
+    width = bank.down.shape[2]
+    assert few == sum(n < width for n in seen) > 0
+    design = torch.cat(parts, 1)
+    pull = torch.cat(
+        [(p * p).sum() / n * torch.ones(width) for p, n in zip(parts, seen, strict=True)]
+    )
+    old = torch.cat(list(bank.down.double()), 1).T
+    left = design.T @ (target.double() - design @ old)
+    best = old + torch.linalg.solve(design.T @ design + torch.diag(pull), left)
+    torch.testing.assert_close(torch.cat(list(down), 1).T.double(), best, atol=1e-3, rtol=1e-3)
 
 
 def test_refit_of_an_unused_expert_keeps_it() -> None:
@@ -209,7 +235,7 @@ def test_refit_of_an_unused_expert_keeps_it() -> None:
     x = x.abs()
     routing = moe.select(x, router, law)
     assert not (routing.index == 3).any()
-    down, _, _ = solve.refit(x, routing, bank, law, torch.randn(200, 8))
+    down, *_ = solve.refit(x, routing, bank, law, torch.randn(200, 8))
     assert torch.equal(down[3], bank.down[3])
 
 

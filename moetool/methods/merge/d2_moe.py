@@ -38,6 +38,7 @@ class D2Moe(MergeWay):
     combines = "base-delta"
     parts = MergeParts("outputs", "average", "frequency", "base-delta", whiten=True)
     forms = (Factored.name,)
+    solvable = False
 
     def told(self) -> None:
         super().told()

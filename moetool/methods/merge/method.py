@@ -33,7 +33,7 @@ class MergeOptions(Merging):
     )
     combine: str = option(
         "auto",
-        "how a cluster becomes one: svd is the truncated union SVD (untruncated it is the weighted mean), least-squares the mean, then --refit",
+        "how a cluster becomes one: svd is the truncated union SVD (untruncated it is the weighted mean), least-squares the mean with down_proj solved again",
         WHAT,
         choices=_combines,
     )

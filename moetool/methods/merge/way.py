@@ -90,8 +90,13 @@ class MergeWay(Way):
         super().__init__(verb, own, named)
         self.chosen: MergeParts = self.named.parts.changed(verb)  # type: ignore[attr-defined]
         self.needs, self.router = self.chosen.needs(), self.chosen.router
-        if self.chosen.combine in COMBINE and COMBINE[self.chosen.combine].refits:
-            self.verb = replace(verb, refit=True)
+        if self._solves:
+            self.verb = replace(verb, refit=verb.refit is not False)
+
+    @property
+    def _solves(self) -> bool:
+        """Whether the way of combining ends in solved down matrices."""
+        return self.chosen.combine in COMBINE and COMBINE[self.chosen.combine].refits
 
     @classmethod
     def known(cls) -> Mapping[str, type[MergeWay]]:
@@ -112,6 +117,13 @@ class MergeWay(Way):
                 f"--form {self.options.form} does not go with --method {self.called}",
                 expected=", ".join((*FORMS, *self.forms)),
                 hint=f"leave out --form, or use --method {' or '.join(able)}",
+            )
+        if self._solves and self.options.refit is False:
+            raise UsageError(
+                f"--combine {self.chosen.combine} is a mean whose down_proj is solved again: "
+                "--no-refit leaves nothing of it",
+                expected="--combine mean",
+                hint="leave out --no-refit, or choose --combine mean",
             )
         self._check_parameters()
 
@@ -146,7 +158,7 @@ class MergeWay(Way):
             return []
         if self.options.walks:
             return [
-                "layers were clustered one by one: inside a walk (--propagate, --refit) the layer above is not there yet"
+                "layers were clustered one by one: inside a walk (--propagate) the layer above is not there yet"
             ]
         if mixture.groups > 1:
             return [

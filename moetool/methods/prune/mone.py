@@ -35,6 +35,7 @@ class Mone(PruneWay):
 
     name = "mone"
     writes = frozenset({"constant"})
+    solvable = False
     one_profile = True  # a walk would go on as if the constants were still experts
 
     def told(self) -> None:

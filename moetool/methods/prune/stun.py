@@ -47,7 +47,7 @@ class Stun(RouterDistance):
 
     name = "stun"
     auto = ""
-    one_profile = True
+    one_profile, solvable = True, False
     needs = Needs(text=True, weights=True)
     writes = frozenset({"sparsity"})
     Options = Sparsity

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from moetool.methods.contract import Certificate
+from moetool.methods.reduce import beside
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.way import Way, refuse_quantized, ways
 from moetool.methods.reduce.writing import Writing
@@ -66,6 +67,13 @@ class PruneWay(Way):
             return Certificate("exact", "nothing was removed: a copy")
         return Certificate(
             "none",
-            "experts were removed: another function, by how much `moetool eval --reference` measures",
+            f"experts were removed{self._others(writing)}: another function, by how much `moetool eval --reference` measures",
             None,
         )
+
+    def _others(self, writing: Writing) -> str:
+        """What became of those that stay."""
+        if beside.solved(writing.extra):
+            return ", down_proj of the others was solved again"
+        moved = self.maker(writing) is None and self.options.form in ("auto", "same")
+        return ", the others are byte for byte" if moved else ""

@@ -18,6 +18,7 @@ from moetool.methods.reduce.options import Reducing
 from moetool.methods.reduce.protect import Peak
 from moetool.methods.reduce.view import Eye, View
 from moetool.methods.reduce.way import Way
+from moetool.methods.reduce.whether import Whether, whether
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 
@@ -35,6 +36,7 @@ class Asked:
     mixture: Mixture
     settings: Settings
     notes: tuple[str, ...] = ()  # warnings that stand before anything is looked at
+    writer: Way | None = None  # who writes the decisions that are replayed
 
     @property
     def options(self) -> Reducing:
@@ -44,6 +46,16 @@ class Asked:
     def kept(self) -> int:
         """Experts of a layer that stay when all layers keep as many."""
         return budget.uniform(self.mixture, self.options.ratio)
+
+    @cached_property
+    def solving(self) -> Whether:
+        """Whether down matrices are solved again, or why not."""
+        return whether(self.writer or self.way, self.mixture, self.kept)
+
+    @property
+    def refits(self) -> bool:
+        """Whether down matrices are solved again."""
+        return self.solving.refits
 
     @property
     def work(self) -> Path:

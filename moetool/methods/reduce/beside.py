@@ -4,6 +4,7 @@ solved for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moetool.surgery.checkpoint import Checkpoint
@@ -14,6 +15,11 @@ from moetool.surgery.spec import Stored
 def solved_name(layer: int, expert: int, role: str) -> str:
     """Name of a tensor that deciding computed for a new expert."""
     return f"{layer}.{expert}.{role}"
+
+
+def solved(extra: Sequence[Checkpoint]) -> bool:
+    """Whether down matrices of new experts lie among these sources."""
+    return any(name.endswith(".down") for one in extra for name in one.tensors)
 
 
 def stats_source(folder: str | Path) -> Checkpoint:

@@ -40,8 +40,10 @@ def decide(asked: Asked) -> Chosen:
     """Every layer of a model, or what was decided before."""
     replay = replayed(asked)
     if replay is not None:
-        asked = replace(asked, notes=(*asked.notes, *_contradiction(asked, replay)))
-        asked.way.writer(replay).check_walk()
+        writer = asked.way.writer(replay)
+        writer.check_walk()
+        notes = (*asked.notes, *_contradiction(asked, replay))
+        asked = replace(asked, notes=notes, writer=writer)
     if replay is not None and not _reads_more(asked, replay):
         return _chosen(asked, replay, Settled({}), Evidence())
     _check_text(asked, replay)
@@ -104,8 +106,9 @@ def _profiles(asked: Asked, replay: Decided | None) -> bool:
         return False
     if o.walks:  # the walk sees the layers; before it only super experts and budgets are looked for
         return replay is None and (o.protect or o.budget != "uniform")
-    needs = asked.way.needs
-    return replay is not None or needs.text or needs.gains or o.protect
+    if replay is not None:
+        return asked.way.writer(replay).reads(replay)
+    return asked.way.needs.text or asked.way.needs.gains or o.protect
 
 
 def _profiled(asked: Asked) -> Profile:
@@ -113,7 +116,7 @@ def _profiled(asked: Asked) -> Profile:
     from moetool.forward.stats import Wanted
 
     o, needs, settings = asked.options, asked.way.needs, asked.settings
-    sample = max(o.sample if needs.sample else 0, o.refit_tokens if o.refit else 0)
+    sample = o.sample if needs.sample else 0
     wanted = Wanted(1) if o.walks else Wanted(1, sample, needs.dense, needs.covariance)
     source = asked.mixture.source
     how = profiling.Making(
@@ -149,14 +152,16 @@ def choose(asked: Asked, seen: Evidence, replay: Decided | None) -> Settled:
 
 
 def solve(asked: Asked, seen: Evidence, settled: Settled) -> Settled:
-    """Down matrices solved on the sample that a profile kept (the layers below unchanged), where
-    --refit asks for it.
+    """Down matrices solved where --refit asks for it: on text, or on the sample that a profile kept
+    (the layers below unchanged).
     """
-    if not asked.options.refit or seen.profile is None:
+    if not asked.refits:
         return settled
-    from moetool.methods.reduce.solving import refit_from
+    from moetool.methods.reduce.refitting import refit, refit_from
 
-    return refit_from(asked, seen.profile, settled)
+    if asked.options.calibrate:
+        return refit(asked, seen, settled)
+    return refit_from(asked, seen.profile, settled) if seen.profile is not None else settled
 
 
 def bounds(asked: Asked, seen: Evidence, replay: Decided | None) -> Bounds:
@@ -230,7 +235,7 @@ def _reads_more(asked: Asked, replay: Decided) -> bool:
     """Whether the plan of replayed decisions reads statistics or solved tensors beside the
     model.
     """
-    return asked.options.refit or asked.way.writer(replay).reads(replay)
+    return asked.refits or asked.way.writer(replay).reads(replay)
 
 
 def _check_text(asked: Asked, replay: Decided | None) -> None:
@@ -280,6 +285,7 @@ def _chosen(asked: Asked, made: Decided, settled: Settled, seen: Evidence) -> Ch
         settled.found,
         warnings=tuple(warnings),
         data=settled.found.data or seen.data,
+        unsolved=asked.solving.why,
         replayed=file if file and not written else "",
         decisions_written=written,
     )

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refitted:
-    """Relative squared error of a layer's output, before and after its down matrices were solved."""
+    """Relative squared error of a layer's output, before and after its down matrices were solved.
+    `few`: experts that saw fewer tokens than they are wide, and were held near what they were.
+    """
 
     before: float
     after: float
+    few: int = 0
 
     def as_json(self) -> dict[str, float]:
-        return {"error_before": self.before, "error_after": self.after}
+        return {"error_before": self.before, "error_after": self.after, "few": self.few}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Found:
     peaks: tuple[Peak, ...] = ()  # super experts, or the one whose output was the largest
     tokens_per_expert: Mapping[int, list[int]] = field(default_factory=dict)
     refit: Mapping[int, Refitted] = field(default_factory=dict)
+    refit_tokens: int = 0  # the layers were solved on so many
+    unsolved: str = ""  # why nothing was
     replayed: str = ""  # the file of decisions
     decisions_written: str = ""
 
@@ -68,6 +73,8 @@ class Found:
             "largest_outputs": [peak.as_json() for peak in self.peaks] or None,
             "tokens_per_expert": {str(n): t for n, t in self.tokens_per_expert.items()} or None,
             "refit": {str(n): r.as_json() for n, r in self.refit.items()} or None,
+            "refit_tokens": self.refit_tokens or None,
+            "not_refit": self.unsolved or None,
             "replayed": self.replayed or None,
             "decisions_written": self.decisions_written or None,
         }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from moetool.forward import drawn
 from moetool.methods.contract import Line
-from moetool.methods.reduce.facts import Found, Reduced, Refitted, TextSeen
+from moetool.methods.reduce.facts import Found, Reduced, TextSeen
 from moetool.units import show_bytes, show_count
 
 # what stands in for text, by its name (forward/drawn.py)
@@ -22,7 +20,7 @@ def lines(reduced: Reduced, own: list[Line]) -> list[Line]:
         *own,
         *(_text(found.data) if found.data else []),
         *(_protected(found) if found.protected else []),
-        *(_refit(found.refit) if found.refit else []),
+        *refitted(found),
         Line("parameters", _sizes(reduced)),
     ]
 
@@ -73,11 +71,25 @@ def _protected(found: Found) -> list[Line]:
     return [Line("protected", f"super experts {', '.join(said)}{rest}")]
 
 
-def _refit(refit: Mapping[int, Refitted]) -> list[Line]:
-    layer = max(refit, key=lambda n: refit[n].after)
-    before, after = refit[layer].before, refit[layer].after
-    sentence = f"largest squared error of a layer's output {before:.1%} -> {after:.1%}"
-    return [Line("refit", f"{sentence} (layer {layer})")]
+def refitted(found: Found) -> list[Line]:
+    """Whether down_proj was solved again, how well, and on how much."""
+    if not found.refit:
+        why = found.unsolved
+        return [Line("refit", f"no: {why}")] if why else []
+    layer = max(found.refit, key=lambda n: found.refit[n].after)
+    before, after = found.refit[layer].before, found.refit[layer].after
+    worst = f"largest squared error of a layer's output {before:.1%} -> {after:.1%}"
+    said = [
+        Line(
+            "refit",
+            f"down_proj solved again on {found.refit_tokens:,} tokens: {worst} (layer {layer})",
+        )
+    ]
+    few = sum(one.few for one in found.refit.values())
+    if few:
+        told = f"{few} experts saw fewer tokens than their width: held near what they were"
+        said.append(Line("", told))
+    return said
 
 
 def _sizes(reduced: Reduced) -> str:

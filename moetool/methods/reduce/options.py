@@ -70,7 +70,7 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
     @property
     def walks(self) -> bool:
         """Whether layers are decided inside a walk, each after those below it were changed."""
-        return self.propagate or (self.refit and bool(self.calibrate))
+        return self.propagate
 
     def _check_amounts(self) -> None:
         if not 0.0 <= self.ratio < 1.0:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,17 +19,15 @@ from moetool.forward.block import Block
 from moetool.forward.catch import Look
 from moetool.forward.linears import Linear
 from moetool.forward.profiler import Profiler
-from moetool.forward.solve import Solved, Work, kept, save
+from moetool.forward.solve import Solved, Work, kept
 from moetool.forward.solve import solve as solve_layers
-from moetool.forward.stats import LayerStats, Profile, Wanted, moments_as_kept
-from moetool.kernels import codec, form, solve
+from moetool.forward.stats import LayerStats, Wanted, moments_as_kept
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert
 from moetool.methods.reduce.decided import Decided, order_key
 from moetool.methods.reduce.decision import Decision, Where
 from moetool.methods.reduce.facts import Found, Refitted, TextSeen
-from moetool.methods.reduce.view import View
-from moetool.surgery import reform
+from moetool.methods.reduce.refitting import refitted, seen_by, solving_bytes
 
 if TYPE_CHECKING:
     from moetool.surgery.checkpoint import Checkpoint
@@ -90,9 +88,10 @@ class LayerByLayer:
         new = self.asked.way.block(view, decision, block)
         tokens = tokens_per_expert(stats)
         aside = _as_tensors(layer, decision) | _statistics(self.asked, stats)
-        if not self.asked.options.refit:
+        if not self.asked.refits:
             return Solved(Done(decision, tokens).as_json(), aside, block=new)
-        made = refitted(self.asked, view, block, new)
+        x = torch.from_numpy(stats.x).float().to(block.router.device)
+        made = refitted(self.asked, layer, new, seen_by(block, x))
         note = Done(decision, tokens, made.error).as_json()
         return Solved(note, aside | made.tensors, block=made.block)
 
@@ -126,6 +125,7 @@ def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided
         within.peaks,
         {n: d.tokens for n, d in done.items()},
         {n: d.refit for n, d in done.items() if d.refit},
+        wanted.sample if asked.refits else 0,
     )
     layers = {n: d.decision for n, d in done.items()}
     decided = Decided(asked.verb, asked.way.called, experts, layers).with_orders(orders)
@@ -136,7 +136,7 @@ def layer_by_layer(asked: Asked, seen: Evidence, within: Bounds, replay: Decided
 
 def _wanted(asked: Asked, batches: Batches) -> Wanted:
     o, needs = asked.options, asked.way.needs
-    most = max(o.sample if needs.sample else 0, o.refit_tokens if o.refit else 0)
+    most = max(o.sample if needs.sample else 0, o.refit_tokens if asked.refits else 0)
     sample = min(batches.total, most)
     return Wanted(len(batches.files), sample, needs.dense, needs.covariance)
 
@@ -166,9 +166,8 @@ def _held(asked: Asked, wanted: Wanted) -> int:
     width = mixture.width(mixture.layers[0])
     changed = 4 * mixture.experts * mixture.expert_elements(mixture.layers[0])
     held = wanted.memory(mixture.experts, hidden, width) + changed + asked.way.buffers(mixture)
-    if asked.options.refit:
-        grams = 16 * mixture.experts * width * width // max(1, mixture.experts // 4)
-        held += 6 * 4 * wanted.sample * hidden + grams
+    if asked.refits:
+        held += solving_bytes(asked, wanted.sample)
     return held
 
 
@@ -178,48 +177,8 @@ def _text(batches: Batches) -> TextSeen:
 
 def _solved(asked: Asked, folder: Path) -> tuple[Checkpoint, ...]:
     """What the walk left for the plan."""
-    left = asked.options.refit or asked.way.needs.covariance
+    left = asked.refits or asked.way.needs.covariance
     return (beside.solved_source(folder),) if left else ()
-
-
-def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
-    """Solution on the sample that a profile kept (the layers below unchanged)."""
-    folder, errors = asked.work / "solved", {}
-    for number in asked.mixture.layers:
-        view = asked.view(number, profile.layer(number))
-        new = asked.way.block(view, settled.layers[number], view.block)
-        made = refitted(asked, view, view.block, new)
-        errors[number] = made.error
-        save(folder, number, made.tensors)
-    found = replace(settled.found, refit=errors)
-    return replace(settled, found=found, extra=(beside.solved_source(folder),))
-
-
-class Solution(NamedTuple):
-    """A block whose down matrices were solved, those as the output will hold them, and how near
-    it came.
-    """
-
-    block: Block
-    tensors: dict[str, torch.Tensor]
-    error: Refitted
-
-
-def refitted(asked: Asked, view: View, block: Block, new: Block) -> Solution:
-    """The new block with its down matrices solved on the view's sample, so that it puts out what
-    `block` did. It continues with exactly the (rounded) values that are written.
-    """
-    x = _sample(view.seen).to(block.router.device)
-    target = block.routed(x, block.route(x))
-    made = solve.refit(x, new.route(x), new.experts, new.law, target)
-    stored = _as_stored(asked, view.layer, made.down)
-    tensors = {beside.solved_name(view.layer, j, "down"): t for j, t in enumerate(stored)}
-    turned = asked.mixture.orientation(view.layer)["transposed"]
-    dtype, own = new.experts.down.dtype, asked.mixture.pieces(view.layer, 0)["down"].name
-    kept = [reform.held(asked.mixture.source.tensor(own), t, asked.options.form) for t in stored]
-    rounded = torch.stack([(t.T if turned else t).to(dtype) for t in kept])
-    error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"))
-    return Solution(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
 
 
 def _as_tensors(layer: int, decision: Decision) -> dict[str, torch.Tensor]:
@@ -234,19 +193,3 @@ def _statistics(asked: Asked, stats: LayerStats) -> dict[str, torch.Tensor]:
     """Statistics that the plan reads, under their names in a profile."""
     kept = asked.way.kept(stats)
     return {f"{stats.layer}.{name}": torch.from_numpy(value) for name, value in kept.items()}
-
-
-def _sample(stats: LayerStats) -> torch.Tensor:
-    return torch.from_numpy(stats.x).float()
-
-
-def _as_stored(asked: Asked, layer: int, down: torch.Tensor) -> list[torch.Tensor]:
-    """Solved matrices as the file will hold them: dtype and orientation of the original."""
-    mixture = asked.mixture
-    dtype = mixture.source.tensor(mixture.pieces(layer, 0)["down"].name).dtype
-    turned = mixture.orientation(layer)["transposed"]
-    made = []
-    for matrix in down:
-        (stored,) = form.stored({"down": matrix}, ["down"], transposed=turned)
-        made.append(stored.to(codec.torch_dtype(dtype)).contiguous().cpu())
-    return made

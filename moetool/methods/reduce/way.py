@@ -67,6 +67,8 @@ class Way:
     writes: ClassVar[frozenset[str]] = frozenset()
     # it can be decided and written only from statistics of all layers as they were
     one_profile: ClassVar[bool] = False
+    # down matrices of its experts can be solved again
+    solvable: ClassVar[bool] = True
 
     def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
         self.verb: Any = verb  # the verb's options: Reducing and what the verb adds
