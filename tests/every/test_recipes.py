@@ -40,6 +40,9 @@ NAMES = {
     "qwen-fine-grained",
     "unival-interpolation",
     "shared-expert",
+    "llava-mole",
+    "mixlora",
+    "mote",
     "reap",
     "stun",
     "super-experts-only",
@@ -131,7 +134,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 38 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 41 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -144,7 +144,7 @@ def write_moe(
         _shared(build, chosen, layer, ffns[0])
 
 
-class Given(NamedTuple):
+class GivenExperts(NamedTuple):
     """Experts that are there already: the layer's own FFN, one FFN each, what each one's output is
     multiplied by, and the router.
     """
@@ -155,7 +155,7 @@ class Given(NamedTuple):
     router: Piece
 
 
-def write_given(build: Builder, chosen: Conversion, layer: Layer, given: Given) -> None:
+def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenExperts) -> None:
     """Plan all tensors of a MoE layer whose experts and router are given; the FFN becomes the
     shared expert where the layer has one.
     """

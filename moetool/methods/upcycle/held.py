@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle.config import Shape
 from moetool.methods.upcycle.diversify import Diversify
-from moetool.methods.upcycle.experts import Ffn, Given, Layer
+from moetool.methods.upcycle.experts import Ffn, GivenExperts, Layer
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import groups
@@ -22,7 +22,7 @@ SCALE = "output_scale"
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldGroup:
     """A checkpoint with one group of experts; `dense`: what it stands on."""
 
     source: Checkpoint
@@ -32,7 +32,7 @@ class Held:
     block: FfnBlock
 
     @classmethod
-    def of(cls, source: Checkpoint) -> Held:
+    def of(cls, source: Checkpoint) -> HeldGroup:
         """MoetoolError for a model without groups, and for groups that no class has."""
         if not groups.is_ours(source.config):
             raise MoetoolError(
@@ -99,11 +99,11 @@ class Held:
             gate, up = whole(found["gate"]), whole(found["up"])
         return Ffn(gate, up, whole(down), width, hidden, down.dtype)
 
-    def given(self, layer: int, scales: dict[str, float]) -> Given:
+    def given(self, layer: int, scales: dict[str, float]) -> GivenExperts:
         """What is there of a layer."""
         every = range(self.group.experts)
         router = self.source.tensor(f"{self._module(layer)}.{self.group.router}.weight")
-        return Given(
+        return GivenExperts(
             self.expert(layer, None) if self.group.base != "gone" else self.ffn,
             [self.expert(layer, e) for e in every],
             [scales.get(self._scale(layer, e), 1.0) for e in every],

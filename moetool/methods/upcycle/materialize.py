@@ -25,7 +25,7 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
-from moetool.methods.upcycle.held import Held
+from moetool.methods.upcycle.held import HeldGroup
 from moetool.methods.upcycle.targets import Conversion, Wish, named, refusals
 from moetool.methods.upcycle.trunk import Trunk
 from moetool.surgery import groups, reform
@@ -65,7 +65,7 @@ class Materialize(Method):
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """The experts' output scales, which become part of their down_proj."""
-        held = Held.of(sources[0])
+        held = HeldGroup.of(sources[0])
         scales = {
             name: float(sources[0].numbers(whole(sources[0].tensor(name)))[0])
             for name in held.scales()
@@ -74,7 +74,7 @@ class Materialize(Method):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every expert in full; all else moves byte for byte, by the names of the new family."""
-        held = Held.of(sources[0])
+        held = HeldGroup.of(sources[0])
         chosen = self._chosen(held)
         scales: dict[str, float] = decisions.chosen.get("scales", {})
         build, trunk = Builder(), Trunk.of([held.dense], chosen, None)
@@ -94,7 +94,7 @@ class Materialize(Method):
         facts = _facts(held, chosen, plan)
         return Made(plan, _certificate(held, chosen), plan.config, config.dropped, facts)
 
-    def _chosen(self, held: Held) -> Conversion:
+    def _chosen(self, held: HeldGroup) -> Conversion:
         """The first conversion of the base that computes what the group does."""
         shared = held.group.base == "beside"
         layers = ",".join(map(str, held.group.layers))
@@ -141,7 +141,7 @@ def _with_law(config: JsonObject, chosen: Conversion, group: Group) -> JsonObjec
     return config | ({inside: config[inside] | said} if inside else said)
 
 
-def _certificate(held: Held, chosen: Conversion) -> Certificate:
+def _certificate(held: HeldGroup, chosen: Conversion) -> Certificate:
     """Exact but for rounding to 16 bits."""
     why = f"every expert in full, weighed by {chosen.target.model_type} as by moetool"
     if held.ffn.dtype in ("BF16", "F16"):
@@ -149,7 +149,7 @@ def _certificate(held: Held, chosen: Conversion) -> Certificate:
     return Certificate("exact", why)
 
 
-def _facts(held: Held, chosen: Conversion, plan: Plan) -> ModelFacts:
+def _facts(held: HeldGroup, chosen: Conversion, plan: Plan) -> ModelFacts:
     group = held.group
     single = chosen.target.per_expert() and chosen.target.experts.reads_per_expert
     return ModelFacts(
