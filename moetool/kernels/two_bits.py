@@ -5,7 +5,6 @@ A byte holds code + 1 of four neighbours, the first in its lowest bits.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,16 +38,27 @@ def unpacked(bytes_: Tensor, dtype: torch.dtype) -> Tensor:
     return four.view(dtype).view(len(bytes_), -1)
 
 
-@lru_cache(maxsize=32)
 def _rows(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[256, 4]: the four codes of every byte."""
     every = torch.arange(256, device=device)
     return torch.stack([(every >> 2 * i & 3) - 1 for i in range(CODES)], -1).to(dtype)
 
 
-@lru_cache(maxsize=32)
+_CPU = torch.device("cpu")
+# a plain dict: compilers look through it, and through no cached function
+_ROWS = {(dtype, _CPU): _rows(dtype, _CPU) for dtype in _WIDE}
+
+
+def _held(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`_rows`, made once."""
+    if (dtype, device) not in _ROWS:
+        _ROWS[dtype, device] = _rows(dtype, device)
+    return _ROWS[dtype, device]
+
+
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _rows(dtype, device).view(_WIDE[dtype]).flatten()
+    """[256]: all four codes of a byte as one number."""
+    return _held(dtype, device).view(_WIDE[dtype]).flatten()
 
 
 class _Product(torch.autograd.Function):
@@ -78,7 +88,7 @@ def _one(x: Tensor, bytes_: Tensor) -> Tensor:
     one. Less memory goes through than unpacked codes take.
     """
     four = x.float().view(-1, CODES)
-    sums = (four @ _rows(torch.float32, x.device).T).flatten()
+    sums = (four @ _held(torch.float32, x.device).T).flatten()
     first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=x.device)
     found = sums.index_select(0, (bytes_.int() + first).flatten())
     return found.view(len(bytes_), -1).sum(1).to(x.dtype)[None]
