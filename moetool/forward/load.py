@@ -10,16 +10,24 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import stock
-from moetool.surgery import clients, forms, source
+from moetool.surgery import clients, forms, groups, source
 from moetool.surgery.active import Matching
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.forms.bitsandbytes import KEY, METHOD
 from moetool.surgery.spec import whole
 
 _LOADER = "transformers5"
+_PACKED, _UNPACKED = "use", "load"
 
 
-def load(path: str | Path, *, dtype: Any = "auto", device_map: Any = None, **options: Any) -> Any:
+def load(
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    unpack: str = "use",
+    **options: Any,
+) -> Any:
     """The model at `path` (a folder, or org/name on the Hub) in its stock transformers class.
 
     What transformers 5 loads by itself goes through its `from_pretrained`. Experts in nf4, fp4 or
@@ -27,12 +35,19 @@ def load(path: str | Path, *, dtype: Any = "auto", device_map: Any = None, **opt
     beside them. `dtype` is what is computed in (torch.bfloat16, "float32", ...; auto: as the config
     says), `device_map` and `options` are those of `from_pretrained`.
 
+    `unpack` says when ternary experts leave their two bits a weight: at each `use` (small), or once
+    at `load` (fast, with as much memory as experts in full).
+
     Raises MoetoolError for what is no checkpoint, for a package that is missing, and for forms that
     no loader here reads.
     """
     folder = str(source.locate(str(path)))
-    opened = Checkpoint.open(folder)
     how = {"dtype": _dtype(dtype), "device_map": device_map, **options}
+    if _has_groups(folder):
+        return _with_groups(folder, unpack, how)
+    if unpack != _PACKED:
+        raise _nothing_to_unpack(unpack, folder)
+    opened = Checkpoint.open(folder)
     packed = _packed_experts(opened)
     _require(opened)
     raw = read_json(Path(opened.folder) / "config.json", what="model config")
@@ -40,6 +55,44 @@ def load(path: str | Path, *, dtype: Any = "auto", device_map: Any = None, **opt
     if not packed:
         return stock.model_class(raw).from_pretrained(opened.folder, config=config, **how)
     return _with_experts(opened, raw, config, how)
+
+
+def _has_groups(folder: str) -> bool:
+    """Whether it holds groups of experts that no stock class does."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and groups.is_ours(read_json(path, what="model config"))
+
+
+def _with_groups(folder: str, unpack: str, how: JsonObject) -> Any:
+    """A model with groups of experts in its derived class, every tensor in its place."""
+    from moetool.modeling.piece import GrownPart
+
+    if unpack not in (_PACKED, _UNPACKED):
+        raise _nothing_to_unpack(unpack, folder)
+    raw = read_json(Path(folder) / "config.json", what="model config")
+    with stock.quietly():
+        made, info = stock.model_class(raw).from_pretrained(
+            folder,
+            config=stock.config(raw, folder),
+            output_loading_info=True,
+            trust_remote_code=False,
+            **how,
+        )
+    _refuse_other(folder, {k: set(v) for k, v in info.items()}, set())
+    for module in made.modules() if unpack == _UNPACKED else ():
+        if isinstance(module, GrownPart):
+            module.unpack(made.dtype)
+    return made
+
+
+def _nothing_to_unpack(said: str, folder: str) -> MoetoolError:
+    return MoetoolError(
+        f"unpack={said!r} means nothing for this model",
+        file=folder,
+        expected=f"{_PACKED}, or for ternary experts {_UNPACKED}",
+        found=said,
+        hint="leave it out",
+    )
 
 
 def _dtype(said: Any) -> Any:
@@ -122,7 +175,7 @@ def _with_experts(opened: Checkpoint, raw: JsonObject, config: Any, how: JsonObj
             output_loading_info=True,
             **{**held.options, **how, "dtype": dtype},
         )
-    _refuse_other(opened, {k: set(v) for k, v in info.items()}, held.names)
+    _refuse_other(opened.folder, {k: set(v) for k, v in info.items()}, held.names)
     bitsandbytes.settle(model, dtype)
     model.config.name_or_path = opened.folder
     if model.can_generate() and (Path(opened.folder) / "generation_config.json").exists():
@@ -141,7 +194,7 @@ def _rest(opened: Checkpoint, packed: set[str]) -> dict[str, Any]:
     }
 
 
-def _refuse_other(opened: Checkpoint, info: dict[str, set[str]], expected: set[str]) -> None:
+def _refuse_other(folder: str, info: dict[str, set[str]], expected: set[str]) -> None:
     """MoetoolError where transformers missed anything but the experts, or knew something not."""
     found = {k: v - expected if k == "missing_keys" else v for k, v in info.items()}
     wrong = {k: sorted(map(str, v)) for k, v in found.items() if v}
@@ -149,7 +202,7 @@ def _refuse_other(opened: Checkpoint, info: dict[str, set[str]], expected: set[s
         kind, names = next(iter(wrong.items()))
         raise MoetoolError(
             "transformers did not load the whole model",
-            file=opened.folder,
+            file=folder,
             tensor=names[0],
             found=f"{len(names)} {kind.replace('_', ' ')}",
             hint="`moetool verify` says what the checkpoint lacks",

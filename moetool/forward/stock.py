@@ -23,7 +23,7 @@ from typing import Any
 
 from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import companions
+from moetool.surgery import companions, groups
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.weights import INDEX
 
@@ -160,14 +160,26 @@ def _has_words(tokenizer: Any, folder: Path) -> bool:
 
 
 def model_class(raw: JsonMapping) -> Any:
-    """The class that the config names, if it is a model of transformers; else the causal one."""
+    """The class that the config names, if it is a model of transformers, or of moetool over one;
+    else the causal one.
+    """
     transformers = library()
+    if groups.is_ours(raw):
+        return _over(dict(raw)) or transformers.AutoModelForCausalLM
     named = raw.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
         return cls
     return transformers.AutoModelForCausalLM
+
+
+def _over(raw: JsonObject) -> Any:
+    """The class with groups of experts over the one that the config names."""
+    from moetool.modeling import carrier
+
+    found = model_class(groups.base_of(raw))
+    return carrier.over(found, raw["base_model_type"]) if hasattr(found, "config_class") else None
 
 
 def attends_eagerly(raw: JsonMapping, folder: str) -> bool:

@@ -87,6 +87,11 @@ def derived(base: str) -> Any:
     return made
 
 
+def over(stock: Any, base: str) -> Any:
+    """The class with groups of experts over a stock model class of family `base`."""
+    return _grown(stock, derived(base))
+
+
 def _tell(module: Any, family: Any, made: Any) -> None:
     """Let every mapping of an Auto module that knows a family's config know the derived one."""
     from transformers.models.auto.auto_factory import _LazyAutoMapping

@@ -15,6 +15,7 @@ from modeling.grown import IDS, apart
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import moetool as api
 from moetool.errors import MoetoolError
 from moetool.modeling import experts, laws, routes
 from moetool.modeling.block import GroupedBlock, blocks
@@ -144,6 +145,23 @@ def test_a_block_computes_what_experts_in_full_would(
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens))
     with torch.no_grad():
         assert apart(block(x[None])[0].double(), dense(block, group, x)) <= 2e-6
+
+
+def test_load_packed_and_unpacked(sources: Made, tmp_path: Path) -> None:
+    rounded = {"activations": "int8"}
+    held = (replace(TERNARY, name="plain"), replace(TERNARY, layers=(1, 3), params=rounded))
+    folder = grown.write(sources("llava"), tmp_path / "model", *held, random=True)
+    small, fast = api.load(folder), api.load(folder, unpack="load")
+    assert type(small).__name__ == "MoeLlavaForConditionalGeneration"
+    assert apart(logits(fast.eval()), logits(small.eval())) <= 1e-5
+    assert apart(logits(small), logits(loaded(sources("llava")))) > 1e-3
+    fast.save_pretrained(tmp_path / "again")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    with pytest.raises(MoetoolError, match="unpack='lod'"):
+        api.load(folder, unpack="lod")
+    with pytest.raises(MoetoolError, match="unpack='load'"):
+        api.load(sources("llama"), unpack="load")
 
 
 def test_what_a_config_says_wrongly_is_refused(sources: Made, tmp_path: Path) -> None:

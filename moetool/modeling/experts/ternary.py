@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetool.data import JsonObject
+from moetool.errors import MoetoolError
 from moetool.kernels import two_bits
 from moetool.modeling.block import FfnLinears, GroupedBlock
 from moetool.modeling.experts.group import ExpertGroup, dense_of
@@ -44,11 +45,18 @@ class TernaryLinear(GrownPart):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def unpack(self) -> None:
-        """Hold the weights in full beside the packed ones: four to sixteen times the memory, and
-        the speed of experts in full.
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Beside the packed weights: eight times their memory or more, and the speed of experts in
+        full.
         """
-        self._weight = self.dense().detach()
+        if self.weight_packed.is_meta:
+            raise MoetoolError(
+                "packed experts that are on disk cannot be unpacked once for all",
+                expected="every expert in memory",
+                found=f"{tuple(self.weight_packed.shape)} on the meta device",
+                hint="load with unpack='use', or without offloading to disk",
+            )
+        self._weight = self.dense().detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group or self._weight is not None:
