@@ -19,6 +19,9 @@ _WIDE = {
     torch.float32: torch.complex128,
 }
 _LIMIT = 127  # of int8
+_FINER = 254.0  # what is left after a digit is at most half of it
+_TINY = 1e-30
+_DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 
 
 def packed(codes: Tensor) -> Tensor:
@@ -65,54 +68,64 @@ class _Product(torch.autograd.Function):
     """x times codes; the codes are unpacked again on the way back instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bytes_: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bytes_: Tensor, digits: int) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(bytes_)
-        return x @ unpacked(bytes_, x.dtype).T
+        return _product(x, bytes_, digits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (bytes_,) = ctx.saved_tensors
-        return grad @ unpacked(bytes_, grad.dtype), None
+        return grad @ unpacked(bytes_, grad.dtype), None, None
 
 
-def product(x: Tensor, bytes_: Tensor) -> Tensor:
-    """x [tokens, in] times the codes transposed -> [tokens, out]."""
-    if x.requires_grad and torch.is_grad_enabled():
-        made: Tensor = _Product.apply(x, bytes_)  # type: ignore[no-untyped-call]
-        return made
-    return _one(x, bytes_) if len(x) == 1 else x @ unpacked(bytes_, x.dtype).T
-
-
-def _one(x: Tensor, bytes_: Tensor) -> Tensor:
-    """A single token: for every four inputs all 256 sums they can give, of which each byte picks
-    one. Less memory goes through than unpacked codes take.
+def product(x: Tensor, bytes_: Tensor, rounded: bool = False) -> Tensor:
+    """x [tokens, in] times the codes transposed -> [tokens, out]. `rounded`: x as int8 with one
+    scale a token (absmax); its gradient is that of x unrounded.
     """
-    four = x.float().view(-1, CODES)
-    sums = (four @ _held(torch.float32, x.device).T).flatten()
-    first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=x.device)
-    found = sums.index_select(0, (bytes_.int() + first).flatten())
-    return found.view(len(bytes_), -1).sum(1).to(x.dtype)[None]
-
-
-def rounded_product(x: Tensor, bytes_: Tensor) -> Tensor:
-    """As `product`, of activations rounded to int8 with one scale a token (absmax): sums of whole
-    numbers, exact on every road. The gradient is that of activations that are not rounded.
-    """
-    step = x.detach().float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LIMIT
-    whole = (x.detach().float() / step).round_().clamp_(-_LIMIT, _LIMIT)
-    if x.device.type == "cpu":
-        made = torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T).float()
-    else:
-        made = whole @ unpacked(bytes_, torch.float32).T
-    made = (made * step).to(x.dtype)
-    if x.requires_grad and torch.is_grad_enabled():
-        through = product(x, bytes_)
-        made = through + (made - through).detach()
+    digits = 1 if rounded else _digits(x)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _product(x, bytes_, digits)
+    made: Tensor = _Product.apply(x, bytes_, digits)  # type: ignore[no-untyped-call]
     return made
 
 
+def _digits(x: Tensor) -> int:
+    """How many digits hold x as exactly as its dtype does; 0 where it is multiplied as it is."""
+    return _DIGITS.get(x.dtype, 0) if x.device.type == "cpu" else 0
+
+
+def _product(x: Tensor, bytes_: Tensor, digits: int) -> Tensor:
+    """With digits: x is written as a scale a token times whole numbers from -127 to 127, each
+    digit 254 times finer than the one before. A processor multiplies those with codes several
+    times faster than floats, and their sums are exact.
+    """
+    if not digits:
+        return x @ unpacked(bytes_, x.dtype).T
+    step = _step(x)
+    rest, whole = x.detach().float() / step, []
+    for _ in range(digits):
+        whole.append(rest.round())
+        rest = (rest - whole[-1]) * _FINER
+    first, *others = _sums(torch.cat(whole), bytes_).view(digits, len(x), -1).unbind()
+    for power, sums in enumerate(others, 1):
+        first = first + sums * _FINER**-power
+    return (first * step).to(x.dtype)
+
+
+def _sums(whole: Tensor, bytes_: Tensor) -> Tensor:
+    """Whole numbers [rows, in] times codes, in float32, which holds every sum."""
+    if whole.device.type == "cpu":
+        return torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T).float()
+    return whole @ unpacked(bytes_, torch.float32).T
+
+
+def _step(x: Tensor) -> Tensor:
+    """What 1 means for each token [tokens, 1], so that its largest number is 127."""
+    return x.detach().float().abs().amax(-1, keepdim=True).clamp(min=_TINY) / _LIMIT
+
+
 def rounded(x: Tensor) -> Tensor:
-    """Activations as int8 with one scale a token gives them back; the gradient passes through."""
-    step = x.detach().float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LIMIT
-    made = ((x.detach().float() / step).round_().clamp_(-_LIMIT, _LIMIT) * step).to(x.dtype)
+    """Activations as int8 with one scale a token give them back; the gradient passes through."""
+    step = _step(x)
+    made = ((x.detach().float() / step).round() * step).to(x.dtype)
     return x + (made - x).detach() if x.requires_grad and torch.is_grad_enabled() else made

@@ -56,43 +56,70 @@ class RowsOf(NamedTuple):
 
 @dataclass(frozen=True)
 class Picked:
-    """Tokens in the order of the experts they go to. `token`: which token each row is [rows];
-    `weight`: of each row [rows, 1], None where all are 1; `runs`: of the experts that have
-    tokens; `tokens`: how many there are; `single`: whether each
-    token is one row; `sums`: whether the weights of a token sum to one.
+    """Tokens in the order of the experts they go to. `token`: which token each row is [rows], None
+    for a single token; `weight`: of each row [rows, 1], None where all are 1; `runs`: of the
+    experts that have tokens; `tokens` and `k`: how many there are, and how many rows each has;
+    `sums`: whether the weights of a token sum to one.
     """
 
-    token: Tensor
+    token: Tensor | None
     weight: Tensor | None
     runs: tuple[RowsOf, ...]
     tokens: int
-    single: bool
+    k: int
     sums: bool
 
     @classmethod
     def of(cls, chosen: Choices, choices: int, sums: bool = False) -> Picked:
         """Sort them."""
-        tokens, k = chosen.expert.shape
-        flat = chosen.expert.flatten()
+        (tokens, k), flat = chosen.expert.shape, chosen.expert.flatten()
+        weight = None if chosen.weight is None else chosen.weight.view(-1, 1)
+        if tokens == 1:
+            runs = tuple(RowsOf(e, n, n + 1) for n, e in enumerate(flat.tolist()))
+            return cls(None, weight, runs, tokens, k, sums)
         order = flat.argsort(stable=True)
-        weight = None if chosen.weight is None else chosen.weight.flatten()[order, None]
         counts = torch.bincount(flat, minlength=choices).tolist()
-        token = order // k if k > 1 else order
-        return cls(token, weight, _runs(counts), tokens, k == 1, sums)
+        weight = None if weight is None else weight[order]
+        return cls(order // k if k > 1 else order, weight, _runs(counts), tokens, k, sums)
 
-    def weighted(self, rows: Tensor) -> Tensor:
-        """Rows [rows, width] times their weights."""
-        return rows if self.weight is None else rows * self.weight
+    def rows(self, x: Tensor) -> Tensor:
+        """Of x [tokens, width], in order."""
+        return x.expand(self.k, -1) if self.token is None else x[self.token]
+
+    def take(self, x: Tensor, run: RowsOf) -> Tensor:
+        """Of x [tokens, width], those of one expert."""
+        return x if self.token is None else x[self.token[run.first : run.last]]
+
+    def add(self, total: Tensor | None, rows: Tensor, run: RowsOf) -> Tensor:
+        """A sum for each token [tokens, width] (None: nothing yet) with one expert's rows."""
+        if self.token is None:
+            return rows if total is None else total + rows
+        if total is None:
+            total = rows.new_zeros(self.tokens, rows.shape[-1])
+        return total.index_add_(0, self.token[run.first : run.last], rows)
+
+    def each(self, rows: Tensor, change: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What `change` makes of every expert's rows, together in order."""
+        made = [change(e, rows[first:last]) for e, first, last in self.runs]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def weighted(self, rows: Tensor, run: RowsOf | None = None) -> Tensor:
+        """Rows [rows, width], all or those of one expert, times their weights."""
+        if self.weight is None:
+            return rows
+        return rows * (self.weight if run is None else self.weight[run.first : run.last])
 
     def back(self, rows: Tensor) -> Tensor:
         """Sums of each token's rows [tokens, width]."""
+        if self.token is None:
+            return rows if self.k == 1 else rows.sum(0, keepdim=True)
         zeros = rows.new_zeros(self.tokens, rows.shape[-1])
         return zeros.index_add(0, self.token, rows)
 
-    def shares(self) -> Tensor:
+    def shares(self, like: Tensor) -> Tensor:
         """The sum of the weights of each token [tokens, 1]."""
-        ones = torch.ones(len(self.token), 1, device=self.token.device)
-        return self.back(ones if self.weight is None else self.weight)
+        rows = like.new_ones(self.tokens * self.k, 1) if self.weight is None else self.weight
+        return self.back(rows)
 
 
 def _runs(counts: list[int]) -> tuple[RowsOf, ...]:

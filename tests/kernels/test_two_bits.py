@@ -26,11 +26,16 @@ def test_products_and_their_gradients(tokens: int) -> None:
     x = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(tokens))
     bytes_, wide = two_bits.packed(CODES), x.double() @ CODES.double().T
     assert torch.allclose(two_bits.product(x, bytes_).double(), wide, atol=1e-5)
+    assert torch.allclose(two_bits.product(x.double(), bytes_), wide, atol=1e-12)
+    for dtype, least in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        half = two_bits.product(x.to(dtype), bytes_)
+        wanted = x.to(dtype).double() @ CODES.double().T
+        assert half.dtype == dtype and (half - wanted).abs().max() <= least * wanted.abs().max()
     x.requires_grad_()
     grad = torch.randn(tokens, 24)
-    for multiply in (two_bits.product, two_bits.rounded_product):
+    for rounded in (False, True):
         x.grad = None
-        multiply(x, bytes_).backward(grad)
+        two_bits.product(x, bytes_, rounded).backward(grad)
         assert x.grad is not None
         assert torch.allclose(x.grad.double(), grad.double() @ CODES.double(), atol=1e-5)
 
@@ -39,6 +44,22 @@ def test_rounded_activations_are_whole_steps_of_each_tokens_largest() -> None:
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
     step = x.double().abs().amax(-1, keepdim=True) / 127
     wanted = (x.double() / step).round() * step
-    made = two_bits.rounded_product(x, two_bits.packed(CODES))
+    made = two_bits.product(x, two_bits.packed(CODES), rounded=True)
     assert torch.allclose(made.double(), wanted @ CODES.double().T, atol=1e-5)
     assert torch.allclose(two_bits.rounded(x).double(), wanted, atol=1e-6)
+
+
+def test_products_of_floats_are_as_exact_as_floats() -> None:
+    """A wide matrix, and tokens whose numbers are of very different sizes."""
+    draw = torch.Generator().manual_seed(5)
+    codes = torch.randint(-1, 2, (64, 2048), generator=draw)
+    x = torch.randn(32, 2048, generator=draw) * torch.logspace(-4, 4, 32)[:, None]
+    x[:, 7] *= 50
+    wanted = x.double() @ codes.double().T
+    plain = (x @ codes.float().T).double()
+    made = two_bits.product(x, two_bits.packed(codes)).double()
+    size = x.double().abs().sum(-1, keepdim=True)
+    assert ((made - wanted) / size).abs().max() <= 5e-7
+    assert ((plain - wanted) / size).abs().max() <= 5e-7  # what float32 itself does
+    nan = two_bits.product(torch.full((1, 2048), float("nan")), two_bits.packed(codes))
+    assert nan.isnan().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import starmap
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -68,16 +68,15 @@ class ExpertGroup(nn.ModuleList):
 
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
         """[tokens, hidden] -> the weighted sum of what each token's experts give."""
-        rows = x[picked.token]
-
-        def given(choice: int, first: int, last: int) -> Tensor:
-            mine = rows[first:last]
-            return block.ffn(mine) if choice < self.first else self.of(block, choice, mine)
-
-        return picked.back(picked.weighted(torch.cat([*starmap(given, picked.runs)])))
+        made = picked.each(picked.rows(x), partial(self.of, block))
+        return picked.back(picked.weighted(made))
 
     def of(self, block: GroupedBlock, choice: int, rows: Tensor) -> Tensor:
-        """What the expert behind a choice gives for its rows."""
+        """What the expert behind a choice gives for its rows; of a `member` group the first choice
+        is the FFN itself.
+        """
+        if choice < self.first:
+            return block.ffn(rows)
         expert = self[choice - self.first]
         made: Tensor = expert(block.ffn(rows, dict(expert.named_children())))
         return made

@@ -33,12 +33,16 @@ class LowRankLinear(GrownPart):
         init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor, base: Tensor | None = None) -> Tensor:
-        """The change for rows x [rows, in], added to `base` [rows, out] if given."""
+    def forward(self, x: Tensor, base: Tensor | None = None, over: bool = False) -> Tensor:
+        """The change for rows x [rows, in], added to `base` [rows, out] if given: in place, where
+        `over` allows it.
+        """
         low = x @ self.lora_A.T
         if base is None:
             return low @ self.lora_B.T * self.scale
-        return torch.addmm(base, low, self.lora_B.T, alpha=self.scale)
+        add = base.addmm_ if over else partial(torch.addmm, base)
+        made: Tensor = add(low, self.lora_B.T, alpha=self.scale)
+        return made
 
     def dense(self, weight: Tensor) -> Tensor:
         """W [out, in] with the change."""
@@ -60,38 +64,47 @@ class LoraExperts(ExpertGroup):
         return Expert(((n, made(linears.shapes[n])) for n in targets), {})
 
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
-        lie, rows = block.linears, x[picked.token]
+        return (self._once if picked.k == 1 else self._several)(block, x, picked)
+
+    def _once(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
+        """Every token has one expert: all rows together, sorted by it."""
+        lie, rows = block.linears, picked.rows(x)
         into: dict[str, Linear] = {}
         for name in lie.into:
-            linear = getattr(block, name)
-            base = linear(rows) if picked.single else linear(x)[picked.token]
-            into[name] = _given(self._changed(name, rows, base, picked))
+            into[name] = _given(self._changed(name, rows, getattr(block, name)(rows), picked))
         middle = picked.weighted(block.ffn(rows, into | {lie.out: _itself}))
-        last = getattr(block, lie.out)
-        if picked.single:
-            made = picked.back(self._changed(lie.out, middle, last(middle), picked))
-        else:
-            made = last(picked.back(middle)) + picked.back(self._change(lie.out, middle, picked))
-        if lie.out in lie.biased and not picked.sums:
-            bias = last(middle.new_zeros(1, middle.shape[-1]))
-            made = made + (picked.shares() - 1) * bias
-        return made
+        made = _last(block, middle, None if picked.sums else picked.weight)
+        return picked.back(self._changed(lie.out, middle, made, picked))
 
     def _changed(self, name: str, rows: Tensor, base: Tensor, picked: Picked) -> Tensor:
         """`base` [rows, out] with each expert's change of its own rows."""
         if name not in self[0]._modules:
             return base
-        runs = picked.runs
-        return torch.cat([self._part(e, name)(rows[a:b], base[a:b]) for e, a, b in runs])
+        over = _may_overwrite(rows)
+        made = [self[e].get_submodule(name)(rows[a:b], base[a:b], over) for e, a, b in picked.runs]
+        return base if over else torch.cat(made)
 
-    def _change(self, name: str, rows: Tensor, picked: Picked) -> Tensor:
-        """The changes alone."""
-        if name not in self[0]._modules:
-            return rows.new_zeros(len(rows), 1)
-        return torch.cat([self._part(e, name)(rows[a:b]) for e, a, b in picked.runs])
-
-    def _part(self, expert: int, name: str) -> nn.Module:
-        return self[expert].get_submodule(name)
+    def _several(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
+        """One expert after the other: what it makes is still near when it is added up."""
+        lie, own = block.linears, self[0]._modules
+        base = {name: getattr(block, name)(x) for name in lie.into}
+        over = _may_overwrite(x) and picked.token is not None
+        mixed: Tensor | None = None
+        change: Tensor | None = None
+        for run in picked.runs:
+            rows, expert = picked.take(x, run), self[run.expert]
+            into: dict[str, Linear] = {lie.out: _itself}
+            for name, every in base.items():
+                made = picked.take(every, run)
+                part = expert.get_submodule(name) if name in own else None
+                into[name] = _given(made if part is None else part(rows, made, over))
+            middle = picked.weighted(block.ffn(rows, into), run)
+            mixed = picked.add(mixed, middle, run)
+            if lie.out in own:
+                change = picked.add(change, expert.get_submodule(lie.out)(middle), run)
+        assert mixed is not None
+        made = _last(block, mixed, None if picked.sums else picked.shares(x))
+        return made if change is None else made + change
 
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         made = {}
@@ -101,6 +114,20 @@ class LoraExperts(ExpertGroup):
             part = self[expert]._modules.get(name)
             made[name] = part.dense(weight) if isinstance(part, LowRankLinear) else weight
         return made
+
+
+def _last(block: GroupedBlock, mixed: Tensor, shares: Tensor | None) -> Tensor:
+    """The last linear of weighted sums; its bias counts as often as their weights say [rows, 1]."""
+    last = getattr(block, block.linears.out)
+    made: Tensor = last(mixed)
+    if shares is None or block.linears.out not in block.linears.biased:
+        return made
+    return made + (shares - 1) * last(torch.zeros_like(mixed[:1]))
+
+
+def _may_overwrite(x: Tensor) -> bool:
+    """Whether what nobody else holds may be changed in place: it saves a pass through memory."""
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
 
 
 def _given(made: Tensor) -> Linear:

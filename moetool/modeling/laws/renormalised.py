@@ -17,4 +17,6 @@ class RenormalisedLaw(CombineLaw):
 
     def choose(self, scores: Tensor) -> Choices:
         best, expert = scores.float().topk(self.top_k, -1)
+        if self.top_k == 1:  # a share of itself
+            return Choices(expert, None)
         return Choices(expert, best.softmax(-1).to(scores.dtype))
