@@ -19,9 +19,8 @@ _WIDE = {
     torch.float32: torch.complex128,
 }
 _LIMIT = 127  # of int8
-_FINER = 254.0  # what is left after a digit is at most half of it
 _TINY = 1e-30
-_DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+_NEAR = 2**18  # codes that are unpacked at a time
 
 
 def packed(codes: Tensor) -> Tensor:
@@ -68,9 +67,9 @@ class _Product(torch.autograd.Function):
     """x times codes; the codes are unpacked again on the way back instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bytes_: Tensor, digits: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bytes_: Tensor, rounded: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(bytes_)
-        return _product(x, bytes_, digits)
+        return _rounded_product(x, bytes_) if rounded else _product(x, bytes_)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -82,41 +81,33 @@ def product(x: Tensor, bytes_: Tensor, rounded: bool = False) -> Tensor:
     """x [tokens, in] times the codes transposed -> [tokens, out]. `rounded`: x as int8 with one
     scale a token (absmax); its gradient is that of x unrounded.
     """
-    digits = 1 if rounded else _digits(x)
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return _product(x, bytes_, digits)
-    made: Tensor = _Product.apply(x, bytes_, digits)  # type: ignore[no-untyped-call]
-    return made
+    if x.requires_grad and torch.is_grad_enabled():
+        made: Tensor = _Product.apply(x, bytes_, rounded)  # type: ignore[no-untyped-call]
+        return made
+    return _rounded_product(x, bytes_) if rounded else _product(x, bytes_)
 
 
-def _digits(x: Tensor) -> int:
-    """How many digits hold x as exactly as its dtype does; 0 where it is multiplied as it is."""
-    return _DIGITS.get(x.dtype, 0) if x.device.type == "cpu" else 0
-
-
-def _product(x: Tensor, bytes_: Tensor, digits: int) -> Tensor:
-    """With digits: x is written as a scale a token times whole numbers from -127 to 127, each
-    digit 254 times finer than the one before. A processor multiplies those with codes several
-    times faster than floats, and their sums are exact.
-    """
-    if not digits:
+def _product(x: Tensor, bytes_: Tensor) -> Tensor:
+    """A few rows of codes at a time, which are still in the cache when they are multiplied with."""
+    if torch.compiler.is_compiling():
         return x @ unpacked(bytes_, x.dtype).T
+    made = x.new_empty(len(bytes_), len(x))
+    rows = max(1, _NEAR // x.shape[-1])
+    for first in range(0, len(bytes_), rows):
+        those = slice(first, first + rows)
+        torch.mm(unpacked(bytes_[those], x.dtype), x.T, out=made[those])
+    return made.T
+
+
+def _rounded_product(x: Tensor, bytes_: Tensor) -> Tensor:
+    """Sums of whole numbers: exact, and on processors several times faster than those of floats."""
     step = _step(x)
-    rest, whole = x.detach().float() / step, []
-    for _ in range(digits):
-        whole.append(rest.round())
-        rest = (rest - whole[-1]) * _FINER
-    first, *others = _sums(torch.cat(whole), bytes_).view(digits, len(x), -1).unbind()
-    for power, sums in enumerate(others, 1):
-        first = first + sums * _FINER**-power
-    return (first * step).to(x.dtype)
-
-
-def _sums(whole: Tensor, bytes_: Tensor) -> Tensor:
-    """Whole numbers [rows, in] times codes, in float32, which holds every sum."""
-    if whole.device.type == "cpu":
-        return torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T).float()
-    return whole @ unpacked(bytes_, torch.float32).T
+    whole = (x.detach().float() / step).round()
+    if x.device.type == "cpu":
+        sums = torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T).float()
+    else:
+        sums = whole @ unpacked(bytes_, torch.float32).T
+    return (sums * step).to(x.dtype)
 
 
 def _step(x: Tensor) -> Tensor:

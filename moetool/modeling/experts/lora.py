@@ -40,9 +40,9 @@ class LowRankLinear(GrownPart):
         low = x @ self.lora_A.T
         if base is None:
             return low @ self.lora_B.T * self.scale
-        add = base.addmm_ if over else partial(torch.addmm, base)
-        made: Tensor = add(low, self.lora_B.T, alpha=self.scale)
-        return made
+        if over:
+            return base.addmm_(low, self.lora_B.T, alpha=self.scale)
+        return torch.addmm(base, low, self.lora_B.T, alpha=self.scale)
 
     def dense(self, weight: Tensor) -> Tensor:
         """W [out, in] with the change."""
@@ -120,9 +120,9 @@ def _last(block: GroupedBlock, mixed: Tensor, shares: Tensor | None) -> Tensor:
     """The last linear of weighted sums; its bias counts as often as their weights say [rows, 1]."""
     last = getattr(block, block.linears.out)
     made: Tensor = last(mixed)
-    if shares is None or block.linears.out not in block.linears.biased:
-        return made
-    return made + (shares - 1) * last(torch.zeros_like(mixed[:1]))
+    if shares is not None and block.linears.out in block.linears.biased:
+        made = made + (shares - 1) * last(torch.zeros_like(mixed[:1]))
+    return made
 
 
 def _may_overwrite(x: Tensor) -> bool:
