@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from itertools import chain
 from typing import Any
 
 TOP, MORE = 5, 12
@@ -63,8 +64,8 @@ def flat(made: Any) -> list[float]:
         for step in made.prompt_logprobs
         if step
     ]
-    tokens = [float(token) for step in steps for token, _ in step]
-    found = [held.logprob for step in steps for _, held in step]
+    best = list(chain.from_iterable(steps))
+    tokens, found = [float(token) for token, _ in best], [held.logprob for _, held in best]
     return [*tokens, *found, *map(float, made.outputs[0].token_ids)]
 
 

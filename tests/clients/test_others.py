@@ -82,8 +82,9 @@ def test_mlx(root: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", VLLM)
 def test_vllm(root: Path, family: str) -> None:
-    """What its CPU build reads is right: nearer to the dequantized than what rounding changes; where
-    it rounds activations too, about as near.
+    """What its CPU build reads is right: nearer to the dequantized than what rounding changes. Where
+    it rounds activations too, they count for more than weights do: 2e-3 for int8 in this Qwen3-MoE,
+    when the input of every linear of the dequantized model is rounded instead.
     """
     read = []
     for cell, answer in asked(root, "vllm", family, VLLM[family]):
@@ -93,5 +94,6 @@ def test_vllm(root: Path, family: str) -> None:
             continue
         read.append(cell.format)
         both = cells.NEAR.get(forms.asked(cell.format).form, 0.0) > 0
-        assert answer["kl"] < max((2 if both else 0.1) * answer["rounding"], 1e-3), said
+        near = (2, 5e-3) if both else (0.1, 1e-3)
+        assert answer["kl"] < max(near[0] * answer["rounding"], near[1]), said
     assert {"int4", "fp8-block", "w8a8"} <= set(read), read
