@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from moetool.errors import MoetoolError, UsageError
@@ -97,14 +98,16 @@ def check_model(method: Method, source: Checkpoint) -> None:
     if serves := _serves(method):
         config = spellings.completed(source.config)  # as it will be written
         found = clients.traits(config, source.tensors, folder=source.folder)
-        _refuse(serves, [clients.model(name, found) for name in serves], source.folder)
+        _refuse(serves, found, [clients.model(name, found) for name in serves])
 
 
 def check(method: Method, made: Made, source: Checkpoint) -> list[str]:
     """The same of a plan's output; what nobody has tried there, in sentences."""
     serves = _serves(method)
-    found = [one for one in of(made, source.folder) if one.client in serves] if serves else []
-    _refuse(serves, found, source.folder)
+    if not serves:
+        return []
+    found = [one for one in of(made, source.folder) if one.client in serves]
+    _refuse(serves, traits(made, source.folder), found)
     return [
         f"--for {one.client}: {'; '.join(one.why)} ({clients.evidence(one)})"
         for one in found
@@ -116,16 +119,27 @@ def _serves(method: Method) -> tuple[str, ...]:
     return method.options.serves if isinstance(method.options, Served) else ()
 
 
-def _refuse(serves: Sequence[str], found: Iterable[Judged], folder: str) -> None:
+def _refuse(serves: Sequence[str], output: Traits, found: Iterable[Judged]) -> None:
     broken = [one for one in found if one.state in _BROKEN and not one.through]
     if broken:
         raise UsageError(
             f"the output would not work in {' and '.join(one.client for one in broken)}",
-            file=folder,
+            file=output.folder,
             expected=f"an output for {', '.join(serves)}",
             **{one.client: said(one) for one in broken},
-            hint="leave out --for, and the report says what works where",
+            hint=_next(output, [one.client for one in broken]),
         )
+
+
+def _next(output: Traits, broken: Sequence[str]) -> str:
+    """Single experts, where they would help."""
+    usual = "leave out --for, and the report says what works where"
+    if output.facts.get("layout") != "fused":
+        return usual
+    single = replace(output, facts={**output.facts, "layout": "per-expert"})
+    if any(clients.model(name, single).state in _BROKEN for name in broken):
+        return usual
+    return "`moetool convert-layout SRC OUT --to per-expert` first (a recipe does both in one pass)"
 
 
 def said(one: Judged) -> str:
