@@ -13,6 +13,7 @@ from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
 from moetool.surgery.layout import Layout
 from moetool.surgery.pair import Pair, map_config
+from moetool.surgery.spellings import completed
 
 _EXPERTS, _TOP_K = 8, 2
 
@@ -38,7 +39,8 @@ def of_pair(pair: Pair) -> tuple[Judged, ...]:
     decided: JsonObject = {fields["experts"]: _EXPERTS, fields["top_k"]: _TOP_K}
     shared = target.overlay.shared
     decided |= {shared.count: 1} if shared and shared.count else {}
-    config = map_config(pair, source, target, {"model_type": pair.source}, decided).value
+    mapped = map_config(pair, source, target, {"model_type": pair.source}, decided)
+    config = completed(mapped.value)
     forms = target.per_expert()
     layers = range(target.field("layers", config))
     names = [filled(forms["down"], layer=n, expert=0) for n in layers] if forms else []
