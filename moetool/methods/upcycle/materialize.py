@@ -22,28 +22,34 @@ from moetool.methods.contract import (
     Summary,
 )
 from moetool.methods.field import WHAT
-from moetool.methods.options import option
+from moetool.methods.options import Served, option
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
 from moetool.methods.upcycle.held import HeldGroup
-from moetool.methods.upcycle.targets import Conversion, Wish, named, refusals
+from moetool.methods.upcycle.targets import Conversion, Spelling, Tried, Wish, named, refusals
 from moetool.methods.upcycle.trunk import Trunk
-from moetool.surgery import groups, reform
+from moetool.surgery import clients, groups, reform
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.clients import Judged
+from moetool.surgery.family import filled
 from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import whole
+from moetool.surgery.spellings import completed
 
 SOFTMAX = ("softmax",)
 MONOTONE = ("softmax", "sigmoid")  # the best one is the same, and renormalised its weight is 1
 
 
 @dataclass(frozen=True)
-class Materializing:
+class Materializing(Served):
     """The options of materialize."""
 
     target: str = option(
-        "auto", "model type to write, or auto (the first that is exact)", WHAT, metavar="FAMILY"
+        "auto",
+        "model type to write, or auto (of those that are exact the one that works in most clients)",
+        WHAT,
+        metavar="FAMILY",
     )
 
 
@@ -95,17 +101,25 @@ class Materialize(Method):
         return Made(plan, _certificate(held, chosen), plan.config, config.dropped, facts)
 
     def _chosen(self, held: HeldGroup) -> Conversion:
-        """The first conversion of the base that computes what the group does."""
+        """The conversion of the base that computes what the group does and works in most clients."""
         shared = held.group.base == "beside"
         layers = ",".join(map(str, held.group.layers))
         ffn, count = held.ffn, held.at.field("layers")
-        wish = Wish(self.options.target, "auto", layers, shared, 1, held.top_k, ffn.width, count)
+        said = self.options
+        wish = Wish(
+            said.target, "auto", layers, shared, 1, held.top_k, ffn.width, count, said.named
+        )
         reasons: dict[str, str] = {}
+        able: list[Tried] = []
         for conversion in named(held.dense, wish):
             why = [*refusals(conversion, wish), *_other_law(conversion, held.group)]
             if not why:
-                return conversion
+                tried = Tried.of(Spelling(conversion, fused=False), _judged(held, conversion), wish)
+                why = tried.useless
+                able += [] if why else [tried]
             reasons[f"not {conversion.pair.target}"] = "; ".join(why)
+        if able:
+            return max(able, key=lambda one: one.worth).spelling.conversion
         raise MoetoolError(
             "no class computes what these experts do",
             file=held.source.folder,
@@ -116,6 +130,17 @@ class Materialize(Method):
     def lines(self, summary: Summary) -> list[Line]:
         """The family, the experts, and how many parameters run."""
         return ModelFacts.of(summary.facts).lines()
+
+
+def _judged(held: HeldGroup, chosen: Conversion) -> tuple[Judged, ...]:
+    """What clients make of a conversion."""
+    config = config_of(chosen, held.dense.config, held.shape(chosen)).value
+    config = completed(_with_law(config, chosen, held.group))
+    names = [
+        chosen.prefix + filled(t, layer=held.group.layers[0], expert=0)
+        for t in chosen.target.per_expert().values()
+    ]
+    return clients.judged(clients.traits(config, names, folder=held.source.folder))
 
 
 def _other_law(conversion: Conversion, group: Group) -> Iterator[str]:
