@@ -101,7 +101,7 @@ class Materialize(Method):
         return Made(plan, _certificate(held, chosen), plan.config, config.dropped, facts)
 
     def _chosen(self, held: HeldGroup) -> Conversion:
-        """The conversion of the base that computes what the group does and works in most clients."""
+        """The conversion that computes what the group does and works in most clients."""
         shared = held.group.base == "beside"
         layers = ",".join(map(str, held.group.layers))
         ffn, count = held.ffn, held.at.field("layers")
