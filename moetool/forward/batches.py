@@ -91,6 +91,24 @@ class Batches:
         return replace(self, batches=tuple(batches), tokens=tuple(counts), digest=seal)
 
 
+def joined(first: Batches, second: Batches) -> Batches:
+    """Both, the files of `second` after those of `first`."""
+    count = len(first.files)
+    moved = tuple(replace(b, file=b.file + count) for b in second.batches)
+    kinds = [made.drawn or ("",) * len(made.files) for made in (first, second)]
+    seal = hashlib.sha256(f"{first.digest} {second.digest}".encode()).hexdigest()
+    return Batches(
+        (*first.batches, *moved),
+        (*first.files, *second.files),
+        (*first.tokens, *second.tokens),
+        max(first.seq_len, second.seq_len),
+        seal,
+        tuple(dict.fromkeys((*first.notes, *second.notes))),
+        (*kinds[0], *kinds[1]),
+        max(first.peak, second.peak),
+    )
+
+
 @dataclass(frozen=True)
 class Cut:
     """How text becomes sequences. `pack`: documents joined (an end-of-text token between them

@@ -247,6 +247,14 @@ class Solving:
         "byte for byte",
         WHAT,
     )
+    own_share: float = option(
+        0.4,
+        "share of the tokens that --refit solves on which is no text but what the model writes "
+        "itself (random ids where it does not fit into --memory), so that what the text does not "
+        "show is kept; 0: none",
+        unit="share",
+        metavar="SHARE",
+    )
     refit_tokens: int = option(
         32_768,
         "tokens that --refit solves on; sending them through costs about 4 times what as many "

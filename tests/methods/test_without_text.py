@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import moetool as api
 from moetool.forward import own
+from moetool.methods.reduce import lines
+from moetool.methods.reduce.facts import Found, Refitted
 from moetool.surgery.checkpoint import Checkpoint
 
 Models = Callable[..., Path]
@@ -100,3 +103,39 @@ def test_decisions_are_replayed_without_running(
     assert "data" not in report and "refit" not in report
     kept = {n: layer["keep"] for n, layer in of(file.parent, file.name)["layers"].items()}
     assert {n: layer["keep"] for n, layer in report["decisions"]["layers"].items()} == kept
+
+
+def test_a_refit_is_solved_on_a_share_of_the_models_own(models: Models, tmp_path: Path) -> None:
+    """And measured on sequences of both that it was not solved on."""
+    rows = np.random.default_rng(0).integers(1, 160, (40, 64))
+    text = tmp_path / "ids.jsonl"
+    text.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows))
+    told: dict[str, Any] = {"calibrate": [str(text)], "method": "reap", "refit": True}
+    told |= {"ratio": 0.5, "seq_len": 64, "refit_tokens": 1280}
+    source = str(models("mixtral"))
+    report = api.prune(source, str(tmp_path / "mixed"), own_share=0.25, **told)
+    assert [f.get("drawn", "") for f in report["refit_files"]] == ["", "own"]
+    assert [f["tokens"] for f in report["refit_files"]] == [960, 320]
+    assert report["refit_tokens"] == 1280 and len(report["data"]["files"]) == 1
+    for one in report["refit"].values():
+        assert set(one["left_out"]) == {"text", "own"}
+    alone = api.prune(source, str(tmp_path / "alone"), own_share=0.0, **told)
+    assert [f["tokens"] for f in alone["refit_files"]] == [1280]
+    memory = own.needed(Checkpoint.open(source)) - 1
+    drawn = api.prune(source, str(tmp_path / "drawn"), own_share=0.5, memory=memory, **told)
+    assert [f.get("drawn", "") for f in drawn["refit_files"]] == ["", "random"]
+    left = drawn["refit"]["0"]["left_out"]
+    assert set(left) == {"text", "random"}
+    assert all(0 < one["after"] < 2 * one["before"] for one in left.values())
+    with pytest.raises(api.UsageError, match="no text"):
+        api.prune(source, str(tmp_path / "out"), **told | {"own_share": 1.0})
+
+
+def test_narrow_text_is_said() -> None:
+    def found(**left: list[float]) -> Found:
+        return Found(refit={n: Refitted(0.5, 0.1, 0, left) for n in range(3)})
+
+    (said,) = lines.narrow(found(text=[0.4, 0.1], own=[0.4, 0.3]))
+    assert "the text is narrow" in said and "40.0% -> 10.0%" in said and "--own-share" in said
+    assert not lines.narrow(found(text=[0.4, 0.1], own=[0.4, 0.15]))
+    assert not lines.narrow(found(text=[0.4, 0.1])) and not lines.narrow(found())

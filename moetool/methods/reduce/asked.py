@@ -23,8 +23,12 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 
 if TYPE_CHECKING:
+    from moetool.forward.batches import Batches
     from moetool.forward.profile import Calibration
     from moetool.forward.stats import LayerStats, Profile
+
+
+OWN_LENGTH = 256  # tokens of a sequence of what stands beside text in a refit
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,24 @@ class Asked:
         running = Running(s.memory, s.device, s.tell, s.stop)
         told = Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
         return replace(told, running=running)
+
+    def solved_on(self) -> Batches:
+        """What --refit solves on: --refit-tokens of the text, and --own-share of them of no text,
+        what the model writes itself or, where it does not fit into memory, random ids.
+        """
+        from moetool.forward import drawn, own
+        from moetool.forward.batches import joined
+
+        o, source = self.options, self.mixture.source
+        share = o.own_share if len(o.texts) == len(o.calibrate) else 0.0
+        text = self.calibration().read(source).spread(round((1.0 - share) * o.refit_tokens))
+        tokens = round(text.total * share / (1.0 - share))
+        if tokens < 2:
+            return text
+        name = drawn.OWN if own.fits(source, self.settings.memory) else drawn.RANDOM
+        told = self.calibration()
+        cut = replace(told.cut, tokens=tokens, seq_len=min(OWN_LENGTH, text.seq_len))
+        return joined(text, replace(told, specs=(name,), cut=cut).read(source))
 
 
 @dataclass(frozen=True)

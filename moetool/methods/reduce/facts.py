@@ -16,18 +16,26 @@ if TYPE_CHECKING:
     from moetool.methods.reduce.writing import Planned, Writing
 
 
+TEXT = "text"  # what of a refit is text, beside the names of forward/drawn.py
+
+
 @dataclass(frozen=True)
 class Refitted:
     """Relative squared error of a layer's output, before and after its down matrices were solved.
-    `few`: experts that saw fewer tokens than they are wide, and were held near what they were.
+    `few`: experts that saw fewer tokens than they are wide, and were held near what they were;
+    `left_out`: the same two errors on tokens that were not solved on, of the text and of what
+    stands for all other text (reduce/left_out.py).
     """
 
     before: float
     after: float
     few: int = 0
+    left_out: Mapping[str, list[float]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, float]:
-        return {"error_before": self.before, "error_after": self.after, "few": self.few}
+    def as_json(self) -> JsonObject:
+        apart = {k: {"before": b, "after": a} for k, (b, a) in self.left_out.items()}
+        found = {"error_before": self.before, "error_after": self.after, "few": self.few}
+        return found | ({"left_out": apart} if apart else {})
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,23 @@ class Found:
     tokens_per_expert: Mapping[int, list[int]] = field(default_factory=dict)
     refit: Mapping[int, Refitted] = field(default_factory=dict)
     refit_tokens: int = 0  # the layers were solved on so many
+    refit_files: list[JsonObject] = field(default_factory=list)  # what they were, as in `data`
     unsolved: str = ""  # why nothing was
     replayed: str = ""  # the file of decisions
     decisions_written: str = ""
+
+    @property
+    def left_out(self) -> dict[str, tuple[float, float]]:
+        """{what: (before, after)}: a layer's squared error on what no refit was solved on, means
+        over the layers.
+        """
+        kinds = dict.fromkeys(kind for one in self.refit.values() for kind in one.left_out)
+        found = {}
+        for kind in kinds:
+            rows = [one.left_out[kind] for one in self.refit.values() if kind in one.left_out]
+            before, after = (sum(part) / len(rows) for part in zip(*rows, strict=True))
+            found[kind] = (before, after)
+        return found
 
     def as_json(self) -> JsonObject:
         """Only what there is."""
@@ -74,6 +96,7 @@ class Found:
             "tokens_per_expert": {str(n): t for n, t in self.tokens_per_expert.items()} or None,
             "refit": {str(n): r.as_json() for n, r in self.refit.items()} or None,
             "refit_tokens": self.refit_tokens or None,
+            "refit_files": self.refit_files or None,
             "not_refit": self.unsolved or None,
             "replayed": self.replayed or None,
             "decisions_written": self.decisions_written or None,

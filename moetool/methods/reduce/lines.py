@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from moetool.forward import drawn
 from moetool.methods.contract import Line
-from moetool.methods.reduce.facts import Found, Reduced, TextSeen
+from moetool.methods.reduce.facts import TEXT, Found, Reduced, TextSeen
 from moetool.units import show_bytes, show_count
 
 # what stands in for text, by its name (forward/drawn.py)
 DRAWN = {drawn.RANDOM: "random token ids", drawn.OWN: "tokens that the model wrote itself"}
+NARROW = 2.0  # times as much of the error is left of the rest as of the text
 SHOWN = 6  # super experts that are named
 
 
@@ -85,11 +86,28 @@ def refitted(found: Found) -> list[Line]:
             f"down_proj solved again on {found.refit_tokens:,} tokens: {worst} (layer {layer})",
         )
     ]
+    names = {TEXT: "text", **DRAWN}
+    for kind, (was, now) in found.left_out.items():
+        said.append(Line("", f"of {names[kind]} left out {was:.1%} -> {now:.1%}, a layer's mean"))
     few = sum(one.few for one in found.refit.values())
     if few:
         told = f"{few} experts saw fewer tokens than their width: held near what they were"
         said.append(Line("", told))
     return said
+
+
+def narrow(found: Found) -> list[str]:
+    """A warning where a refit brought what the text shows far nearer than everything else."""
+    apart = found.left_out
+    was, now = apart.pop(TEXT, (0.0, 0.0))
+    for kind, (before, after) in apart.items():
+        if after * was > NARROW * now * before:
+            return [
+                f"the text is narrow: refit brings it near ({was:.1%} -> {now:.1%} of it left out) "
+                f"and little else ({before:.1%} -> {after:.1%} of {DRAWN[kind]}): give text of more "
+                "kinds, or a larger --own-share"
+            ]
+    return []
 
 
 def _sizes(reduced: Reduced) -> str:

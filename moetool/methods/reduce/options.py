@@ -86,6 +86,13 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
                 expected="--uneven zeroed, ghost or ragged",
                 hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, but no stock loader reads it",
             )
+        if not 0.0 <= self.own_share < 1.0:
+            raise UsageError(
+                "--own-share is the share of a refit's tokens that are no text",
+                expected="0 <= share < 1, for example 0.4",
+                found=self.own_share,
+                hint="0 solves on text alone; --calibrate own on no text at all",
+            )
         if self.max_kl < 0:
             raise UsageError(
                 "--max-kl is not negative", found=self.max_kl, hint="for example --max-kl 0.05"

@@ -21,10 +21,11 @@ from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import Wanted
 from moetool.forward.taken import Taken
 from moetool.kernels import codec, form, solve
-from moetool.methods.reduce import beside
+from moetool.methods.reduce import beside, left_out, lines
 from moetool.methods.reduce.asked import Asked, Evidence, Settled
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Refitted
+from moetool.methods.reduce.left_out import Parts
 from moetool.surgery import reform
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class Given:
 
     x: torch.Tensor
     target: torch.Tensor
+
+    def where(self, mask: torch.Tensor) -> Given:
+        """Of the tokens of a mask [tokens] alone."""
+        at = mask.to(self.x.device)
+        return Given(self.x[at], self.target[at])
 
 
 class Solution(NamedTuple):
@@ -56,8 +62,10 @@ class Refitting:
 
     linears, gates = False, 0
 
-    def __init__(self, asked: Asked, seen: Evidence, layers: Mapping[int, Decision]) -> None:
-        self.asked, self.profile, self.layers = asked, seen.profile, layers
+    def __init__(
+        self, asked: Asked, seen: Evidence, layers: Mapping[int, Decision], parts: Parts
+    ) -> None:
+        self.asked, self.profile, self.layers, self.parts = asked, seen.profile, layers, parts
         self.taken = Taken()
         self.look: Look | None = self.taken
 
@@ -74,13 +82,13 @@ class Refitting:
         view = self.asked.view(layer, stats)
         view.read_block = lambda: block
         new = self.asked.way.block(view, self.layers[layer], block)
-        made = refitted(self.asked, layer, new, Given(self.taken.x, self.taken.made))
+        made = refitted(self.asked, layer, new, Given(self.taken.x, self.taken.made), self.parts)
         return Solved({"refit": asdict(made.error)}, made.tensors, block=made.block)
 
 
 def refit(asked: Asked, seen: Evidence, settled: Settled) -> Settled:
     """The decided layers solved on --refit-tokens of the text."""
-    batches = asked.calibration().read(asked.mixture.source).spread(asked.options.refit_tokens)
+    batches = asked.solved_on()
     settings, folder, source = asked.settings, asked.work / "walk", asked.mixture.source
     layers = {n: settled.layers[n] for n in asked.mixture.layers}
     told = [
@@ -100,11 +108,19 @@ def refit(asked: Asked, seen: Evidence, settled: Settled) -> Settled:
         settings.stop,
         "refit",
     )
-    made = solve_layers(source, batches, work, Refitting(asked, seen, layers))
+    made = solve_layers(source, batches, work, Refitting(asked, seen, layers, Parts.of(batches)))
     errors = {n: Refitted(**note["refit"]) for n, note in made.notes.items()}
-    found = replace(settled.found, refit=errors, refit_tokens=batches.total)
+    found = replace(
+        settled.found,
+        refit=errors,
+        refit_tokens=batches.total,
+        refit_files=batches.described,
+    )
+    found = replace(found, warnings=(*found.warnings, *lines.narrow(found)))
     extra = (*settled.extra, beside.solved_source(folder))
-    return replace(settled, found=found, extra=extra, memory=max(settled.memory, made.peak))
+    return replace(
+        settled, found=found, extra=extra, memory=max(settled.memory, made.peak, batches.peak)
+    )
 
 
 def _held(asked: Asked, batches: Batches) -> int:
@@ -149,19 +165,29 @@ def seen_by(block: Block, x: torch.Tensor) -> Given:
     return Given(x, block.routed(x, block.route(x)))
 
 
-def refitted(asked: Asked, layer: int, new: Block, seen: Given) -> Solution:
-    """The new block with its down matrices solved so that it puts out what the old one did. It
-    continues with exactly the (rounded) values that are written.
+def refitted(
+    asked: Asked, layer: int, new: Block, seen: Given, parts: Parts | None = None
+) -> Solution:
+    """The new block with its down matrices solved so that it puts out what the old one did, on
+    the tokens of `parts` that are to be solved on (None: all). It continues with exactly the
+    (rounded) values that are written.
     """
-    made = solve.refit(seen.x, new.route(seen.x), new.experts, new.law, seen.target)
+    fit = seen if parts is None else seen.where(parts.fit)
+    made = solve.refit(fit.x, new.route(fit.x), new.experts, new.law, fit.target)
     stored = _as_stored(asked, layer, made.down)
     tensors = {beside.solved_name(layer, j, "down"): t for j, t in enumerate(stored)}
     turned = asked.mixture.orientation(layer)["transposed"]
     dtype, own = new.experts.down.dtype, asked.mixture.pieces(layer, 0)["down"].name
     kept = [reform.held(asked.mixture.source.tensor(own), t, asked.options.form) for t in stored]
     rounded = torch.stack([(t.T if turned else t).to(dtype) for t in kept])
-    error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"), made.few)
-    return Solution(replace(new, experts=replace(new.experts, down=rounded)), tensors, error)
+    solved = replace(new, experts=replace(new.experts, down=rounded))
+    out = parts.out if parts is not None else {}
+    apart = {
+        kind: left_out.lost((new, solved), at.x, at.target)
+        for kind, at in ((k, seen.where(w)) for k, w in out.items())
+    }
+    error = Refitted(float(f"{made.before:.4g}"), float(f"{made.after:.4g}"), made.few, apart)
+    return Solution(solved, tensors, error)
 
 
 def _as_stored(asked: Asked, layer: int, down: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ protected: {"3": [7]}               super experts that were kept
 largest_outputs: [{layer, expert, output, times, super}]
                                     super experts, or the nearest to one; times the rest's largest
 data: {tokens, files, data_sha256, seq_len}, refit: {"3": {error_before, error_after,
-few}}, refit_tokens, not_refit: why not
+few}}, refit_tokens, refit_files, not_refit: why not
 clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried
 input_bytes, output_bytes, expert_bytes_before, expert_bytes_after
 quality: {files: [{file, tokens, perplexity, reference_perplexity, kl, top1_agreement, flips}], kl,
@@ -43,6 +43,7 @@ _TAKEN = (
     "data",
     "refit",
     "refit_tokens",
+    "refit_files",
     "not_refit",
     "router",
     "input_bytes",
