@@ -62,6 +62,7 @@ class Several(Method):
         belongs to another way.
         """
         known = {f.name: f for f in cls.fields()}
+        given = {key.replace("-", "_"): value for key, value in given.items()}
         theirs = {k: v for k, v in given.items() if k in known and known[k].of}
         mine = {k: v for k, v in given.items() if k not in theirs}
         options: Any = build(cls.Options, mine, cls.verb)

@@ -6,13 +6,15 @@ linears stay its children (so names on disk stay), and routers and experts are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from moetool.modeling import signals
 from moetool.modeling.balance import Scores
 
 if TYPE_CHECKING:
@@ -140,6 +142,14 @@ class GroupedBlock(nn.Module):
     linears: FfnLinears
     held: tuple[tuple[Group, CombineLaw], ...]
     seen: list[Scores] | None = None
+    signals: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def ids_by_modality(self) -> Sequence[Sequence[int]] | None:
+        """Token ids of each modality beside text, where a route looks at it."""
+        routers = (getattr(self, group.router) for group, _ in self.held)
+        found = next((r for r in routers if signals.MODALITY in r.reads), None)
+        return None if found is None else found.ids
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
@@ -155,7 +165,8 @@ class GroupedBlock(nn.Module):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor) -> Tensor:
         """What one group gives."""
-        scores = getattr(self, group.router)(x)
+        router = getattr(self, group.router)
+        scores = router(x, *signals.read(self.signals, router.reads, len(x)))
         chosen = law.choose(scores)
         if self.seen is not None:
             self.seen.append(Scores(scores, chosen.expert))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moetool.modeling import balance
+from moetool.modeling import balance, signals
 from moetool.modeling.block import GroupedBlock
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
@@ -99,6 +99,7 @@ def _observed(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        signals.note(self.grouped_blocks, args, kwargs)
         asked = kwargs.pop("output_router_logits", None)
         if not (self.config.output_router_logits if asked is None else asked):
             made = stock(self, *args, **kwargs)

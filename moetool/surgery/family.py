@@ -150,13 +150,14 @@ class Names:
     """Words in tensor names that hold for every family (archs/names.json). `dead`: ends of old
     buffers that no class reads; `mtp`: heads of layers that predict more tokens and lie outside
     the stack; `first`: what comes before the layers, such as embeddings; `tables`: parts of names
-    of embeddings inside layers.
+    of embeddings inside layers; `images`: config fields that name the token of an image.
     """
 
     dead: tuple[str, ...]
     mtp: tuple[str, ...]
     first: tuple[str, ...]
     tables: tuple[str, ...]
+    images: tuple[str, ...]
 
     @classmethod
     def read(cls, text: str) -> Names:

@@ -10,7 +10,8 @@ from itertools import chain
 
 from moetool.errors import MoetoolError
 from moetool.surgery.family import GroupSlot, Slot
-from moetool.surgery.groups import MODEL_TYPE, ROUTED, Group, block_of, linear_of
+from moetool.surgery.groups import MODEL_TYPE, Group, block_of, linear_of
+from moetool.surgery.inside import inside
 from moetool.surgery.layout import Layout
 
 ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
@@ -134,15 +135,19 @@ def _in(slot: Slot, held: Mapping[int, int]) -> Slot:
 def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
     """What one group adds: its router, and a matrix for each linear of each expert."""
     routed, held = dict.fromkeys(group.layers, 1), dict.fromkeys(group.layers, group.experts)
-    rows, router = str(group.choices), f"{block.module}.{group.router}"
-    if group.route.key == ROUTED:
-        hidden = layout.fields["hidden"]
+    rows, router = str(group.rows), f"{block.module}.{group.router}"
+    hidden = layout.fields["hidden"]
+    if group.rows:
         yield GroupSlot(f"{router}.weight", [rows, hidden], "router", "held", held=routed)
     if group.route.bias:
         yield GroupSlot(f"{router}.bias", [rows], "router.bias", "held", held=routed)
     expert = f"{block.module}.{group.name}.{{expert}}"
     if group.params.get("output_scale"):
         yield GroupSlot(f"{expert}.output_scale", ["1"], "expert.output_scale", "held", held=held)
+    for one in inside(group.form):
+        shape = [hidden if w == "hidden" else str(group.params.get(w)) for w in one.shape]
+        role = f"expert.{one.name.replace('.', '_')}"
+        yield GroupSlot(f"{expert}.{one.name}", [*shape], role, "held", held=held)
     for linear in block.linears:
         if not group.has(linear.name):
             continue

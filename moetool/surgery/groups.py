@@ -26,13 +26,15 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery.inside import HELD
 
 MODEL_TYPE = "moetool"
 VERSION = 1
 FIRST = "experts"  # the usual name of a group
 BASES = ("under", "beside", "member", "gone")
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
-ROUTED = "token"  # the key of routes that have a router
+ROUTED = "token"  # the key of routes that score each token by itself
+MODALITY = "modality"  # the key of routes that look at what kind of token it is
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ class Group:
         return "router" if self.name == FIRST else f"{self.name}_router"
 
     @property
+    def rows(self) -> int:
+        """Rows of the router's weight; 0 for a route without one. By modality there is one where a
+        token has a choice (`routers`: one for all modalities, or `each` its own).
+        """
+        if self.route.key == ROUTED:
+            return self.choices
+        said = self.route.options
+        if self.route.key != MODALITY or not said.get("routers"):
+            return 0
+        return self.choices * (len(said["allowed"]) if said["routers"] == "each" else 1)
+
+    @property
     def choices(self) -> int:
         """Rows of the router: what it chooses among."""
         return self.experts + (self.base == "member")
@@ -87,7 +101,8 @@ class Group:
 
     def has(self, linear: str) -> bool:
         """Whether its experts have tensors for this linear of the FFN."""
-        return self.form != EMPTY and linear in self.params.get("targets", [linear])
+        whole = self.form != EMPTY and self.form not in HELD
+        return whole and linear in self.params.get("targets", [linear])
 
     def expert(self, number: int, linear: str = "", part: str = "") -> str:
         """A name inside the block: `experts.7.gate_proj.lora_A`."""

@@ -67,11 +67,19 @@ NAMES = {
     "gguf-q4_0",
     "fit-6gb",
     "prune-then-quantize",
+    "mono-internvl",
+    "moiie",
+    "pesc",
+    "mofme",
 }
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize")}
 CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
-SMALL = {"fit-6gb": ["target-size=2MB", "fit-tokens=256"]}
+SMALL = {
+    "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
+    "mono-internvl": ["modality-ids=5"],
+    "moiie": ["modality-ids=5"],
+}
 
 
 @lru_cache(maxsize=1)
@@ -102,6 +110,7 @@ def changes(recipe: Path, out: Path) -> list[str]:
         f"source={MODEL}",
         f"out={out}",
         *([f"from={','.join([str(MODEL)] * len(models))}"] if models else []),
+        *SMALL.get(recipe.stem, ()),
     ]
 
 
@@ -134,7 +143,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 41 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 45 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -42,7 +42,15 @@ def made(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def test_all_kinds_are_found() -> None:
-    assert set(ExpertKind.known()) == {"full", "lora", "null", "ternary"}
+    assert set(ExpertKind.known()) == {
+        "adapter",
+        "film",
+        "full",
+        "lora",
+        "modality",
+        "null",
+        "ternary",
+    }
 
 
 @pytest.mark.parametrize("family", BLOCKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from moetool.errors import MoetoolError
 from moetool.methods.contract import Builder
@@ -11,6 +12,7 @@ from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
+from moetool.surgery.inside import inside
 from moetool.surgery.layout import words
 from moetool.surgery.pair import drops
 from moetool.surgery.spec import FLOATS, Stored, whole
@@ -135,3 +137,14 @@ class Spot:
         if bias is not None:
             target = build.target(self.name(expert, linear, "bias"), bias.dtype, bias.shape)
             build.copy(whole(bias, source), whole(target))
+
+    def write_inside(self, build: Builder) -> None:
+        """What experts have that are no FFNs: zero, or drawn as torch's linears are."""
+        hidden, dtype = self.ground.hidden, self.ground.dtype
+        for expert, one in product(range(self.group.experts), inside(self.group.form)):
+            name = f"{self.module}.{self.group.expert(expert, part=one.name)}"
+            target = build.target(name, dtype, one.sides(hidden, self.group.params))
+            if one.zero:
+                build.zeros(target)
+            else:
+                build.task("draw", [], [whole(target)], law="kaiming", seed=self.seed, name=name)

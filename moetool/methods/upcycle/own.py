@@ -13,7 +13,7 @@ from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery import groups, reform, shim
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import ROUTED, Group
+from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
 from moetool.surgery.spec import whole
@@ -70,9 +70,9 @@ def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
 def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     """The router of a layer, as --router says it starts."""
     group, ground = spot.group, spot.ground
-    if group.route.key != ROUTED:
+    if not group.rows:
         return
-    shape = (group.choices, ground.hidden)
+    shape = (group.rows, ground.hidden)
     target = build.target(f"{spot.module}.{group.router}.weight", ground.dtype, shape)
     start = kind.first_router
     if start.law == "zero":

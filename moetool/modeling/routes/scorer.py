@@ -16,10 +16,11 @@ class Scorer(GrownPart):
     """
 
     name: ClassVar[str] = ""
+    reads: ClassVar[tuple[str, ...]] = ()  # signals that forward takes after x, [tokens] each
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *signals: Tensor) -> Tensor:
         """[tokens, hidden] -> scores [tokens, choices]."""
         raise NotImplementedError

@@ -31,5 +31,5 @@ class TokenScorer(Scorer):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *signals: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)

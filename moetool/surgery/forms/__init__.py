@@ -20,6 +20,7 @@ from moetool.errors import MoetoolError, UsageError, did_you_mean
 from moetool.kernels.grid import Grid
 from moetool.surgery import groups
 from moetool.surgery.forms.form import Config, Form, Format, Params, Read, Recognised, Written
+from moetool.surgery.inside import HELD
 from moetool.surgery.spec import Piece, Shape, Stored, Target, whole
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def seen(tensors: Mapping[str, Stored], config: Config, read: Read | None = None
 
 def _check_groups(config: Config) -> None:
     """Refuse groups of experts in a form that there is not."""
-    known = (*forms(), groups.EMPTY)
+    known = (*forms(), groups.EMPTY, *HELD)
     for group in groups.read(config) if groups.is_ours(config) else ():
         if group.form not in known:
             raise MoetoolError(
