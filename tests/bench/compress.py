@@ -119,6 +119,8 @@ def reduce(
         if stats
         else {"calibrate": [str(tokens)], "tokens": TOKENS, "seq_len": LENGTH, "pack": False}
     )
+    if "least-squares" not in options.values() and options["method"] != "mergemoe":
+        options.setdefault("refit", False)
     report = getattr(moetool, verb)(str(bed / "qwen3moe-16x4"), str(out), **text, **options)
     return report, time.perf_counter() - wall, time.process_time() - cpu
 

@@ -22,7 +22,7 @@ import moetool
 UNLOADED = "--no-loader-check"  # a process of seconds for each of twenty runs
 REFIT = ["--method", "reap", "--refit", "--refit-tokens", "400"]
 CALLS = {
-    "prune": ["prune", "--ratio", "0.5", "--method", "reap"],
+    "prune": ["prune", "--ratio", "0.5", "--method", "reap", "--no-refit"],
     "refit": ["prune", "--ratio", "0.5", *REFIT],
     "merge": ["merge", "--ratio", "0.5", "--method", "m-smoe", "--sample", "100"],
     "quantize": ["quantize", "--format", "int4/16", "--max-shard-size", "100kB", UNLOADED],
@@ -259,6 +259,7 @@ def test_propagation_sees_changed_layers(
         "tokens": 400,
         "seq_len": 40,
         "method": "reap",
+        "refit": False,
     }
     plain = moetool.prune(source, str(tmp_path / "plain"), **options)["decisions"]["layers"]
     moved = moetool.prune(source, str(tmp_path / "moved"), propagate=True, **options)["decisions"][

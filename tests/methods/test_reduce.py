@@ -201,6 +201,7 @@ def test_decisions_are_written_edited_and_replayed(
         calibrate=[str(text)],
         tokens=400,
         seq_len=40,
+        refit=False,
     )
     replay = api.merge(
         str(source),

@@ -12,6 +12,7 @@ from moetool.errors import UsageError
 from moetool.methods.contract import Certificate, Line
 from moetool.methods.merge.combine import COMBINE
 from moetool.methods.options import fields as fields_of
+from moetool.methods.reduce import beside
 from moetool.methods.reduce.way import Needs, Way, refuse_quantized, ways
 from moetool.methods.reduce.writing import Writing
 from moetool.surgery import layout
@@ -232,9 +233,10 @@ class MergeWay(Way):
         experts = writing.mixture.experts
         if all(decision.count == experts for decision in writing.decided.layers.values()):
             return Certificate("exact", "nothing was merged: a copy")
+        how = ", then down_proj solved again" if beside.solved(writing.extra) else ""
         return Certificate(
             "none",
-            "experts were merged: another function, by how much `moetool eval --reference` measures",
+            f"experts were merged{how}: another function, by how much `moetool eval --reference` measures",
             None,
         )
 

@@ -39,5 +39,5 @@ class Prune(Reduce):
     examples = (
         "moetool prune demo pruned --ratio 0.25",
         "moetool prune SRC OUT --ratio 25% --calibrate text.jsonl",
-        "moetool prune SRC OUT --calibrate text.jsonl --refit --max-kl 0.05",
+        "moetool prune SRC OUT --calibrate text.jsonl --no-refit --max-kl 0.05",
     )

@@ -134,12 +134,13 @@ class Reduce(Several):
         return lines.notes(_reduced(summary))
 
     def card(self, report: Report) -> list[str]:
-        from moetool.methods.reduce.lines import calibrated, counted
+        from moetool.methods.reduce.lines import calibrated, counted, refitted
 
         reduced = _reduced(report)
         share = f"({100 * reduced.removed_share:.0f} % removed)"
         how = f"{reduced.decided.method}; report.json says which, decisions.json replays it"
-        return [f"{counted(reduced)} {share} by {how}", *calibrated(reduced.found)]
+        said = [f"{line.label or 'refit'}: {line.sentence}" for line in refitted(reduced.found)]
+        return [f"{counted(reduced)} {share} by {how}", *said, *calibrated(reduced.found)]
 
     def files(self, report: Report) -> dict[str, bytes]:
         from moetool.methods.reduce import report as document

@@ -24,7 +24,7 @@ def whether(way: Way, mixture: Mixture, kept: int) -> Whether:
     """As --refit says; else wherever the experts that `way` writes can be solved and there is
     enough to solve on. `kept`: experts of a layer that stay.
     """
-    told = way.options.refit or False
+    told = way.options.refit
     if told is not None:
         return Whether(told, "" if told else "--no-refit")
     why = _against(way, mixture, kept)
