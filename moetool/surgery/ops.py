@@ -196,6 +196,15 @@ def _base_delta(call: Call) -> Iterator[Tensor]:
             yield (base + u @ v).T if turn else base + u @ v
 
 
+def _change(call: Call) -> Iterator[Tensor]:
+    """lora_A and lora_B of what a fine-tune changed in a matrix."""
+    from moetool.kernels import change
+
+    base, tuned = (m.T if call.params["transposed"] else m for m in call.inputs)
+    a, b = change.factors(tuned.double() - base.double(), call.params["rank"])
+    yield from (a, b / call.params["scale"])
+
+
 def _wanda(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import form, merge
 
@@ -227,6 +236,7 @@ OPS = {
         Op("reindex", _reindex, "torch", 4.0, reads=3.0),
         Op("merge", _merge, "torch", 24.0, reads=6.0),
         Op("base_delta", _base_delta, "torch", 24.0, reads=6.0),
+        Op("change", _change, "torch", 24.0, reads=6.0),
         Op("wanda", _wanda, "torch", 24.0, reads=6.0),
     )
 }

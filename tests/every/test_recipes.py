@@ -43,6 +43,7 @@ NAMES = {
     "llava-mole",
     "mixlora",
     "mote",
+    "ders",
     "reap",
     "stun",
     "super-experts-only",
@@ -143,7 +144,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 45 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 46 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

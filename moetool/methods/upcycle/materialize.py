@@ -54,8 +54,8 @@ class Materializing(Served):
 
 
 class Materialize(Method):
-    """Write the experts of a model of moetool's own in full, as a mixture of experts of a class that
-    every client loads. Refuses with the reason where no class computes the same.
+    """Write the experts of a model of moetool's own in full, as a mixture of experts of a class
+    that every client loads. Refuses with the reason where no class computes the same.
 
     Low-rank experts become W + (alpha / rank) B A; ternary experts their decoded matrices, beside
     the FFN as the shared expert.

@@ -131,7 +131,7 @@ class Upcycle(Several):
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Neuron orders of every MoE layer (as tables), and how far apart the sources' trunks are."""
         if self.way.grows:
-            return Decisions()
+            return own.decide(self.way, sources, settings)
         assemble.check_alike(sources)
         if len(sources) == 1 and self.options.trunk != "base":
             raise UsageError(
@@ -171,7 +171,7 @@ class Upcycle(Several):
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """The plan and its certificate; every refusal that needs only headers happens here."""
         if self.way.grows:
-            return own.plan(self.way, sources, settings)
+            return own.plan(self.way, sources, decisions, settings)
         spelled = self._spelling(sources)
         chosen = spelled.conversion
         if chosen.stays_dense:

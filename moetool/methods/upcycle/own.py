@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moetool.errors import UsageError
-from moetool.methods.contract import Builder, Made, ModelFacts, Settings
+from moetool.methods.contract import Builder, Decisions, Made, ModelFacts, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
@@ -21,9 +21,18 @@ from moetool.surgery.spec import whole
 _WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
 
 
-def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Made:
+def decide(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+    """What a kind must read to plan."""
+    _check_sources(kind, sources)
+    return kind.decide(sources, settings)
+
+
+def plan(
+    kind: ExpertKind, sources: Sequence[Checkpoint], found: Decisions, settings: Settings
+) -> Made:
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
+    told = kind.told_by(found)
     ground, *others = (Ground.of(source, kind.verb.layers) for source in sources)
     kind.check(ground)
     group, build = kind.group(ground), Builder()
@@ -41,10 +50,10 @@ def plan(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) ->
             into |= kind.write(build, spot)
     config = groups.config_of(sources[0].config, (group,)) | {"auto_map": dict(shim.AUTO_MAP)}
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
-    made = reform.plan(sources, wanted, max_shard=settings.max_shard, into=into)
+    made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
     facts = _facts(ground, group, made)
     certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
-    return Made(made, certificate, made.config, {}, facts, files=files)
+    return Made(made, certificate, made.config, {}, facts, told, files)
 
 
 def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
@@ -73,6 +82,12 @@ def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     if not group.rows:
         return
     shape = (group.rows, ground.hidden)
+    given = kind.router(build, spot)
+    if given is not None:
+        name = f"{spot.module}.{group.router}.weight"
+        dtype = kind.found.extra[given.source - 1 - len(spot.others)].tensor(given.name).dtype
+        build.copy(given, whole(build.target(name, dtype, shape)))
+        return
     target = build.target(f"{spot.module}.{group.router}.weight", ground.dtype, shape)
     start = kind.first_router
     if start.law == "zero":

@@ -8,21 +8,23 @@ kinds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
 from moetool import discover
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.methods.contract import Builder, Certificate
+from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.options import fields
 from moetool.methods.several import Nothing
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.options import LAWS, Upcycling
 from moetool.methods.upcycle.route import Router
+from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import MODEL_TYPE, Group, Route
 from moetool.surgery.reform import Into
+from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
 _COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form")
@@ -46,6 +48,7 @@ class ExpertKind:
     def __init__(self, verb: Upcycling, own: Any = None) -> None:
         self.verb = verb
         self.own: Any = own if own is not None else self.Options()
+        self.found = Decisions()
 
     @classmethod
     def known(cls) -> Mapping[str, type[ExpertKind]]:
@@ -132,6 +135,15 @@ class ExpertKind:
         """How the router starts."""
         return Router.parse(self.verb.router, 1, self.verb.top_k)
 
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        """Look at what must be read to plan: nothing, for most kinds."""
+        return Decisions()
+
+    def told_by(self, found: Decisions) -> tuple[str, ...]:
+        """Plan with what was decided; what the user must be told of it."""
+        self.found = found
+        return ()
+
     def check(self, ground: Ground) -> None:
         """Refuse a model that cannot have such experts, from headers alone."""
 
@@ -151,6 +163,10 @@ class ExpertKind:
             params=self.params(ground),
             route=Route(law=law, top_k=top_k),
         )
+
+    def router(self, build: Builder, spot: Spot) -> Piece | None:
+        """Where the router of a layer lies that is there already."""
+        return None
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         """Plan the tensors of a layer's experts; the forms of those that are encoded."""

@@ -1,0 +1,205 @@
+"""Adapters of PEFT, and folders of MixLoRA, read as low-rank experts of a dense model's FFNs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+from moetool import strict_json
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.methods.upcycle.ground import Ground
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.headers import WeightFiles
+from moetool.surgery.spec import Stored
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PART = re.compile(r"(.+)\.(lora_[AB])((?:\.default)?\.weight)")
+_EXPERT = re.compile(r"(.*?)(?:\.experts\.(\d+))?")
+# What an adapter may say that a low-rank expert cannot hold: key -> what is harmless.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class LowRankExpert:
+    """One expert of an adapter: names are `head` + the linear's own tail + `middle` + .lora_A +
+    `suffix`, in the file that is number `source` of all adapters.
+    """
+
+    source: int
+    head: str
+    middle: str
+    suffix: str
+
+    def name(self, tail: str, part: str) -> str:
+        """The tensor of a linear (`layers.3.mlp.gate_proj`): lora_A or lora_B."""
+        return f"{self.head}{tail}{self.middle}.{part}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one folder holds: its file, rank and alpha (as a plain LoRA would say it), its experts,
+    the linears they change, and the template of its routers' names, if any.
+    """
+
+    folder: str
+    weights: Checkpoint
+    rank: int
+    alpha: float
+    experts: tuple[LowRankExpert, ...]
+    targets: tuple[str, ...]
+    router: str = ""
+
+
+def read(folder: str, number: int, ground: Ground, work: str) -> Adapter:
+    """An adapter folder. MoetoolError for one that is no plain LoRA of these FFNs, whole. `work`:
+    where tensors of a pickle are put as safetensors.
+    """
+    path = Path(folder)
+    said = strict_json.load(path / CONFIG, "adapter config")
+    _check_plain(folder, said)
+    weights = _weights(path, number, work)
+    found, router = _Found(folder, ground, weights), ""
+    for name in weights.tensors:
+        if name.endswith(".moe_gate.weight"):
+            router = re.sub(r"(?<=\.)\d+(?=\.)", "{layer}", name, count=1)
+        else:
+            found.take(name)
+    rank = said.get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise _refused(folder, "the adapter names no rank", "r, a whole number", rank)
+    root = sqrt(rank) if said.get("use_rslora") else 1.0
+    alpha = float(said.get("lora_alpha", rank)) * root
+    experts, targets = found.experts(number, rank)
+    return Adapter(folder, weights, rank, alpha, experts, targets, router)
+
+
+def _check_plain(folder: str, said: JsonObject) -> None:
+    kind = said.get("peft_type")
+    if kind not in ("LORA", "MIXLORA"):
+        raise _refused(folder, "the adapter is no LoRA", "peft_type LORA or MIXLORA", kind)
+    for key, harmless in _PLAIN.items():
+        if key in said and said[key] not in harmless:
+            what = f"the adapter has {key}, which a low-rank expert cannot hold"
+            raise _refused(folder, what, f"{key} {harmless[0]}", said[key])
+
+
+def _weights(path: Path, number: int, work: str) -> Checkpoint:
+    """The adapter's tensors as they lie; a pickle is read without running what it says."""
+    name = WEIGHTS
+    if not (path / WEIGHTS).exists() and (path / PICKLE).exists():
+        import torch
+        from safetensors.torch import save_file
+
+        held = torch.load(path / PICKLE, map_location="cpu", weights_only=True)
+        path, name = Path(work, "adapters"), f"{number}.safetensors"
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in held.items()}, path / name, {"format": "pt"})
+    if not (path / name).exists():
+        raise _refused(str(path), "the folder holds no adapter", f"{WEIGHTS} or {PICKLE}", "none")
+    return Checkpoint.seen(str(path), {}, WeightFiles.read(path, [name]))
+
+
+class _Found:
+    """The tensors of an adapter by what they change."""
+
+    def __init__(self, folder: str, ground: Ground, weights: Checkpoint) -> None:
+        self.folder, self.ground, self.weights = folder, ground, weights
+        self.forms: dict[int, tuple[str, str, str]] = {}  # expert -> head, middle, suffix
+        self.held: dict[int, dict[str, dict[str, Stored]]] = {}  # expert -> tail -> part
+        self.tails = {t: name for name, t in tails(ground)}
+
+    def take(self, name: str) -> None:
+        """A tensor into its place; MoetoolError for one that changes something else."""
+        found = _PART.fullmatch(name)
+        split = _EXPERT.fullmatch(found[1] if found else "")
+        module, expert = split.groups() if split else ("", None)
+        tail = next((t for t in self.tails if f".{module}".endswith(f".{t}")), None)
+        if found is None or tail is None:
+            raise _refused(
+                self.folder,
+                "the adapter changes more than the FFNs that become experts",
+                "lora_A and lora_B of the FFN's linears, in the layers of --layers",
+                name,
+                "merge that part into the model first, or train adapters of the FFN alone",
+            )
+        number = int(expert or 0)
+        form = (module.removesuffix(tail), f".experts.{expert}" if expert else "", found[3])
+        if self.forms.setdefault(number, form) != form:
+            raise _refused(self.folder, "the adapter's names are of two kinds", form[0], name)
+        parts = self.held.setdefault(number, {}).setdefault(tail, {})
+        parts[found[2]] = self.weights.tensors[name]
+
+    def experts(self, source: int, rank: int) -> tuple[tuple[LowRankExpert, ...], tuple[str, ...]]:
+        """The experts, and the linears that all of them change in every layer."""
+        targets: tuple[str, ...] = ()
+        for held in self.held.values():
+            mine = tuple(dict.fromkeys(self.tails[t] for t in self.tails if t in held))
+            targets = targets or mine
+            wanted = {t for t, name in self.tails.items() if name in targets}
+            gap = sorted(wanted ^ set(held))
+            if gap:
+                raise _refused(
+                    self.folder, "the adapter is not alike in all layers", gap[0], "absent"
+                )
+            self._check_shapes(held, rank)
+        if not self.held:
+            raise _refused(self.folder, "the adapter changes no FFN", "lora_A and lora_B", "none")
+        made = (LowRankExpert(source, *self.forms[n]) for n in sorted(self.forms))
+        return tuple(made), targets
+
+    def _check_shapes(self, held: Mapping[str, Mapping[str, Stored]], rank: int) -> None:
+        """MoetoolError for an adapter of another base, or another rank than it says."""
+        for layer in self.ground.layers:
+            for linear in self.ground.block.linears:
+                parts = held.get(tail_of(self.ground, linear.slot.name, layer))
+                if parts is None:
+                    continue
+                out, into = linear.sides(self.ground.stored(linear, layer).shape)
+                wanted = {"lora_A": (rank, into), "lora_B": (out, rank)}
+                for part, shape in wanted.items():
+                    seen = parts[part].shape if part in parts else None
+                    if seen != shape:
+                        raise _refused(
+                            self.folder,
+                            f"the adapter is of another base or rank: {part} of {linear.name}",
+                            str(list(shape)),
+                            list(seen) if seen else "nothing",
+                        )
+
+
+def tail_of(ground: Ground, template: str, layer: int) -> str:
+    """`layers.3.mlp.gate_proj`: a linear as every wrapper of the model calls it at the end."""
+    stack = ground.at.layout.stem.rstrip(".").rpartition(".")[2]
+    inner = template.partition("{layer}.")[2].removesuffix(".weight")
+    return f"{stack}.{layer}.{inner}"
+
+
+def tails(ground: Ground) -> Iterator[tuple[str, str]]:
+    """(name of the linear, its tail) for every linear that becomes experts'."""
+    for layer in ground.layers:
+        for linear in ground.block.linears:
+            yield linear.name, tail_of(ground, linear.slot.name, layer)
+
+
+def _refused(folder: str, what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
+    return MoetoolError(
+        what,
+        file=folder,
+        expected=expected,
+        found=str(found)[:200],
+        hint=hint or "give adapters that PEFT trained on this model, as plain LoRA of one rank",
+    )
