@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -45,10 +45,33 @@ def ways(verb: str) -> str:
     from moetool.methods import described
 
     found = sorted(described.describe(verb)["methods"], key=lambda way: (way["text"], way["name"]))
-    return markdown(
-        [f"`{verb} --method`", "is", "text"],
-        ([f"`{w['name']}`{default(w)}", sentence(w["about"]), said(w)] for w in found),
+    measured = any("kl" in way for way in found)
+    rows = [[f"`{w['name']}`{default(w)}", sentence(w["about"]), said(w)] for w in found]
+    if not measured:
+        return markdown([f"`{verb} --method`", "is", "text"], rows)
+    head = [f"`{verb} --method`", "is", "text", "KL at 25 %, 50 %", "refitted", "so it is"]
+    cells = ([*row, *kept(way)] for row, way in zip(rows, found, strict=True))
+    return markdown(head, cells) + "\n" + measured_on()
+
+
+def measured_on() -> str:
+    """Of what model, and on which text, the numbers are."""
+    from moetool.methods import described
+
+    about = described.figures().about
+    return (
+        f"KL(SRC || OUT) in nats a token, {about['held out']}, held out, of {about['model']}; decided and "
+        f"refitted on {about['calibration']} (ways that need no text: without, but for the refit). "
+        f"`{about['command']}`; on another model the order may be another: `--text` says.\n"
     )
+
+
+def kept(way: dict[str, Any]) -> list[str]:
+    """What a way was measured to keep, and what that says."""
+    from moetool.methods.measured import pair
+
+    cells = way.get("kl", {})
+    return [pair(cells), pair(cells, " refit"), way.get("advice", "")]
 
 
 def default(way: dict[str, str]) -> str:

@@ -26,12 +26,37 @@ def list_(given: Given) -> int:
     for verb in found:
         sink.line(f"{verb['name']}: {verb['about']}")
         width = max((len(way["name"]) for way in verb["ways"]), default=0)
+        kept = max((len(_kept(way)) for way in verb["ways"]), default=0)
         for way in verb["ways"]:
             need = "" if way["text"] else _FREE
-            room = get_terminal_size().columns - len(f"  {'':<{width}}  {need}")
-            sink.line(f"  {way['name']:<{width}}  {_clause(way['about'], room)}{need}")
+            head = f"  {way['name']:<{width}}  {_kept(way):<{kept}}" + ("  " if kept else "")
+            room = get_terminal_size().columns - len(head + need)
+            sink.line(f"{head}{_clause(way['about'], room)}{need}")
+    sink.line(_told_of_kept())
     sink.line("\nnext: moetool methods show NAME, of a verb or of a way")
     return 0
+
+
+def _kept(way: JsonObject) -> str:
+    """`.24 .63 -> .09 .31`: without and with refit; `!` where it is no better than chance."""
+    from moetool.methods.measured import pair
+
+    if "kl" not in way:
+        return ""
+    lost = " !" if "no better than chance" in way["advice"] else ""
+    refitted = pair(way["kl"], " refit")
+    return pair(way["kl"]) + (f" -> {refitted}" if refitted else "") + lost
+
+
+def _told_of_kept() -> str:
+    """What the numbers are."""
+    from moetool.methods.described import figures
+
+    about = figures().about
+    return (
+        "\nnumbers: KL(SRC || OUT) with 25 % and 50 % of the experts gone, -> with --refit; ! no better "
+        f"than chance somewhere ({about['model']}; {about['held out']}, held out)"
+    )
 
 
 def show(given: Given) -> int:
@@ -80,6 +105,9 @@ def _lines(found: JsonObject) -> list[str]:
     if "verb" in found:
         need = "needs text" if found["text"] else "needs no text"
         lines = [f"{found['name']} (moetool {found['verb']}; {need})", found["about"], ""]
+        if "kl" in found:
+            advice = f"; {found['advice']}" if found["advice"] else ""
+            lines += [f"measured: KL {_kept(found)}{advice}", ""]
     for way in found.get("methods", ()):
         need = "" if way["text"] else " (needs no text)"
         lines += [f"{way['name']}{need}: {way['about']}", ""]

@@ -75,10 +75,10 @@ class LayerStats:
     |input of down_proj| and |output|. easy [E]: sum of gate * |output| * (1 - cos(stream before,
     after)). in_sq [E, hidden], mid_sq [E, width]: sums of squared inputs of gate/up and of down.
     together [E, E]: tokens that chose both. stream [2]: the largest |number| of the residual
-    stream after the layer, and the median of its token's (arXiv 2402.17762). With `dense`: cosine, gram [E, E] and mean [E, hidden]
-    over `sampled` tokens. With `sample`: x [sampled, hidden]. With `covariance`: in_cov [hidden,
-    hidden], mid_cov [E, width, width] (sums of outer products over routed tokens, gate-weighted
-    squared).
+    stream after the layer, and the median of its token's (arXiv 2402.17762). With `dense`: cosine,
+    gram [E, E] and mean [E, hidden] over `sampled` tokens. With `sample`: x [sampled, hidden]. With
+    `covariance`: in_cov [hidden, hidden], mid_cov [E, width, width] (sums of outer products over
+    routed tokens, gate-weighted squared).
     """
 
     layer: int

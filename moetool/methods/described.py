@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from moetool import methods
 from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
+from moetool.methods import measured
 from moetool.methods.field import Field
 from moetool.methods.options import fields as fields_of
 
@@ -49,12 +51,28 @@ class NamedWay:
 
     def as_json(self) -> JsonObject:
         """As a verb lists it."""
-        return {"name": self.name, "text": self.needs_text, "about": self.about}
+        return {"name": self.name, "text": self.needs_text, "about": self.about} | self.measured
+
+    @property
+    def measured(self) -> JsonObject:
+        """What it keeps, and what that says of it, where it was measured."""
+        known = figures()
+        kl = known.of(self.verb, self.name)
+        advice = known.advice(self.verb, self.name) or getattr(self.cls, "apart", "")
+        return {"kl": kl, "advice": advice} if kl else {}
 
 
 def ways(verb: str) -> tuple[NamedWay, ...]:
     """The ways of a verb, in name order."""
     return tuple(NamedWay(verb, name, cls) for name, cls in methods.load(verb).ways().items())
+
+
+@lru_cache(maxsize=1)
+def figures() -> measured.Figures:
+    """What all ways were measured to keep, held against the one that is chance."""
+    known = [*ways("prune"), *ways("merge")]
+    chance = next(way.name for way in known if way.cls.chance)
+    return measured.figures(chance, frozenset(way.name for way in known if way.cls.apart))
 
 
 def every_way() -> Iterator[NamedWay]:
@@ -69,7 +87,7 @@ def listed() -> list[JsonObject]:
         {
             "name": name,
             "about": entry.about,
-            "ways": [{"name": w.name, "text": w.needs_text, "about": w.line} for w in ways(name)],
+            "ways": [w.as_json() | {"about": w.line} for w in ways(name)],
         }
         for name, entry in methods.METHODS.items()
     ]
@@ -108,6 +126,7 @@ def _way(way: NamedWay) -> JsonObject:
         "about": way.about,
         "papers": [f"arXiv {number}" for number in re.findall(r"\d{4}\.\d{5}", way.about)],
         "text": way.needs_text,
+        **way.measured,
         "options": [_option(f) for f in fields_of(way.cls.Options)],
         "example": f"moetool {way.verb} SRC OUT --method {way.name}{text}",
     }

@@ -1,5 +1,8 @@
 """What pruning and merging cost and keep: `python tests/bench/compress.py TESTBED [--llmcompressor
-PYTHON] [--only quality,speed,memory,cluster]`.
+PYTHON] [--only ways,protect,quality,speed,memory,cluster]`.
+
+ways: the table that README and `methods list` show (tests/bench/ways.py); protect: super experts
+(tests/bench/protect.py).
 
 TESTBED is a folder with a trained MoE (qwen3moe-16x4/) and text (text/calibration.jsonl,
 text/val.*.jsonl). Quality: KL and perplexity (geometric mean over the val files) of every method
@@ -24,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.protect import measure as measure_protect
+from tests.bench.ways import measure as measure_ways
 
 PEER = Path(__file__).parent / "peer_llmcompressor.py"
 TOKENS, LENGTH, EVAL = 65_536, 512, 6 * 8 * 512
@@ -509,13 +517,16 @@ def main() -> None:
         metavar="PYTHON",
         help="python of a virtual environment with llmcompressor",
     )
-    parser.add_argument("--only", default="quality,speed,memory,cluster")
+    parser.add_argument("--only", default="ways,protect,quality,speed,memory,cluster")
+    parser.add_argument("--again", action="store_true", help="ways: measure what stands there too")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/moetool-bench-compress"))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.only.split(","):
         {
+            "ways": lambda: measure_ways(args.testbed, args.folder, args.again),
+            "protect": lambda: measure_protect(args.testbed, args.folder),
             "quality": lambda: quality(args.testbed, args.folder, args.llmcompressor),
             "speed": lambda: speed(args.testbed, args.folder, args.llmcompressor, args.rounds),
             "memory": lambda: memory(args.folder),

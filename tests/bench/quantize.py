@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 class Meter:
     """Holds models against a reference on the same text; the reference is run once."""
 
-    def __init__(self, reference: Path, files: list[Path]) -> None:
+    def __init__(self, reference: Path, files: list[Path], each: int = EACH) -> None:
         from moetool.evaluate import perplexity
         from moetool.forward.batches import Cut
         from moetool.forward.profile import Calibration
@@ -62,7 +62,7 @@ class Meter:
             name, at, self.batches, perplexity.ANY_ROOM.budget(name, 0), lambda *_: None, None
         )
         source = Checkpoint.open(reference)
-        cut = Cut(FILES * EACH * LONG, LONG, shuffle=False)
+        cut = Cut(FILES * each * LONG, LONG, shuffle=False)
         self.batches = Calibration(tuple(map(str, files)), cut).read(source)
         self.reference = self.walked("reference", source)
 

@@ -39,6 +39,7 @@ class D2Moe(MergeWay):
     parts = MergeParts("outputs", "average", "frequency", "base-delta", whiten=True)
     forms = (Factored.name,)
     solvable = False
+    apart = "not to be compared: all experts stay, and only --form factored makes them smaller"
 
     def told(self) -> None:
         super().told()

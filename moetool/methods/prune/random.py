@@ -19,6 +19,7 @@ class Random(PruneWay):
     """
 
     name = "random"
+    chance = True
     needs = Needs(text=False)
 
     def score(self, view: View) -> np.ndarray:

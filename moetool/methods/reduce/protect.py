@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,8 +67,10 @@ def super_experts(
     early = {n: a for n, a in largest.items() if n < round(DEPTH * layers)}
     if not early:
         return ()
-    peaks = [Peak(n, e, float(v)) for n, a in early.items() for e, v in enumerate(a)]
-    peaks.sort(key=lambda p: (-p.output, p.layer, p.expert))
+    peaks = sorted(
+        chain.from_iterable(_peaks(n, a) for n, a in early.items()),
+        key=lambda p: (-p.output, p.layer, p.expert),
+    )
     every = [p.output for p in peaks]
     limit = max(float(np.percentile(every, PERCENTILE)), SHARE * every[0])
     forming = forming_massive(streams) | (set(early) - set(streams))
@@ -75,6 +78,10 @@ def super_experts(
     shown = chosen or peaks[:1]
     rest = max((p.output for p in peaks if p not in shown), default=0.0)
     return tuple(replace(p, times=p.output / max(rest, 1e-30), super=bool(chosen)) for p in shown)
+
+
+def _peaks(layer: int, largest: np.ndarray) -> list[Peak]:
+    return [Peak(layer, expert, float(output)) for expert, output in enumerate(largest)]
 
 
 def forming_massive(streams: Mapping[int, np.ndarray]) -> set[int]:

@@ -69,6 +69,8 @@ class Way:
     one_profile: ClassVar[bool] = False
     # down matrices of its experts can be solved again
     solvable: ClassVar[bool] = True
+    chance: ClassVar[bool] = False  # the control that every other way is held against
+    apart: ClassVar[str] = ""  # why what it keeps cannot be compared with other ways
 
     def __init__(self, verb: Any, own: Any = None, named: type[Way] | None = None) -> None:
         self.verb: Any = verb  # the verb's options: Reducing and what the verb adds
