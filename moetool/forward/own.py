@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def _written(asked: _Asked) -> tuple[np.ndarray, ...]:
     first = np.concatenate(list(Drawn.rows(own, 2 * count, 2 * count, asked.seed)))[:count]
     own.running.tell(_STAGE, 0, count * LENGTH)
     model, info = stock.load(own.source)
-    lost = [name for kind in _LOST for name in info.get(kind) or ()]
+    lost = list(chain.from_iterable(info.get(kind) or () for kind in _LOST))
     if lost:
         raise _cannot(own.source, f"{len(lost)} tensors not read, {lost[0]} first")
     model = model.to(own.running.device).eval()
