@@ -16,7 +16,7 @@ from typing import Any
 from tests.bench.quantize import LENGTH, SEQUENCES, Meter, documents, texts
 
 MODEL = "qwen3moe-16x4"
-PLANTED, ROWS, TIMES = "model.layers.1.mlp.experts.9.down_proj.weight", [5, 17], 3000.0
+PLANTED, ROWS, TIMES = "model.layers.1.mlp.experts.2.down_proj.weight", [5, 17], 3000.0
 TOLD = {"tokens": SEQUENCES * LENGTH, "seq_len": LENGTH, "refit": False}
 
 
