@@ -29,6 +29,20 @@ SOME = (
 )
 
 
+# What an environment without torchvision, and an attention that wants 16 bits, leave out.
+UNTESTED = {
+    "vllm": {
+        "llava-llava",
+        "qwen3_vl-qwen3_vl_moe",
+        "qwen3_5_text-qwen3_5_moe_text",
+        "deepseek_v3",
+        "deepseek_v3-pruned",
+        "deepseek_v3-merged",
+        "deepseek_v3-pruned-v5",
+    }
+}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outputs")
@@ -71,7 +85,7 @@ def test_every_output(root: Path, client: str) -> None:
     measured = asking.measured([client], OUTPUTS.values(), root)[client]
     assert measured.keys() == OUTPUTS.keys()
     compared = {n: m for n, m in measured.items() if m.state != "untested"}
-    assert len(compared) >= len(OUTPUTS) - 2  # models of images
+    assert measured.keys() - compared.keys() <= UNTESTED.get(client, set())
     says = {name: asking.said(client, output.write(root)) for name, output in OUTPUTS.items()}
     apart = [f"{n}: {says[n]}, measured: {m}" for n, m in compared.items() if says[n] != m.state]
     assert not apart, "\n".join(apart)
