@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from clients import asking
 from clients.outputs import OUTPUTS, TRAINED, Output
 
+SHORT = 44
 Rows = dict[str, dict[str, dict[str, str]]]  # output -> client -> state, shown, says
 
 
@@ -40,9 +42,14 @@ def measure(outputs: list[Output], names: list[str], root: Path) -> Rows:
 
 
 def shown(cell: dict[str, str], before: dict[str, str] | None) -> str:
-    """One cell: in short, what another version had first."""
+    """One cell: in short, what another version had first, where that was another thing."""
     now = brief(cell)
-    return now if before is None or brief(before) == now else f"{brief(before)} → {now}"
+    return now if before is None or kind(before) == kind(cell) else f"{brief(before)} → {now}"
+
+
+def kind(cell: dict[str, str]) -> tuple[str, bool]:
+    """What two versions must share to be said once."""
+    return cell["state"], "NaN" in cell["shown"]
 
 
 def brief(cell: dict[str, str]) -> str:
@@ -54,8 +61,9 @@ def brief(cell: dict[str, str]) -> str:
 
 def short(said: str) -> str:
     """The first words of a message, fit for a table."""
-    said = said.removeprefix("convert_hf_to_gguf.py: ").replace("|", "/").strip()
-    return said if len(said) <= 60 else said[:57] + "..."
+    said = re.sub(r"^((convert_hf_to_gguf.py|RuntimeError|llama_model_load): *)+", "", said)
+    said = said.replace("|", "/").strip()
+    return said if len(said) <= SHORT else said[: SHORT - 3] + "..."
 
 
 def table(rows: Rows, names: list[str], before: Rows) -> str:
