@@ -5,6 +5,8 @@ A byte holds code + 1 of four neighbours, the first in its lowest bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,37 +79,60 @@ class _Product(torch.autograd.Function):
         return grad @ unpacked(bytes_, grad.dtype), None, None
 
 
-def product(x: Tensor, bytes_: Tensor, rounded: bool = False) -> Tensor:
-    """x [tokens, in] times the codes transposed -> [tokens, out]. `rounded`: x as int8 with one
-    scale a token (absmax); its gradient is that of x unrounded.
+def product(x: Tensor, bytes_: Tensor, scale: Tensor, rounded: bool = False) -> Tensor:
+    """x [tokens, in] times the codes transposed, times `scale` [1] -> [tokens, out]. `rounded`: x
+    as int8 with one scale a token (absmax); its gradient is that of x unrounded.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         made: Tensor = _Product.apply(x, bytes_, rounded)  # type: ignore[no-untyped-call]
-        return made
-    return _rounded_product(x, bytes_) if rounded else _product(x, bytes_)
+        return made * scale.to(x.dtype)
+    if rounded:
+        return _rounded_product(x, bytes_, scale)
+    if x.shape[-1] < len(bytes_):
+        return _product(x * scale.to(x.dtype), bytes_)
+    return _product(x, bytes_) * scale.to(x.dtype)
 
 
 def _product(x: Tensor, bytes_: Tensor) -> Tensor:
     """A few rows of codes at a time, which are still in the cache when they are multiplied with."""
     if torch.compiler.is_compiling():
         return x @ unpacked(bytes_, x.dtype).T
+    multiply = _sums_of(x) if len(x) == 1 else partial(_plain, x)
     made = x.new_empty(len(bytes_), len(x))
     rows = max(1, _NEAR // x.shape[-1])
     for first in range(0, len(bytes_), rows):
         those = slice(first, first + rows)
-        torch.mm(unpacked(bytes_[those], x.dtype), x.T, out=made[those])
+        multiply(bytes_[those], made[those])
     return made.T
 
 
-def _rounded_product(x: Tensor, bytes_: Tensor) -> Tensor:
+def _plain(x: Tensor, bytes_: Tensor, out: Tensor) -> None:
+    torch.mm(unpacked(bytes_, x.dtype), x.T, out=out)
+
+
+def _sums_of(x: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """A single token: for every four inputs all 256 sums they can give, of which each byte picks
+    one. Less goes through memory than unpacked codes take.
+    """
+    sums = (x.float().view(-1, CODES) @ _held(torch.float32, x.device).T).flatten()
+    first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=x.device)
+
+    def multiply(bytes_: Tensor, out: Tensor) -> None:
+        found = sums.index_select(0, (bytes_.int() + first).flatten())
+        out.copy_(found.view(len(bytes_), -1).sum(1, keepdim=True))
+
+    return multiply
+
+
+def _rounded_product(x: Tensor, bytes_: Tensor, scale: Tensor | None = None) -> Tensor:
     """Sums of whole numbers: exact, and on processors several times faster than those of floats."""
     step = _step(x)
     whole = (x.detach().float() / step).round()
     if x.device.type == "cpu":
-        sums = torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T).float()
+        sums = torch._int_mm(whole.to(torch.int8), unpacked(bytes_, torch.int8).T)
     else:
         sums = whole @ unpacked(bytes_, torch.float32).T
-    return (sums * step).to(x.dtype)
+    return (sums * (step if scale is None else step * scale)).to(x.dtype)
 
 
 def _step(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from moetool.kernels import two_bits
 
 CODES = torch.randint(-1, 2, (24, 20), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+HALF = torch.tensor([0.5])
 DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -24,26 +25,29 @@ def test_packing_is_as_written_down_and_exact_both_ways() -> None:
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_products_and_their_gradients(tokens: int) -> None:
     x = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(tokens))
-    bytes_, wide = two_bits.packed(CODES), x.double() @ CODES.double().T
-    assert torch.allclose(two_bits.product(x, bytes_).double(), wide, atol=1e-5)
-    assert torch.allclose(two_bits.product(x.double(), bytes_), wide, atol=1e-12)
+    bytes_, wide = two_bits.packed(CODES), x.double() @ CODES.double().T * 0.5
+    assert torch.allclose(two_bits.product(x, bytes_, HALF).double(), wide, atol=1e-5)
+    assert torch.allclose(two_bits.product(x.double(), bytes_, HALF), wide, atol=1e-12)
     for dtype, least in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-        half = two_bits.product(x.to(dtype), bytes_)
-        wanted = x.to(dtype).double() @ CODES.double().T
+        half = two_bits.product(x.to(dtype), bytes_, HALF)
+        wanted = x.to(dtype).double() @ CODES.double().T * 0.5
         assert half.dtype == dtype and (half - wanted).abs().max() <= least * wanted.abs().max()
     x.requires_grad_()
     grad = torch.randn(tokens, 24)
     for rounded in (False, True):
         x.grad = None
-        two_bits.product(x, bytes_, rounded).backward(grad)
+        scale = HALF.clone().requires_grad_()
+        two_bits.product(x, bytes_, scale, rounded).backward(grad)
         assert x.grad is not None
-        assert torch.allclose(x.grad.double(), grad.double() @ CODES.double(), atol=1e-5)
+        assert torch.allclose(x.grad.double(), grad.double() @ CODES.double() * 0.5, atol=1e-5)
+        made = two_bits.product(x, bytes_, HALF * 2, rounded)
+        assert torch.allclose(scale.grad, (grad * made).sum(), rtol=1e-4)
 
 
 def test_rounded_activations_are_whole_steps_of_each_tokens_largest() -> None:
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
     step = x.double().abs().amax(-1, keepdim=True) / 127
     wanted = (x.double() / step).round() * step
-    made = two_bits.product(x, two_bits.packed(CODES), rounded=True)
-    assert torch.allclose(made.double(), wanted @ CODES.double().T, atol=1e-5)
+    made = two_bits.product(x, two_bits.packed(CODES), HALF, rounded=True)
+    assert torch.allclose(made.double(), wanted @ CODES.double().T * 0.5, atol=1e-5)
     assert torch.allclose(two_bits.rounded(x).double(), wanted, atol=1e-6)

@@ -63,8 +63,7 @@ class TernaryLinear(GrownPart):
             held = self.dense() if self._weight is None else self._weight
             x = two_bits.rounded(x) if self.rounds else x
             return functional.linear(x, held.to(x.dtype), self.bias)
-        made = two_bits.product(x, self.weight_packed, self.rounds)
-        made = made * self.weight_scale.to(x.dtype)
+        made = two_bits.product(x, self.weight_packed, self.weight_scale, self.rounds)
         return made if self.bias is None else made + self.bias
 
     def dense(self) -> Tensor:
