@@ -77,6 +77,8 @@ def derived(base: str) -> Any:
     said = {
         "model_type": groups.MODEL_TYPE,
         "keys_to_ignore_at_inference": [*ignored, *_NOT_LOGITS],
+        "num_experts": property(_experts),
+        "num_experts_per_tok": property(_experts_per_token),
         "register_for_auto_class": MoetoolConfig.register_for_auto_class,
         "__module__": __name__,
         "__doc__": f"A {family.__name__} with groups of experts.",
@@ -85,6 +87,20 @@ def derived(base: str) -> Any:
     for name in _AUTO:
         _tell(getattr(transformers.models.auto, name), family, made)
     return made
+
+
+def _experts(config: Any) -> int:
+    """What the routers of the first group choose among, as trainers ask for it."""
+    return _first(config).choices
+
+
+def _experts_per_token(config: Any) -> int:
+    return _first(config).route.top_k
+
+
+def _first(config: Any) -> groups.Group:
+    said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
+    return groups.read(said)[0]
 
 
 def over(stock: Any, base: str) -> Any:

@@ -7,16 +7,17 @@ For training they answer what trainers ask of a mixture: `output_router_logits` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from moetool.modeling import balance, signals
-from moetool.modeling.block import GroupedBlock
+from moetool.modeling.block import GroupedBlock, blocks
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
 from moetool.surgery import groups, shim
@@ -46,7 +47,7 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
     @property
     def grouped_blocks(self) -> list[GroupedBlock]:
         """Its blocks with groups of experts, in order."""
-        return [m for m in self.modules() if isinstance(m, GroupedBlock)]
+        return [*blocks(self)]
 
 
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
@@ -68,6 +69,9 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         stock.__init__(self, config, *args, **kwargs)
         said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
         install(self, groups.read(said), config.base_model_type)
+        backbone = self.base_model
+        if backbone is not self:  # trainers that compute the loss themselves ask it, not the head
+            backbone.forward = MethodType(_observed(type(backbone).forward), backbone)
         self.post_init()
 
     said = {
@@ -95,34 +99,47 @@ def _copy_names(stock: type[Any], made: type[Any]) -> None:
 
 
 def _observed(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The stock forward, and where router logits are asked for, these and their loss."""
+    """The stock forward, with what routes and trainers look at; of a head and its backbone, which
+    both have it, only the one that was called looks.
+    """
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        signals.note(self.grouped_blocks, args, kwargs)
-        asked = kwargs.pop("output_router_logits", None)
-        if not (self.config.output_router_logits if asked is None else asked):
-            made = stock(self, *args, **kwargs)
-            for name in ("aux_loss", "router_logits"):
-                if not isinstance(made, tuple):
-                    setattr(made, name, None)
-            return made
-        whole = kwargs.pop("return_dict", None)
-        whole = self.config.return_dict if whole is None else whole
-        blocks = self.grouped_blocks
-        for block in blocks:
-            block.seen = []
+        if getattr(self, "_within", False):
+            return stock(self, *args, **kwargs)
+        inner = self.base_model
+        inner._within = True
         try:
-            made = stock(self, *args, **kwargs, return_dict=True)
-            seen = [*chain.from_iterable(block.seen or () for block in blocks)]
+            return _looking(self, partial(stock, self), args, kwargs)
         finally:
-            for block in blocks:
-                block.seen = None
-        mask = kwargs.get("attention_mask")
-        made["aux_loss"] = loss = balance.mean(seen, mask)
-        made["router_logits"] = tuple(scores.logits for scores in seen)
-        if made.get("loss") is not None and loss is not None:
-            made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)
-        return made if whole else made.to_tuple()
+            inner._within = False
 
     return forward
+
+
+def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """One forward pass, and where router logits are asked for, these and their loss."""
+    held = [*blocks(self)]
+    signals.note(held, args, kwargs)
+    asked = kwargs.pop("output_router_logits", None)
+    if not (self.config.output_router_logits if asked is None else asked):
+        made = run(*args, **kwargs)
+        for name in ("aux_loss", "router_logits"):
+            if not isinstance(made, tuple):
+                setattr(made, name, None)
+        return made
+    whole = kwargs.pop("return_dict", None)
+    whole = self.config.return_dict if whole is None else whole
+    for block in held:
+        block.seen = []
+    try:
+        made = run(*args, **kwargs, return_dict=True)
+        seen = [*chain.from_iterable(block.seen or () for block in held)]
+    finally:
+        for block in held:
+            block.seen = None
+    made["aux_loss"] = loss = balance.mean(seen, kwargs.get("attention_mask"))
+    made["router_logits"] = tuple(scores.logits for scores in seen)
+    if made.get("loss") is not None and loss is not None:
+        made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)
+    return made if whole else made.to_tuple()

@@ -138,6 +138,13 @@ def test_what_trainers_ask_of_a_mixture(model_of: Any) -> None:
     )
     assert torch.equal(on.logits, off.logits)
     assert len(model(input_ids=IDS, output_router_logits=True, return_dict=False)) == 4
+    alone = model.base_model(input_ids=IDS, output_router_logits=True)  # as TRL does
+    assert all(
+        torch.equal(a, b) for a, b in zip(alone.router_logits, on.router_logits, strict=True)
+    )
+    assert (model.config.num_experts, model.config.num_experts_per_tok) == (4, 2)
+    model.config.output_router_logits = True
+    assert len(model(input_ids=IDS).router_logits) == 4
 
 
 def test_the_trainer_trains_and_saves(model_of: Any, tmp_path: Path) -> None:
