@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moetool.modeling import balance, signals
-from moetool.modeling.block import GroupedBlock, blocks
+from moetool.modeling.block import blocks
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
 from moetool.surgery import groups, shim
@@ -43,11 +43,6 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             (Path(save_directory) / shim.FILE).write_text(shim.TEXT)
-
-    @property
-    def grouped_blocks(self) -> list[GroupedBlock]:
-        """Its blocks with groups of experts, in order."""
-        return [*blocks(self)]
 
 
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:

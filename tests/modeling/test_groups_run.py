@@ -88,9 +88,9 @@ def test_experts_without_output_are_bit_equal(group: Group, sources: Made, tmp_p
 
 
 def test_registries_hold_what_there_is() -> None:
-    assert [*experts.forms()] == ["full", "lora", "null", "ternary"]
-    assert [*laws.laws()] == ["hard", "renormalised", "soft", "softmax"]
-    assert [*routes.keys()] == ["token"]
+    assert {"full", "lora", "null", "ternary"} <= experts.forms().keys()
+    assert {"hard", "renormalised", "soft", "softmax"} <= laws.laws().keys()
+    assert "token" in routes.keys()
 
 
 def dense(block: GroupedBlock, group: Group, x: Tensor) -> Tensor:
