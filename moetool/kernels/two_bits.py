@@ -69,12 +69,12 @@ class _Product(torch.autograd.Function):
     """x times codes; the codes are unpacked again on the way back instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bytes_: Tensor, rounded: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bytes_: Tensor, rounded: bool) -> Tensor:
         ctx.save_for_backward(bytes_)
         return _rounded_product(x, bytes_) if rounded else _product(x, bytes_)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bytes_,) = ctx.saved_tensors
         return grad @ unpacked(bytes_, grad.dtype), None, None
 

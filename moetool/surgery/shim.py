@@ -7,7 +7,7 @@ from __future__ import annotations
 
 FILE = "modeling_moetool.py"
 AUTO_MAP = {"AutoConfig": "modeling_moetool.MoetoolConfig"}
-TEXT = '''"""This model holds groups of experts that no class of transformers has; moetool runs them.
+TEXT = '''"""This model holds experts that no class of transformers has; moetool runs them.
 
     pip install moetool
     import moetool

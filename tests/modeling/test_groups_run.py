@@ -90,7 +90,7 @@ def test_experts_without_output_are_bit_equal(group: Group, sources: Made, tmp_p
 def test_registries_hold_what_there_is() -> None:
     assert {"full", "lora", "null", "ternary"} <= experts.forms().keys()
     assert {"hard", "renormalised", "soft", "softmax"} <= laws.laws().keys()
-    assert "token" in routes.keys()
+    assert {"token"} <= set(routes.keys())
 
 
 def dense(block: GroupedBlock, group: Group, x: Tensor) -> Tensor:
