@@ -57,7 +57,8 @@ class FfnBlock:
             have = "it has experts already" if layout.kind == "moe" else f"roles {sorted(roles)}"
             raise _homeless(layout, "an FFN whose linears the layout names", have)
         modules = sorted({block_of(s.name) for s in found})
-        if len(modules) > 1 or "{i" in modules[0]:
+        bare = modules[0].endswith("{layer}")  # the linears lie in the layer itself
+        if len(modules) > 1 or "{i" in modules[0] or bare:
             raise _homeless(layout, "one module with all linears of the FFN", ", ".join(modules))
         slots = {s.name: s for s in layout.tensors}
         turned = layout.overlay.linears == "transposed"

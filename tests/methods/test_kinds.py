@@ -28,7 +28,6 @@ BLOCKS = {
     "llava": ("language_model.model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
     "gpt2": ("transformer.h.{}.mlp", ("c_fc", "c_proj")),
     "gpt_neox": ("gpt_neox.layers.{}.mlp", ("dense_h_to_4h", "dense_4h_to_h")),
-    "opt": ("model.decoder.layers.{}", ("fc1", "fc2")),
 }
 
 
@@ -218,6 +217,12 @@ def test_what_does_not_go_together(
         moetool.upcycle(str(models("llama")), str(out), **{**LORA, **options})
     assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
     assert not out.exists()
+
+
+def test_an_ffn_in_no_module_of_its_own_is_refused(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(MoetoolError, match="opt has no FFN that groups of experts") as raised:
+        moetool.upcycle(str(models("opt")), str(tmp_path / "out"), **LORA)
+    assert "one module" in str(raised.value.where)
 
 
 @pytest.mark.parametrize(

@@ -107,4 +107,5 @@ def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
         layout=f"{group.form} experts{_WHERE.get(group.base, '')},",
         parameters=plan.parameters,
         active_parameters=plan.active_parameters,
+        expert_sources=(0,) * group.experts,  # what it stands on: `verify` compares their logits
     )
