@@ -31,7 +31,8 @@ SCRIPTS = {
 Jobs = Mapping[str, Mapping[str, object]]
 ROWS = [[10 + (7 * i + 3 * i * i + 50 * row) % 140 for i in range(24)] for row in range(2)]
 NEAR = 1e-5  # of the largest logit
-NEAR_LOG = 5e-5  # of a log-probability, where a client gives no logits
+# Of a log-probability, where a client gives no logits; NEAR where logits are larger than five.
+NEAR_LOG = 5e-5
 # vLLM's models of images want torchvision, and one attention of its CPU build 16 bits.
 LACKS = ("failed to be inspected", "expect weight to be bfloat16")
 LONG = 7200  # seconds after which a client is stuck
@@ -179,7 +180,7 @@ def _judged_top(made: np.ndarray, reference: Reference) -> Measured:
     gap = np.abs(np.take_along_axis(full, tokens, -1) - found).max()
     best = np.abs(np.sort(full, -1)[..., : -TOP - 1 : -1] - found).max()
     worst = float(max(gap, best))
-    if worst > NEAR_LOG:
+    if worst > max(NEAR_LOG, NEAR * np.abs(reference.logits).max()):
         return Measured("wrong", gap=worst)
     same = np.array_equal(made[:, 2 * many :].astype(int), reference.words)
     return Measured("works" if same else "wrong", "" if same else "other greedy tokens", worst)

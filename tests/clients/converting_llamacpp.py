@@ -43,10 +43,10 @@ def know_toys(script: str) -> None:
         return "gpt-2" if toy(self) else known(self, tokenizer)
 
     def vocabulary(self: Any, add_to_gguf: bool = True) -> Any:
+        if not (Path(self.dir_model) / "tokenizer.model").exists():
+            raise FileNotFoundError("tokenizer.model")  # as it would, where sentencepiece is there
         if not toy(self):
             return pieces(self, add_to_gguf)
-        if not (Path(self.dir_model) / "tokenizer.model").exists():
-            raise FileNotFoundError("tokenizer.model")
         return self._set_vocab_gpt2()
 
     TextModel.get_vocab_base_pre, TextModel._set_vocab_sentencepiece = before, vocabulary
