@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -123,7 +124,7 @@ class Output:
     def write(self, root: Path) -> Path:
         """Its folder below `root`, written once."""
         out = root / self.name
-        source = trained() if self.source == "trained" else self._source(root)
+        source = _trained(root) if self.source == "trained" else self._source(root)
         if not self.verb:
             return source
         if not out.exists():
@@ -152,6 +153,18 @@ def trained() -> Path:
     """SmolLM2-135M, as tests/every/test_real.py made it."""
     cache = os.environ.get("MOETOOL_TEST_CACHE", Path.home() / ".cache" / "moetool-tests")
     return Path(cache) / "SmolLM2-135M-Instruct"
+
+
+def _trained(root: Path) -> Path:
+    """The same with the tokenizer's class as on the Hub: transformers 4, under which llama.cpp
+    converts, does not know the one that transformers 5 writes.
+    """
+    folder, told = root / "sources" / "trained", "tokenizer_config.json"
+    if not folder.exists():
+        shutil.copytree(trained(), folder)
+        said = json.loads((folder / told).read_text())
+        (folder / told).write_text(json.dumps(said | {"tokenizer_class": "GPT2Tokenizer"}))
+    return folder
 
 
 def _tokenizer(folder: Path, words: tuple[str, ...]) -> None:
