@@ -58,6 +58,13 @@ class Shell:
         from torch import nn
 
         at = text_model(self.source.config)
+        if at.groups:
+            raise MoetoolError(
+                "text cannot be sent layer by layer through groups of experts yet",
+                file=self.source.folder,
+                expected="a model of a stock class",
+                hint="`moetool materialize` writes one; `import moetool` runs this one whole",
+            )
         count, modules = at.field("layers"), dict(self.model.named_modules())
         name = Layout.load(str(self.source.config.get("model_type"))).stack or ""
         found = modules.get(name)
