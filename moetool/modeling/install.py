@@ -79,6 +79,12 @@ def _grow(block: nn.Module, roles: dict[str, str], groups: Sequence[Group]) -> N
     block.linears = linears
     block.held = tuple((group, laws.named(group.route.law)(group.route)) for group in groups)
     for group in groups:
+        if taken := next((n for n in (group.router, group.name) if hasattr(block, n)), None):
+            raise MoetoolError(
+                f"a group called {group.name!r}, where the FFN has a {taken!r} of its own",
+                file="config.json",
+                hint="restore the config.json that came with the model",
+            )
         block.add_module(group.router, routes.named(group.route.key)(group, linears.hidden))
         block.add_module(group.name, experts.named(group)(group, linears))
     if all(group.base == "gone" for group in groups):

@@ -99,14 +99,6 @@ def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
 
 
 def _check(group: Group, count: int) -> None:
-    if (group.site, group.tower) != ("ffn", "text"):
-        raise MoetoolError(
-            "experts where this moetool does not look for them",
-            file="config.json",
-            expected="site ffn of tower text",
-            found=f"site {group.site} of tower {group.tower}",
-            hint="a newer moetool may know them",
-        )
     if any(n >= count for n in group.layers):
         raise MoetoolError(
             "a group of experts in a layer that is not there",

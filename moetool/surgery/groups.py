@@ -19,6 +19,7 @@ Read strictly, by whoever plans (methods/upcycle), decodes (forms) or runs (mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -35,6 +36,11 @@ BASES = ("under", "beside", "member", "gone")
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
 ROUTED = "token"  # the key of routes that score each token by itself
 MODALITY = "modality"  # the key of routes that look at what kind of token it is
+_KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
+    "params": dict,
+    "scale": float,
+}
+_ROUTE_KINDS = {"key": str, "law": str, "bias": bool, "options": dict}
 
 
 @dataclass(frozen=True)
@@ -165,10 +171,12 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         raise _wrong(
             "no groups of experts", "`base_model_type` and `moetool`", config.get("moetool")
         )
-    if said.get("version") != VERSION:
+    if said.get("version") is True or said.get("version") != VERSION:
         raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
     _known(said, ("version", "groups"), "moetool")
-    groups = tuple(_group(entry) for entry in said.get("groups") or ())
+    if not isinstance(said.get("groups"), list) or not said["groups"]:
+        raise _wrong("a list of no groups", "at least one group", said.get("groups"))
+    groups = tuple(map(_group, said["groups"]))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
         names = [g.name for g in groups if layer in g.layers]
         if len(set(names)) != len(names):
@@ -193,15 +201,35 @@ def _group(data: object) -> Group:
 
 
 def _check(group: Group) -> None:
+    _check_kinds(group)
+    if (group.site, group.tower) != ("ffn", "text"):
+        raise _wrong(
+            "experts where this moetool does not look for them",
+            "site ffn of tower text",
+            f"site {group.site} of tower {group.tower}",
+            "a newer moetool may know them",
+        )
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
         raise _wrong("a count is no whole number", "experts, top_k, layers", counts)
+    if not group.layers or len(set(group.layers)) != len(group.layers):
+        raise _wrong("layers of a group", "at least one, each once", list(group.layers))
     if group.base not in BASES:
         raise _wrong(f"base {group.base!r} of a group", ", ".join(BASES), group.base)
     if not 1 <= group.route.top_k <= group.choices:
         raise _wrong("top_k of a group", f"1 to {group.choices}", group.route.top_k)
     if not group.name.isidentifier():
         raise _wrong("a group's name", "letters, digits and _", group.name)
+
+
+def _check_kinds(group: Group) -> None:
+    """Refuse a value that is not of its field's kind; a number must be finite."""
+    for thing, kinds in ((group, _KINDS), (group.route, _ROUTE_KINDS)):
+        for name, kind in kinds.items():
+            value = getattr(thing, name)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or (kind is float and not math.isfinite(value)):
+                raise _wrong(f"`{name}` of a group", kind.__name__, repr(value))
 
 
 def _unusual(value: Group | Route) -> JsonObject:

@@ -173,6 +173,18 @@ def test_what_a_config_says_wrongly_is_refused(sources: Made, tmp_path: Path) ->
         ({"layers": (9,)}, "0 to 3"),
         ({"route": Route(law="softmx")}, "softmax"),
         ({"route": Route(key="tokn")}, "token"),
+        ({"route": Route(options={"temperature": 2})}, "temperature"),
+        ({"route": Route(bias="no")}, "bool"),  # type: ignore[arg-type]
+        ({"route": Route(law=5)}, "`law`"),  # type: ignore[arg-type]
+        ({"site": "attention"}, "site ffn"),
+        ({"scale": float("nan")}, "nan"),
+        ({"name": "gate_proj"}, "gate_proj"),
+        ({"layers": ()}, "at least one"),
+        ({"layers": (0, 0)}, "each once"),
+        ({"params": {"rank": 0, "alpha": 4.0}}, "`rank`"),
+        ({"params": {"rank": 4, "alpha": float("inf")}}, "`alpha`"),
+        ({"params": {"rank": 4, "alpha": 4.0, "targets": ["gate"]}}, "gate_proj"),
+        ({"form": "adapter", "params": {"dim": 4, "at": "befor"}}, "before"),
     ):
         folder = grown.write(sources("llama"), tmp_path / "wrong")
         config = json.loads((folder / "config.json").read_text())

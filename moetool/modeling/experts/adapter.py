@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
 
@@ -18,8 +18,8 @@ class AdapterExperts(ExpertGroup):
 
     name: ClassVar[str] = "adapter"
     bases: ClassVar[tuple[str, ...]] = ("under",)
-    needs: ClassVar[tuple[str, ...]] = ("dim",)
-    knows: ClassVar[tuple[str, ...]] = ("at",)
+    needs: ClassVar[Kinds] = {"dim": int}
+    knows: ClassVar[Kinds] = {"at": ("after", "before")}
 
     def __init__(self, group: Group, linears: FfnLinears) -> None:
         super().__init__(group, linears)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
 
@@ -17,7 +17,7 @@ class FilmExperts(ExpertGroup):
 
     name: ClassVar[str] = "film"
     bases: ClassVar[tuple[str, ...]] = ("under",)
-    knows: ClassVar[tuple[str, ...]] = ()
+    knows: ClassVar[Kinds] = {}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
         hidden = linears.hidden

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from moetool.errors import MoetoolError, did_you_mean
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
 from moetool.modeling.piece import GrownPart
 from moetool.surgery.groups import Group
+
+Kinds = Mapping[str, type | tuple[str, ...]]
 
 
 class Expert(GrownPart):
@@ -42,13 +45,14 @@ class Expert(GrownPart):
 class ExpertGroup(nn.ModuleList):
     """Subclass it in a file of this folder, with a `name`, and say what a linear of an expert is
     (`part`), or how all run. `bases`: what a group of this form may stand on; `needs`
-    and `knows`: the keys that its params must and may have.
+    and `knows`: the keys that its params must and may have, each with its
+    kind or the values that it may have.
     """
 
     name: ClassVar[str] = ""
     bases: ClassVar[tuple[str, ...]] = ("beside", "member", "gone")
-    needs: ClassVar[tuple[str, ...]] = ()
-    knows: ClassVar[tuple[str, ...]] = ("output_scale",)
+    needs: ClassVar[Kinds] = {}
+    knows: ClassVar[Kinds] = {"output_scale": bool}
 
     def __init__(self, group: Group, linears: FfnLinears) -> None:
         _check(group, self.needs, self.knows)
@@ -86,8 +90,10 @@ class ExpertGroup(nn.ModuleList):
         raise NotImplementedError
 
 
-def _check(group: Group, needs: tuple[str, ...], knows: tuple[str, ...]) -> None:
-    """Refuse params without a key that is needed, or with one that is not known."""
+def _check(group: Group, needs: Kinds, knows: Kinds) -> None:
+    """Refuse params without a key that is needed, with one that is not known, or with a value that
+    is not of its kind.
+    """
     every, said = (*needs, *knows), group.params
     wrong = [n for n in needs if n not in said] + [n for n in said if n not in every]
     if wrong:
@@ -102,6 +108,24 @@ def _check(group: Group, needs: tuple[str, ...], knows: tuple[str, ...]) -> None
             if lacks
             else did_you_mean(wrong[0], every),
         )
+    for name, kind in {**needs, **knows}.items():
+        if name in said and not _fits(said[name], kind, int(name in needs)):
+            raise MoetoolError(
+                f"`{name}` of {group.form} experts",
+                file="config.json",
+                expected=f"{kind.__name__}, a usual one" if isinstance(kind, type) else str(kind),
+                found=repr(said[name]),
+                hint="restore the config.json that came with the model",
+            )
+
+
+def _fits(value: Any, kind: type | tuple[str, ...], least: int) -> bool:
+    """Whether a value is of a kind: whole numbers from `least` up, finite ones, one of the words."""
+    if isinstance(kind, tuple):
+        return value in kind
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not int or value >= least)
 
 
 def dense_of(expert: Any, names: Iterable[str]) -> dict[str, Tensor]:

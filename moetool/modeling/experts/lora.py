@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moetool.errors import MoetoolError
 from moetool.modeling.block import FfnLinears, GroupedBlock, Linear, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
 from moetool.modeling.piece import GrownPart
 from moetool.surgery.groups import Group
 
@@ -54,13 +55,21 @@ class LoraExperts(ExpertGroup):
 
     name: ClassVar[str] = "lora"
     bases: ClassVar[tuple[str, ...]] = ("under",)
-    needs: ClassVar[tuple[str, ...]] = ("rank", "alpha")
-    knows: ClassVar[tuple[str, ...]] = ("targets",)
+    needs: ClassVar[Kinds] = {"rank": int, "alpha": float}
+    knows: ClassVar[Kinds] = {"targets": list}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
         rank, alpha = group.params["rank"], group.params["alpha"]
         made = partial(LowRankLinear, rank=rank, scale=alpha / rank)
-        targets = group.params.get("targets") or linears.names
+        targets = group.params.get("targets", linears.names)
+        if not targets or not set(targets) <= set(linears.names):
+            raise MoetoolError(
+                "`targets` of lora experts",
+                file="config.json",
+                expected=f"some of {', '.join(linears.names)}",
+                found=str(targets)[:200],
+                hint="restore the config.json that came with the model",
+            )
         return Expert(((n, made(linears.shapes[n])) for n in targets), {})
 
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:

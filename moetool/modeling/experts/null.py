@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetool.modeling.block import FfnLinears, GroupedBlock
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
 from moetool.surgery.groups import Group
 
 
@@ -16,7 +16,7 @@ class NullExperts(ExpertGroup):
     """They have no tensors."""
 
     name: ClassVar[str] = "null"
-    knows: ClassVar[tuple[str, ...]] = ()
+    knows: ClassVar[Kinds] = {}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
         return Expert((), {})

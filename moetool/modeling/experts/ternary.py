@@ -14,7 +14,7 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.kernels import two_bits
 from moetool.modeling.block import FfnLinears, GroupedBlock
-from moetool.modeling.experts.group import ExpertGroup, dense_of
+from moetool.modeling.experts.group import ExpertGroup, Kinds, dense_of
 from moetool.modeling.piece import GrownPart
 
 _ZEROS = 0b01010101  # a byte of four codes 0
@@ -81,7 +81,11 @@ class TernaryExperts(ExpertGroup):
     """
 
     name: ClassVar[str] = "ternary"
-    knows: ClassVar[tuple[str, ...]] = ("group", "activations", "output_scale")
+    knows: ClassVar[Kinds] = {
+        "group": int,
+        "activations": ("float", INT8),
+        "output_scale": bool,
+    }
 
     def part(self, params: JsonObject, linears: FfnLinears, name: str) -> nn.Module:
         return TernaryLinear(params, linears, name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moetool.errors import MoetoolError
 from moetool.modeling.routes.scorer import Scorer
 from moetool.surgery.groups import Group
 
@@ -21,6 +22,13 @@ class TokenScorer(Scorer):
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__(group, hidden)
+        if group.route.options:
+            raise MoetoolError(
+                "a route by token has no options",
+                file="config.json",
+                found=", ".join(map(str, group.route.options)),
+                hint="a newer moetool may know them",
+            )
         self.weight = nn.Parameter(torch.empty(group.choices, hidden))
         self.bias = nn.Parameter(torch.empty(group.choices)) if group.route.bias else None
 
