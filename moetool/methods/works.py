@@ -11,7 +11,7 @@ from itertools import chain
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Line, Made, Method
 from moetool.methods.options import Served
-from moetool.surgery import clients, spellings
+from moetool.surgery import clients, forms, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Assigned, Judged, Traits
 from moetool.surgery.forms.form import float_of
@@ -56,6 +56,8 @@ def _scheme(plan: Plan) -> list[Assigned]:
     for matrix in Roles.of(files).matrices:
         parts = seen.tensors[matrix.piece.name].parts
         form, params = (parts.form, parts.params) if parts else ("full", {})
+        if forms.named(form).in_groups:  # judged with its model type
+            continue
         found.append(
             Assigned(
                 matrix.role,

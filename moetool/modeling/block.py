@@ -174,6 +174,11 @@ class GroupedBlock(nn.Module):
         made: Tensor = getattr(self, group.name).run(self, x, picked)
         return made if group.scale == 1.0 else made * group.scale
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock class says it: another process makes the class anew."""
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_blank, (self.stock,), *rest)
+
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""
         made: Tensor = self.stock.forward(_Seen(self, linears) if linears else self, x)
@@ -200,6 +205,11 @@ def grown(stock: type[Any]) -> type[GroupedBlock]:
         said = {"stock": stock, "__module__": __name__, "__doc__": GroupedBlock.__doc__}
         _MADE[stock] = type(f"Moe{stock.__name__}", (GroupedBlock, stock), said)
     return _MADE[stock]
+
+
+def _blank(stock: type[Any]) -> GroupedBlock:
+    cls = grown(stock)
+    return cls.__new__(cls)
 
 
 def blocks(model: nn.Module) -> Iterator[GroupedBlock]:

@@ -11,12 +11,12 @@ from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from moetool.modeling import balance, signals
+from moetool.modeling import balance, carrier, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
@@ -28,6 +28,8 @@ _FLOAT32 = ("weight_scale", "output_scale")  # of pieces; bf16 would round them
 
 class Grown(PreTrainedModel):  # type: ignore[misc]
     """What derived classes have beside their stock class."""
+
+    stock: ClassVar[type[Any]]
 
     def initialize_weights(self) -> None:
         """Experts and routers too: submodels of the stock class do not know them."""
@@ -43,6 +45,10 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             (Path(save_directory) / shim.FILE).write_text(shim.TEXT)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock class and the family say it: another process derives the class anew."""
+        return carrier.pickled(self, protocol, self.config.base_model_type, self.stock)
 
 
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
@@ -70,6 +76,7 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         self.post_init()
 
     said = {
+        "stock": stock,
         "__init__": wraps(stock.__init__)(__init__),
         "__module__": __name__,
         "__doc__": f"A {stock.__name__} with groups of experts.",

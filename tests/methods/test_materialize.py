@@ -84,6 +84,8 @@ def test_the_native_model_computes_the_same(
         ("qwen2", "auto", {"form": "ternary", "activations": "int8"}, "int8"),
         ("gpt2", "auto", {"form": "lora"}, "gpt2"),
         ("llama", "auto", {"form": "null"}, "null"),
+        ("llama", "auto", {"form": "adapter", "adapter_dim": 8}, "adapter experts"),
+        ("llama", "auto", {"form": "film"}, "film experts"),
         ("llama", "gpt_oss", {"form": "lora"}, "gpt_oss"),
     ],
 )

@@ -46,6 +46,19 @@ def test_report_card_and_record_say_the_same(models: Models, tmp_path: Path) -> 
     assert json.loads((out / "moetool.json").read_text())["report"]["clients"] == report["clients"]
 
 
+def test_experts_that_no_stock_class_holds(models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = moetool.upcycle(str(models("llama")), str(out), experts=4, form="lora", rank=4)
+    assert states(report).pop("transformers5") == "works"
+    assert set(states(report).values()) == {"works", "refuses"}
+    card = (out / "README.md").read_text()
+    assert "- works in transformers5: with moetool installed, and imported first\n" in card
+    assert "- refused by transformers4, vllm, llama.cpp, mlx: a model type of moetool's own" in card
+    assert "GGUF" not in card and "`moetool materialize`" in card
+    with pytest.raises(UsageError, match="would not work in vllm"):
+        moetool.upcycle(str(models("llama")), str(tmp_path / "no"), form="lora", for_="vllm")
+
+
 def test_the_same_output_is_judged_alike_whoever_writes_it(models: Models, tmp_path: Path) -> None:
     source = models("mixtral", sliding_window=16)
     said = {"dry_run": True}

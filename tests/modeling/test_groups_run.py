@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,13 @@ def test_a_block_computes_what_experts_in_full_would(
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens))
     with torch.no_grad():
         assert apart(block(x[None])[0].double(), dense(block, group, x)) <= 2e-6
+
+
+def test_a_model_is_copied_to_another_process(sources: Made, tmp_path: Path) -> None:
+    model = loaded(grown.write(sources("llava"), tmp_path / "model", LORA, random=True))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model) and torch.equal(logits(again), logits(model))
+    assert type(again.config) is type(model.config) and again.config == model.config
 
 
 def test_load_packed_and_unpacked(sources: Made, tmp_path: Path) -> None:

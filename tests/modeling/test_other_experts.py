@@ -211,6 +211,7 @@ def test_image_tokens_of_a_model_that_sees(models: Models, tmp_path: Path) -> No
         ({"form": "modality", "experts": 1, "top_k": 1}, "names no token"),
         ({**ONE_COPY, "modality_ids": "a"}, "no numbers"),
         ({**ONE_COPY, "modality_ids": "999999"}, "no tokens of the model"),
+        ({**ONE_COPY, "experts": 4, "top_k": 2}, "text has the FFN alone"),
         ({**SHARED, "allowed": "01/10"}, "does not fit"),
         ({**SHARED, "allowed": "0001/1110"}, "does not fit"),
     ],

@@ -15,6 +15,7 @@ from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import EMPTY, ROUTED, Group
+from moetool.surgery.inside import HELD
 from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model
 
@@ -143,6 +144,8 @@ def _check(source: Checkpoint, group: Group | None) -> None:
             wrong = f"a route that looks at {route.key}"
         elif route.bias:
             wrong = "a router with a bias"
+        elif group.form in HELD:
+            wrong = f"{group.form} experts, which are no FFN in full"
         elif group.base == "member" or group.form == EMPTY:
             wrong = f"{group.form} experts whose FFN is {group.base}"
         elif group.scale != 1.0:

@@ -81,6 +81,7 @@ class Form:
     computes: ClassVar[str] = ""  # dtype in which `encode` rounds; empty: the matrix's own
     mixes: ClassVar[bool] = False  # whether a model may hold other forms of its method as well
     quant_method: ClassVar[str] = ""  # as a config says it; one model, one method
+    in_groups: ClassVar[bool] = False  # whether only experts of a model type of its own have it
     container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 
     def bits(self, shape: Shape, params: Params) -> float:

@@ -53,6 +53,7 @@ class InGroups(Form):
     params say, with the kind of each.
     """
 
+    in_groups: ClassVar[bool] = True
     alone: ClassVar[bool] = False
     must: ClassVar[Mapping[str, type]] = {}
     may: ClassVar[Mapping[str, type]] = {}

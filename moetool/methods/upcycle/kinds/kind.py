@@ -27,7 +27,7 @@ from moetool.surgery.reform import Into
 from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
-_COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form")
+_COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form", "for_")
 SUMMING = ("renormalised", "soft")  # laws whose weights sum to one
 
 

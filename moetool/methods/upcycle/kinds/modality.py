@@ -60,17 +60,18 @@ class ModalityKind(ExpertKind):
     def allowed(self, modalities: int) -> list[list[int]]:
         """[modalities][FFN and copies] of 0 and 1. UsageError where it is not understood."""
         copies, top_k = self.verb.experts, self.verb.top_k
-        if not self.own.allowed:
-            return [[1, *[0] * copies], *[[0, *[1] * copies]] * (modalities - 1)]
-        rows = self.own.allowed.split("/")
+        said = self.own.allowed or "/".join(
+            ["1" + "0" * copies, *["0" + "1" * copies] * (modalities - 1)]
+        )
+        rows = said.split("/")
         wrong = [r for r in rows if len(r) != 1 + copies or set(r) - {"0", "1"} or "1" not in r]
         if wrong or len(rows) != modalities or any(r.count("1") < top_k for r in rows):
             raise UsageError(
-                "--allowed does not fit",
+                "--allowed does not fit" if self.own.allowed else "text has the FFN alone",
                 expected=f"{modalities} rows of {1 + copies} digits 0 or 1, at least --top-k "
                 f"{top_k} of them 1",
-                found=self.own.allowed,
-                hint="for example --experts 3 --top-k 2 --allowed 0111/1110",
+                found=said,
+                hint="--top-k 1, or for example --experts 3 --top-k 2 --allowed 0111/1110",
             )
         return [[int(digit) for digit in row] for row in rows]
 
