@@ -176,8 +176,7 @@ class GroupedBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock class says it: another process makes the class anew."""
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_blank, (self.stock,), *rest)
+        return (_blank, (self.stock,), *tuple(super().__reduce_ex__(protocol))[2:])
 
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""

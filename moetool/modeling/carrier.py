@@ -79,7 +79,7 @@ def derived(base: str) -> Any:
         "keys_to_ignore_at_inference": [*ignored, *_NOT_LOGITS],
         "num_experts": property(_experts),
         "num_experts_per_tok": property(_experts_per_token),
-        "__reduce_ex__": lambda self, protocol: pickled(self, protocol, base),
+        "__reduce_ex__": _pickled,
         "register_for_auto_class": MoetoolConfig.register_for_auto_class,
         "__module__": __name__,
         "__doc__": f"A {family.__name__} with groups of experts.",
@@ -104,16 +104,14 @@ def _first(config: Any) -> groups.Group:
     return groups.read(said)[0]
 
 
-def pickled(thing: Any, protocol: Any, *which: Any) -> Any:
-    """What pickle and copy keep of a config or a model: no derived class has a name that another
-    process could import, so it is derived again of `which` (a family, and a model's stock class).
-    """
-    _, _, *rest = object.__reduce_ex__(thing, protocol)
-    return (_blank, which, *rest)
+def _pickled(config: Any, protocol: Any) -> Any:
+    """No derived class has a name that another process could import: it is derived there again."""
+    which = (config.base_model_type,)
+    return (_blank, which, *tuple(object.__reduce_ex__(config, protocol))[2:])
 
 
-def _blank(base: str, stock: Any = None) -> Any:
-    cls = derived(base) if stock is None else over(stock, base)
+def _blank(base: str) -> Any:
+    cls = derived(base)
     return cls.__new__(cls)
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from moetool.modeling import balance, carrier, signals
+from moetool.modeling import balance, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
@@ -47,8 +47,12 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
             (Path(save_directory) / shim.FILE).write_text(shim.TEXT)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the stock class and the family say it: another process derives the class anew."""
-        return carrier.pickled(self, protocol, self.config.base_model_type, self.stock)
+        """As the stock class and the config say it: another process derives the class anew."""
+        return (_blank, (self.stock, self.config), *tuple(super().__reduce_ex__(protocol))[2:])
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        _observe_backbone(self)  # pickle keeps the name of a method alone
 
 
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
@@ -58,6 +62,11 @@ def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
     if stock not in _MADE:
         _MADE[stock] = _made(stock, config)
     return _MADE[stock]
+
+
+def _blank(stock: type[Any], config: Any) -> Any:
+    cls: Any = model_class(stock, type(config))
+    return cls.__new__(cls)
 
 
 _MADE: dict[type[Any], type[Any]] = {}
@@ -70,9 +79,7 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         stock.__init__(self, config, *args, **kwargs)
         said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
         install(self, groups.read(said), config.base_model_type)
-        backbone = self.base_model
-        if backbone is not self:  # trainers that compute the loss themselves ask it, not the head
-            backbone.forward = MethodType(_observed(type(backbone).forward), backbone)
+        _observe_backbone(self)
         self.post_init()
 
     said = {
@@ -87,6 +94,13 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
     made = type(f"Moe{stock.__name__}", (Grown, stock), said)
     _copy_names(stock, made)
     return made
+
+
+def _observe_backbone(model: Any) -> None:
+    """Trainers that compute the loss themselves ask it, not the head."""
+    backbone = model.base_model
+    if backbone is not model:
+        backbone.forward = MethodType(_observed(type(backbone).forward), backbone)
 
 
 def _copy_names(stock: type[Any], made: type[Any]) -> None:

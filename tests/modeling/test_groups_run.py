@@ -152,6 +152,8 @@ def test_a_model_is_copied_to_another_process(sources: Made, tmp_path: Path) -> 
     model = loaded(grown.write(sources("llava"), tmp_path / "model", LORA, random=True))
     again = pickle.loads(pickle.dumps(model))
     assert type(again) is type(model) and torch.equal(logits(again), logits(model))
+    asked = again.model(input_ids=IDS, output_router_logits=True)
+    assert asked.aux_loss == model.model(input_ids=IDS, output_router_logits=True).aux_loss > 0
     assert type(again.config) is type(model.config) and again.config == model.config
 
 

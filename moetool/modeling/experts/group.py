@@ -125,7 +125,9 @@ def _fits(value: Any, kind: type | tuple[str, ...], least: int) -> bool:
         return value in kind
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind and (kind is not int or value >= least)
+    if kind is int:
+        return type(value) is int and int(value) >= least
+    return type(value) is kind
 
 
 def dense_of(expert: Any, names: Iterable[str]) -> dict[str, Tensor]:
