@@ -238,7 +238,7 @@ def test_set_reaches_the_steps(models: Callable[..., Path], tmp_path: Path) -> N
         ["source=a", "out=b", "tokens=512", "ratio=0.25", "2.format=int4", "prune.seq-len=32"],
     )
     prune, quantize = found.options().before[0], found.options()
-    assert prune.values == {"ratio": 0.25, "tokens": 512, "seq-len": 32}
+    assert prune.values == {**PRUNE[1], "ratio": 0.25, "tokens": 512, "seq-len": 32}
     assert quantize.values == {**INT8[1], "format": "int4", "tokens": 512}
     with pytest.raises(UsageError, match="no step 'prnue'"):
         read(file, ["prnue.ratio=0.5"])

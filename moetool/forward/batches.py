@@ -41,6 +41,10 @@ class Batch:
         """[sequences * length] bool: which places hold a real token."""
         return (np.arange(self.ids.shape[1])[None, :] < self.lengths[:, None]).reshape(-1)
 
+    def rows(self) -> list[np.ndarray]:
+        """Each sequence's real tokens."""
+        return [self.ids[i, :n] for i, n in enumerate(self.lengths)]
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -82,7 +86,7 @@ class Batches:
         counts = []
         for number in range(len(self.files)):
             mine = [b for b in self.batches if b.file == number]
-            rows = [b.ids[i, :n] for b in mine for i, n in enumerate(b.lengths)]
+            rows = list(chain.from_iterable(b.rows() for b in mine))
             size = max(len(b.ids) * b.ids.shape[1] for b in mine) if mine else 0
             taken = _pieces(rows, share)
             counts.append(sum(len(r) for r in taken))

@@ -6,12 +6,12 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from moetool.data import JsonObject
 from moetool.methods import works
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from moetool.methods.contract import Prepared, Report
+    from moetool.surgery.checkpoint import Checkpoint
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"(?:^|/)models--([^/]+--[^/]+)/snapshots/")
@@ -60,7 +60,7 @@ def _front(prepared: Prepared, report: Report) -> list[str]:
     verbs = [p.options.method for p in (*prepared.before, prepared)]
     tags = list(dict.fromkeys([*(["moe"] if report.facts.experts else []), "moetool", *verbs]))
     lines = ["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags)]
-    bases = [b for b in map(_base, prepared.names, (s.config for s in prepared.origins)) if b]
+    bases = [b for b in map(_base, prepared.names, prepared.origins) if b]
     if bases:
         lines += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases))]
     if len(prepared.origins) > 1:
@@ -94,15 +94,15 @@ def _table(report: Report) -> list[str]:
     return ["| | |", "|---|---|", *lines]
 
 
-def _base(name: str, config: JsonObject) -> str | None:
+def _base(name: str, source: Checkpoint) -> str | None:
     """A Hub id, where the source was one, lies in the Hub's cache or has a config that remembers
     one.
     """
-    cached = _CACHED.search(os.path.realpath(name))
+    cached = _CACHED.search(os.path.realpath(source.folder))
     for candidate in (
         name.partition("@")[0] if not os.path.exists(name) else "",
         cached[1].replace("--", "/", 1) if cached else "",
-        str(config.get("_name_or_path", "")),
+        str(source.config.get("_name_or_path", "")),
     ):
         if _HUB.fullmatch(candidate) and not candidate.startswith((".", "/")):
             return candidate

@@ -14,7 +14,7 @@ ones lie inside the module that holds the FFN of a layer (its *block*, `model.la
                                               under the linear's own name in the family
     BLOCK.experts.7.output_scale              [1], where the form's params ask for one
 
-Read strictly, by whoever plans (methods/upcycle), decodes (forms) or runs (modeling/) it.
+Read strictly, by whoever plans (methods/), decodes (forms) or runs (modeling/) it.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ fit: {plan, sensitivity, considered, ...}  of --target-size: what each role cost
                                     and the plans that were compared
 proof: {matrices, roles, worst, ...}  relative errors as read back; `tensors` names each
 quality                             with text: perplexity and KL against the source
-clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried: the model and its
-                                    forms
+clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried: the model and
+                                    its forms
 output_bytes, peak_memory (promised), peak_rss, seconds, stages, warnings
 """
 

@@ -5,6 +5,7 @@ solved for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from moetool.surgery.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ def solved_name(layer: int, expert: int, role: str) -> str:
 
 def solved(extra: Sequence[Checkpoint]) -> bool:
     """Whether down matrices of new experts lie among these sources."""
-    return any(name.endswith(".down") for one in extra for name in one.tensors)
+    return any(name.endswith(".down") for name in chain.from_iterable(one.tensors for one in extra))
 
 
 def stats_source(folder: str | Path) -> Checkpoint:

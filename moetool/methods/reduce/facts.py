@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonMapping, JsonObject
@@ -77,7 +78,7 @@ class Found:
         """{what: (before, after)}: a layer's squared error on what no refit was solved on, means
         over the layers.
         """
-        kinds = dict.fromkeys(kind for one in self.refit.values() for kind in one.left_out)
+        kinds = dict.fromkeys(chain.from_iterable(one.left_out for one in self.refit.values()))
         found = {}
         for kind in kinds:
             rows = [one.left_out[kind] for one in self.refit.values() if kind in one.left_out]

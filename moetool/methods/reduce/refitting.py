@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
+class Lesson:
     """What a layer was given, x [tokens, hidden], and what its routed experts made of it,
     `target` [tokens, hidden].
     """
@@ -41,10 +41,10 @@ class Given:
     x: torch.Tensor
     target: torch.Tensor
 
-    def where(self, mask: torch.Tensor) -> Given:
+    def where(self, mask: torch.Tensor) -> Lesson:
         """Of the tokens of a mask [tokens] alone."""
         at = mask.to(self.x.device)
-        return Given(self.x[at], self.target[at])
+        return Lesson(self.x[at], self.target[at])
 
 
 class Solution(NamedTuple):
@@ -82,7 +82,7 @@ class Refitting:
         view = self.asked.view(layer, stats)
         view.read_block = lambda: block
         new = self.asked.way.block(view, self.layers[layer], block)
-        made = refitted(self.asked, layer, new, Given(self.taken.x, self.taken.made), self.parts)
+        made = refitted(self.asked, layer, new, Lesson(self.taken.x, self.taken.made), self.parts)
         return Solved({"refit": asdict(made.error)}, made.tensors, block=made.block)
 
 
@@ -160,13 +160,13 @@ def refit_from(asked: Asked, profile: Profile, settled: Settled) -> Settled:
     return replace(settled, found=found, extra=(beside.solved_source(folder),))
 
 
-def seen_by(block: Block, x: torch.Tensor) -> Given:
+def seen_by(block: Block, x: torch.Tensor) -> Lesson:
     """x [tokens, hidden] with what the block makes of it."""
-    return Given(x, block.routed(x, block.route(x)))
+    return Lesson(x, block.routed(x, block.route(x)))
 
 
 def refitted(
-    asked: Asked, layer: int, new: Block, seen: Given, parts: Parts | None = None
+    asked: Asked, layer: int, new: Block, seen: Lesson, parts: Parts | None = None
 ) -> Solution:
     """The new block with its down matrices solved so that it puts out what the old one did, on
     the tokens of `parts` that are to be solved on (None: all). It continues with exactly the

@@ -66,6 +66,7 @@ class Materialize(Method):
     examples = (
         "moetool materialize OWN NATIVE",
         "moetool materialize OWN NATIVE --target qwen2_moe",
+        "moetool materialize OWN NATIVE --for vllm --dry-run",
     )
     options: Materializing
 

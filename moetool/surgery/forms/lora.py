@@ -81,7 +81,7 @@ class LoraForm(InGroups):
         raise MoetoolError(
             "a single matrix cannot be written as a low-rank change",
             expected="experts over an FFN",
-            hint="`moetool upcycle --form lora` makes them",
+            hint="experts over an FFN are written with --form lora",
         )
 
 
