@@ -47,10 +47,10 @@ YAML: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("name", YAML)
 def test_hostile_yaml(name: str) -> None:
     text, word = YAML[name]
-    begun = time.monotonic()
+    begun = time.process_time()  # of this process: other work on the machine does not count
     with pytest.raises(ValueError, match=word) as caught:
         strict_yaml.load(text)
-    assert time.monotonic() - begun < 5 and len(str(caught.value)) < 400
+    assert time.process_time() - begun < 5 and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
