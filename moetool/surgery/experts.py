@@ -172,6 +172,11 @@ class Mixture:
             if c.kind == "expert"
         ) and not self.source.config.get("quantization_config")
 
+    @property
+    def coded(self) -> bool:
+        """Whether an expert's matrices lie in a form other than `full`."""
+        return any(c.stored.parts for c in self.counted.values() if c.kind == "expert")
+
     def orientation(self, layer: int) -> JsonObject:
         """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides
         where the two sides differ.

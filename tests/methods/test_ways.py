@@ -60,12 +60,17 @@ def text_of(tmp_path: Path, way: type[Way]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("verb", "told", "spoiled", "said"),
     [
-        ("prune", {}, "1.mlp.gate.weight", "rows of a router"),
-        ("merge", {"features": "router"}, "1.mlp.gate.weight", "rows of a router"),
-        ("merge", {}, "2.mlp.experts.3.down_proj.weight", "weights of layer 2"),
+        ("prune", {"method": "router-distance"}, "1.mlp.gate.weight", "rows of a router"),
         (
             "merge",
-            {"features": "router", "align": "weights"},
+            {"method": "alike", "features": "router"},
+            "1.mlp.gate.weight",
+            "rows of a router",
+        ),
+        ("merge", {"method": "alike"}, "2.mlp.experts.3.down_proj.weight", "weights of layer 2"),
+        (
+            "merge",
+            {"method": "alike", "features": "router", "align": "weights"},
             "2.mlp.experts.3.up_proj.weight",
             "weights of layer 2",
         ),
@@ -405,7 +410,7 @@ def test_wrong_places_of_orders(said: Any, models: Callable[..., Path], tmp_path
 
 @pytest.fixture
 def reap(models: Callable[..., Path], tmp_path: Path) -> Asked:
-    told = {"method": "reap", "calibrate": [str(ids(tmp_path))], **CUT}
+    told = {"method": "reap", "refit": False, "calibrate": [str(ids(tmp_path))], **CUT}
     return asking("prune", told, models("qwen3_moe"), tmp_path)
 
 

@@ -23,6 +23,8 @@ class PruneWay(Way):
     or `keep`.
     """
 
+    copies = True
+
     @classmethod
     def known(cls) -> Mapping[str, type[PruneWay]]:
         import moetool.methods.prune as package

@@ -69,6 +69,7 @@ class Way:
     one_profile: ClassVar[bool] = False
     # down matrices of its experts can be solved again
     solvable: ClassVar[bool] = True
+    copies: ClassVar[bool] = False  # what stays it leaves as it lies
     chance: ClassVar[bool] = False  # the control that every other way is held against
     apart: ClassVar[str] = ""  # why what it keeps cannot be compared with other ways
 

@@ -39,6 +39,8 @@ def _against(way: Way, mixture: Mixture, kept: int) -> str:
         return f"{way.called} writes experts that cannot be solved again"
     if not mixture.plain:
         return "the experts are quantized"
+    if way.copies and mixture.coded:
+        return "the experts are quantized, and --refit writes them in full"
     if way.options.stats:
         return _too_few(way.options, mixture, kept)
     return ""
