@@ -49,6 +49,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "batch_tokens": ("100",),
     "sample": ("0", "64"),
     "refit_tokens": ("100",),
+    "own_share": ("0", "0.2"),
     "max_kl": ("0.000001", "1000"),
     "max_perplexity_increase": ("0.5",),
     "text": ("@text", "@lines.jsonl @text"),
@@ -57,6 +58,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     "rank_energy": ("0.5",),
     "density": ("0.5",),
     "experts": ("4", "6"),
+    "rank": ("4",),
+    "alpha": ("8",),
+    "adapter_dim": ("8",),
+    "scale_group": ("128",),
     "top_k": ("1", "4"),
     "split": ("2", "4"),
     "layers": ("none", "every:2"),
@@ -79,6 +84,9 @@ LEFT_OUT = {
     "device": "cuda is refused without a GPU whatever else is said (below)",
     "engine": "a cluster takes seconds to start (tests/surgery has it)",
     "ray_address": "does nothing without engine",
+    "from_adapters": "another source; tests/methods/test_adapters.py has it",
+    "modality_ids": "stands with the modality key alone; tests/modeling/test_other_experts.py has it",
+    "allowed": "stands with the modality key alone; tests/modeling/test_other_experts.py has it",
 }
 FROM = Field("from_", tuple, (), "fine-tunes", unit="whole")
 GATES = ["max_kl", "max_perplexity_increase"]
