@@ -176,7 +176,7 @@ def test_groups_do_not_share_a_name() -> None:
     names: list[str] = []
     for group in (Common, Text, Solving, Gate):
         names += [f.name for f in fields(group)]
-    assert len(names) == len(set(names)) == 28
+    assert len(names) == len(set(names)) == 29
     assert all(f.help and not f.help.endswith(".") for f in fields(Common))
 
 

@@ -371,9 +371,10 @@ def test_every_file_of_a_merge_is_known_as_an_outputs(
 
 def test_dry_run_leaves_both_files(models: Callable[..., Path], tmp_path: Path) -> None:
     source, file = str(models("mixtral")), tmp_path / "mine.json"
-    planned = api.merge(source, str(tmp_path / "out"), dry_run=True, decisions=str(file))
+    told = {"method": "alike", "decisions": str(file)}
+    planned = api.merge(source, str(tmp_path / "out"), dry_run=True, **told)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "mine.tensors"]
-    done = api.merge(source, str(tmp_path / "out"), decisions=str(file))
+    done = api.merge(source, str(tmp_path / "out"), **told)
     assert done["plan_digest"] == planned["plan_digest"]
 
 
