@@ -154,7 +154,8 @@ class ModelFacts:
 
     def lines(self) -> list[Line]:
         """As the screen says them."""
-        family = f"{self.source_type} -> {self.target_type} ({self.layout} tensors)"
+        lie = self.layout if " " in self.layout else f"{self.layout} tensors"
+        family = f"{self.source_type} -> {self.target_type} ({lie})"
         each = f"{self.experts} of width {self.expert_width}, top-{self.top_k}"
         runs = f"{show_count(self.parameters)}, {show_count(self.active_parameters)} active"
         experts = [Line("experts", f"{each}, in {len(self.layers)} layers")] if self.experts else []

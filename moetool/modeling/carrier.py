@@ -46,13 +46,6 @@ class MoetoolConfig(Base):  # type: ignore[misc]
         """The family's config. MoetoolError for groups that are not well formed, a family that
         transformers does not know, and a transformers before 5.
         """
-        if int(transformers.__version__.partition(".")[0]) < _MAJOR:
-            raise MoetoolError(
-                "models with groups of experts need transformers 5",
-                expected=f"transformers {_MAJOR} or newer",
-                found=transformers.__version__,
-                hint="upgrade transformers, or write a native model with `moetool materialize`",
-            )
         groups.read(config_dict)
         return derived(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
 
@@ -63,7 +56,16 @@ class MoetoolConfig(Base):  # type: ignore[misc]
 
 @lru_cache(maxsize=64)
 def derived(base: str) -> Any:
-    """The config class over family `base`, with every Auto class told of it."""
+    """The config class over family `base`, with every Auto class told of it. MoetoolError for a
+    family that transformers does not know, and a transformers before 5.
+    """
+    if int(transformers.__version__.partition(".")[0]) < _MAJOR:
+        raise MoetoolError(
+            "models with groups of experts need transformers 5",
+            expected=f"transformers {_MAJOR} or newer",
+            found=transformers.__version__,
+            hint="upgrade transformers, or write a native model with `moetool materialize`",
+        )
     known = transformers.CONFIG_MAPPING
     if base not in known or base == groups.MODEL_TYPE:
         raise MoetoolError(

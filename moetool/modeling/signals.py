@@ -37,15 +37,31 @@ def note(blocks: Sequence[Hears], args: Sequence[Any], kwargs: dict[str, Any]) -
         if ids is None:
             continue
         found = kwargs.get("input_ids", args[0] if args else None)
-        if given is None and found is None:
+        if given is not None:
+            kind = _known(given, len(ids))
+        elif found is not None:
+            kind = of_ids(found, ids)
+        else:
             raise UsageError(
                 "experts by modality need to know what kind of token each is",
                 expected="input_ids, or modality=[batch, length] of 0 (text), 1, ...",
                 found="inputs_embeds alone",
                 hint="give the model one of the two",
             )
-        kind = given if found is None or given is not None else of_ids(found, ids)
         block.signals = {MODALITY: kind.reshape(-1)}
+
+
+def _known(given: Tensor, most: int) -> Tensor:
+    """Refuse numbers that no modality has; indexing would take -1 for the last."""
+    whole = not (given.is_floating_point() or given.dtype == torch.bool)
+    if whole and given.numel() and int(given.min()) >= 0 and int(given.max()) <= most:
+        return given
+    raise UsageError(
+        "a modality that is not one of the model's",
+        expected=f"whole numbers from 0 (text) to {most}",
+        found=f"{given.dtype}" + (f", {given.min()} to {given.max()}" if given.numel() else ""),
+        hint="give the model modality=[batch, length], or input_ids alone",
+    )
 
 
 def of_ids(input_ids: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:

@@ -115,9 +115,9 @@ class Overlay:
     that a conversion sets; `gate_up`: how the two lie in one tensor; `returns_logits`: whether the
     block's forward gives (output, router logits); `adjusts_width`: the config's flag under which
     the class computes the width of an FFN from more than its field; `linears`: transposed where
-    the class's linears are Conv1D, whose weights are [in, out]; `said`: config fields that
-    transformers 5 leaves out and other readers ask for; `derived`: such fields as formulas over
-    others.
+    the class's linears are Conv1D, whose weights are [in, out]; `adds_residual`: whether the FFN's
+    forward takes the residual and adds it; `said`: config fields that transformers 5 leaves out and
+    other readers ask for; `derived`: such fields as formulas over others.
     """
 
     law: RouterLaw = field(default_factory=RouterLaw)
@@ -128,6 +128,7 @@ class Overlay:
     returns_logits: bool = False
     adjusts_width: str = ""
     linears: str = ""
+    adds_residual: bool = False
     said: JsonObject = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
     note: str = ""

@@ -50,12 +50,18 @@ class FfnBlock:
 
     @classmethod
     def of(cls, layout: Layout) -> FfnBlock:
-        """By the layout's roles. MoetoolError where there is none, or no one module holds it."""
+        """By the layout's roles. MoetoolError where there is none, no one module holds it, or
+        nothing could run experts in it (modeling/install).
+        """
         found = [s for role in ROLES if (s := layout.role(f"ffn.{role}")) is not None]
         roles = {str(s.role).removeprefix("ffn.") for s in found}
         if layout.kind != "dense" or not roles.intersection(LAST) or len(roles) < 2:
             have = "it has experts already" if layout.kind == "moe" else f"roles {sorted(roles)}"
             raise _homeless(layout, "an FFN whose linears the layout names", have)
+        if not layout.stack:
+            raise _homeless(layout, "a plain stack of layers", "none that the layout names")
+        if layout.overlay.adds_residual:
+            raise _homeless(layout, "an FFN of its input alone", "one that adds the residual too")
         modules = sorted({block_of(s.name) for s in found})
         bare = modules[0].endswith("{layer}")  # the linears lie in the layer itself
         if len(modules) > 1 or "{i" in modules[0] or bare:

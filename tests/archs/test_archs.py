@@ -25,8 +25,9 @@ def test_counts() -> None:
     overlay = json.loads((DATA / "overlay.json").read_text())
     adjusting = {name for name, said in overlay.items() if "adjusts_width" in said}
     turned = {name for name, said in overlay.items() if "linears" in said}
-    assert set(overlay) == set(families()["moe"]) | adjusting | turned
-    assert adjusting == {"lfm2"} and turned == {"gpt2"}
+    adding = {name for name, said in overlay.items() if "adds_residual" in said}
+    assert set(overlay) == set(families()["moe"]) | adjusting | turned | adding
+    assert adjusting == {"lfm2"} and turned == {"gpt2"} and adding == {"bloom"}
 
 
 @pytest.mark.parametrize(

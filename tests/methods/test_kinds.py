@@ -18,6 +18,8 @@ from moetool.errors import MoetoolError
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery import groups, spellings
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.layout import Layout
 
 Models = Callable[..., Path]
 # family -> its block, its linears, and the prefix of its text model
@@ -82,6 +84,16 @@ def test_low_rank_experts_of_every_shape_of_ffn(
     (group,) = groups.read(config)
     assert (group.form, group.layers, group.params) == ("lora", (0,), {"rank": 4, "alpha": 8.0})
     assert moetool.verify(str(out), against=[str(source)], load=False)["forms"]["lora"]
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("bloom", "adds the residual"), ("dinov2", "stack of layers"), ("distilbert", "stack of")],
+)
+def test_families_in_which_nothing_could_run_experts(family: str, said: str) -> None:
+    with pytest.raises(MoetoolError) as raised:
+        FfnBlock.of(Layout.load(family))
+    assert said in str(raised.value.where)
 
 
 def test_decoded_is_the_ffn_and_the_change(models: Models, tmp_path: Path) -> None:
@@ -202,6 +214,8 @@ LORA = {"experts": 2, "form": "lora", "rank": 4}
         ({"diversify": "permute"}, "--diversify"),
         ({"target": "mixtral"}, "--target moetool"),
         ({"layers": "7"}, "layers 0 to 3"),
+        ({"layers": "none"}, "without a layer"),
+        ({"alpha": 0.0}, "--alpha 0"),
         ({"form": "auto", "rank": 16, "law": "hard"}, "--form"),
         ({"form": "full"}, "--form lora --rank 4"),
         ({"form": "lorra"}, "lora"),

@@ -143,6 +143,9 @@ def test_copies_by_modality(options: dict[str, Any], models: Models, tmp_path: P
     assert torch.equal(with_images[:, :2], at_birth[:, :2]) == alone
     kinds = signals.of_ids(MIXED, [[IMAGE]])
     assert torch.equal(logits(model, MIXED, modality=kinds), with_images)
+    for wrong in (-kinds, kinds * 7, kinds.float()):
+        with pytest.raises(UsageError, match="not one of the model's"):
+            model(input_ids=MIXED, modality=wrong)
     embedded = model.get_input_embeddings()(MIXED)
     with torch.no_grad():
         given = model(inputs_embeds=embedded, modality=kinds).logits

@@ -34,6 +34,13 @@ def plan(
     _check_sources(kind, sources)
     told = kind.told_by(found)
     ground, *others = (Ground.of(source, kind.verb.layers) for source in sources)
+    if not ground.layers:
+        raise UsageError(
+            f"{kind.spelled} without a layer",
+            expected="a layer or more",
+            found="--layers none",
+            hint="leave out --layers",
+        )
     kind.check(ground)
     group, build = kind.group(ground), Builder()
     names, into = ground.names(), dict[str, Into]()
@@ -104,7 +111,7 @@ def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
         experts=group.experts,
         top_k=group.reached,
         expert_width=ground.width,
-        layout=f"{group.form} experts{_WHERE.get(group.base, '')},",
+        layout=f"{group.form} experts{_WHERE.get(group.base, '')}",
         parameters=plan.parameters,
         active_parameters=plan.active_parameters,
         expert_sources=(0,) * group.experts,  # what it stands on: `verify` compares their logits

@@ -163,6 +163,13 @@ class LowRankKind(ExpertKind):
         )
 
     def check(self, ground: Ground) -> None:
+        if self.own.alpha == 0:
+            raise UsageError(
+                "--alpha 0 leaves every change out, and nothing to train",
+                expected="any other number",
+                found="--alpha 0",
+                hint="leave out --alpha: twice the rank",
+            )
         most = min(ground.hidden, ground.width)
         if self.rank > most:
             raise UsageError(
