@@ -30,7 +30,7 @@ METHODS = {
     ),
     "prune": Entry(
         "moetool.methods.prune.method:Prune",
-        "Remove experts from a mixture of experts. Kept ones move byte for byte.",
+        "Remove experts from a mixture of experts; the others stay, or are refitted.",
     ),
     "merge": Entry(
         "moetool.methods.merge.method:Merge",

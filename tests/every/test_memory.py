@@ -164,6 +164,15 @@ def test_a_layer_in_a_shared_basis_within_promise(tmp_path: Path) -> None:
     assert measured["used"] <= measured["promised"] < 550_000_000 + 2.5 * layer, measured
 
 
+@pytest.mark.slow
+def test_a_refit_within_promise(tmp_path: Path) -> None:
+    """Routers of zeros send all tokens to the same two wide experts."""
+    source = big_mixture(tmp_path / "source", layers=1, hidden=128, width=1024, experts=8)
+    told = {"calibrate": ["random"], "seq_len": 512, "tokens": 32_768, "ratio": 0.5}
+    measured = run(0, source, tmp_path / "out", "prune", refit_tokens=32_768, **told)
+    assert measured["used"] <= measured["promised"], measured
+
+
 def test_too_little_is_refused_before_writing(tmp_path: Path) -> None:
     source = big_llama(tmp_path / "source", layers=2)
     with pytest.raises(moetool.MoetoolError, match="does not fit into --memory") as refused:

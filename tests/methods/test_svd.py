@@ -99,3 +99,20 @@ def test_quantized_experts_are_decoded_to_be_compared(twins: str, tmp_path: Path
     report = api.prune(packed, out, method="svd", ratio=0.5)
     assert all([e // 2 for e in layer] == [0, 1, 2, 3] for layer in kept(report))
     assert api.verify(out, against=[packed])["verified"] == "bytes"
+
+
+def test_features_that_no_cluster_looks_at_are_said(twins: str, tmp_path: Path) -> None:
+    """REAM's first leader takes all four."""
+    told: dict[str, Any] = {"calibrate": [str(ids(tmp_path))], "refit": None, **CUT}
+    plain = api.merge(twins, str(tmp_path / "a"), method="mergemoe", **told)
+    svd = api.merge(twins, str(tmp_path / "b"), method="mergemoe", features="svd", **told)
+    ward = api.merge(
+        twins, str(tmp_path / "c"), method="mergemoe", features="svd", cluster="ward", **told
+    )
+    assert svd["decisions"]["layers"].keys() == plain["decisions"]["layers"].keys()
+    said = "--features svd changes nothing"
+    assert [any(said in w for w in one.get("warnings", ())) for one in (plain, svd, ward)] == [
+        0,
+        1,
+        0,
+    ]

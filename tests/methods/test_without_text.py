@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import moetool as api
+from moetool import methods
 from moetool.forward import own
 from moetool.methods.reduce import lines
 from moetool.methods.reduce.facts import Found, Refitted
@@ -129,6 +130,18 @@ def test_a_refit_is_solved_on_a_share_of_the_models_own(models: Models, tmp_path
     assert all(0 < one["after"] < 2 * one["before"] for one in left.values())
     with pytest.raises(api.UsageError, match="no text"):
         api.prune(source, str(tmp_path / "out"), **told | {"own_share": 1.0})
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"calibrate": ("a.txt", "random:0.2")}, {"calibrate": ("a.txt",), "refit": False}],
+)
+def test_a_share_that_nothing_takes_is_refused(told: dict[str, Any]) -> None:
+    for method in ("auto", "reap"):
+        with pytest.raises(api.UsageError, match="--own-share"):
+            methods.make("prune", {"method": method, "own_share": 0.3, **told})
+    assert methods.make("prune", {"own_share": 0.0, **told})
+    assert methods.make("prune", {"own_share": 0.3, "calibrate": ("a.txt",)})
 
 
 def test_narrow_text_is_said() -> None:

@@ -155,6 +155,28 @@ class MergeWay(Way):
             )
 
     def notes(self, mixture: Mixture) -> list[str]:
+        return [*self._features_unused(mixture), *self._one_by_one(mixture)]
+
+    def _features_unused(self, mixture: Mixture) -> list[str]:
+        """REAM's first leader takes BIG - 1 others: where no more are to go, all of them, whatever
+        lies near what.
+        """
+        from moetool.methods.merge.parts.group import BIG
+        from moetool.methods.reduce import budget
+
+        asked = getattr(self.verb, "features", "auto")
+        if asked == "auto" or self.chosen.cluster != "ream" or self.options.budget != "uniform":
+            return []
+        gone = (mixture.experts - budget.uniform(mixture, self.options.ratio)) // mixture.groups
+        if gone >= BIG:
+            return []
+        return [
+            f"--features {asked} changes nothing: with --cluster ream the first leader takes up to "
+            f"{BIG - 1} experts, here all {gone} that go; --cluster ward forms clusters by them"
+        ]
+
+    def _one_by_one(self, mixture: Mixture) -> list[str]:
+        """Layers that were to be decided in pairs, and are not."""
         if self.chosen.joint == 1:
             return []
         if self.options.walks:

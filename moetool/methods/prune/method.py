@@ -1,4 +1,4 @@
-"""moetool prune: a mixture of experts with fewer experts. Kept experts move byte for byte."""
+"""moetool prune: a mixture of experts with fewer experts."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def refitted(found: Found) -> list[Line]:
         return [Line("refit", f"no: {why}")] if why else []
     layer = max(found.refit, key=lambda n: found.refit[n].after)
     before, after = found.refit[layer].before, found.refit[layer].after
-    worst = f"largest squared error of a layer's output {before:.1%} -> {after:.1%}"
+    worst = f"squared error of the worst layer's output {before:.1%} -> {after:.1%}"
     said = [
         Line(
             "refit",

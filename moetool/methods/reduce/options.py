@@ -112,6 +112,20 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
             )
         if self.refit and not self.has_text and not self.decisions:
             raise UsageError("--refit needs text", hint="--calibrate FILE")
+        self._check_own_share()
+
+    def _check_own_share(self) -> None:
+        """Refuse a share that no refit would take."""
+        if self.own_share in (0.0, type(self).own_share):
+            return
+        drawn = len(self.texts) < len(self.calibrate)
+        if drawn or self.stats or self.refit is False or not self.calibrate:
+            raise UsageError(
+                "--own-share is a share beside text, where --refit solves on that",
+                expected="--calibrate FILE alone, without own, random, --stats or --no-refit",
+                found=self.own_share,
+                hint="leave out --own-share; --calibrate FILE --calibrate own:0.2 is a mix of its own",
+            )
 
 
 def without_text(values: Mapping[str, object], drawn: str = OWN) -> Mapping[str, object]:

@@ -132,12 +132,13 @@ def _held(asked: Asked, batches: Batches) -> int:
 
 def solving_bytes(asked: Asked, tokens: int) -> int:
     """Bytes that solving a layer on so many tokens holds: its input and output, what is left of
-    it, what each kept expert sees, and the normal equations.
+    it, what each kept expert sees, the gate and up products of an expert at work (it may see all
+    tokens), and the normal equations.
     """
     mixture = asked.mixture
     hidden = int(mixture.layout.field("hidden", mixture.text_model.config))
     width = mixture.width(mixture.layers[0])
-    held = 4 * tokens * (6 * hidden + mixture.top_k * width)
+    held = 4 * tokens * (6 * hidden + (mixture.top_k + 3) * width)
     square = width * width
     return (
         held

@@ -75,8 +75,9 @@ class Reduce(Several):
         mixture = mixture_of(source)
         if self.bare is not None:
             self._settle(mixture, settings.memory)
-        asked = Asked(self.verb, self.way, mixture, settings, self.remarks)
-        self.way.check(asked.mixture)
+        self.way.check(mixture)
+        notes = (*self.remarks, *self.way.notes(mixture))
+        asked = Asked(self.verb, self.way, mixture, settings, notes)
         return decide(asked)
 
     def _settle(self, mixture: Mixture, memory: int | None) -> None:
