@@ -371,7 +371,7 @@ def test_every_file_of_a_merge_is_known_as_an_outputs(
 
 def test_dry_run_leaves_both_files(models: Callable[..., Path], tmp_path: Path) -> None:
     source, file = str(models("mixtral")), tmp_path / "mine.json"
-    told = {"method": "alike", "decisions": str(file)}
+    told = {"decisions": str(file), "tokens": 512}
     planned = api.merge(source, str(tmp_path / "out"), dry_run=True, **told)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "mine.tensors"]
     done = api.merge(source, str(tmp_path / "out"), **told)

@@ -13,4 +13,5 @@ class MergeMoe(MergeWay):
 
     name = "mergemoe"
     auto = "text"
+    solves = True
     parts = MergeParts("outputs", "ream", "saliency", "least-squares", align="activations")

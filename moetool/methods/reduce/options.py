@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from moetool.errors import UsageError
 from moetool.forward.drawn import OWN
@@ -128,13 +127,15 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
             )
 
 
-def without_text(values: Mapping[str, object], drawn: str = OWN) -> Mapping[str, object]:
+def without_text(
+    values: Mapping[str, object], drawn: str = OWN, *, moved: bool = False
+) -> Mapping[str, object]:
     """What a verb was told; where it has the choice of the method and was given nothing to look
-    at, with what the model writes itself, or with random token ids.
+    at, with what the model writes itself, or with random token ids. `moved`: it replays decisions
+    that only move experts, and needs neither.
     """
-    replayed = str(values.get("decisions") or "")
     looks = any(values.get(name) for name in LOOKS)
-    if looks or values.get("method", "auto") != "auto" or (replayed and Path(replayed).exists()):
+    if looks or values.get("method", "auto") != "auto" or moved:
         return values
     return {"tokens": DRAWN_TOKENS, "refit": True, **values, "calibrate": (drawn,)}
 

@@ -70,6 +70,7 @@ class Way:
     # down matrices of its experts can be solved again
     solvable: ClassVar[bool] = True
     copies: ClassVar[bool] = False  # what stays it leaves as it lies
+    solves: ClassVar[bool] = False  # it solves what it writes, whether there is a refit or not
     chance: ClassVar[bool] = False  # the control that every other way is held against
     apart: ClassVar[str] = ""  # why what it keeps cannot be compared with other ways
 
