@@ -16,14 +16,19 @@ def check(folder: str, layer: int, **tensors: Tensor) -> None:
     """MoetoolError when one of the tensors (`input=`, `output=` of a block) holds NaN or inf."""
     for what, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise MoetoolError(
-                f"the model's numbers are NaN or infinite: the {what} of layer {layer}'s experts",
-                file=folder,
-                tensor=f"layer {layer}",
-                expected="finite numbers",
-                hint="a weight in this layer or below it is NaN or inf, or too large: --strict "
-                "names the tensor",
-            )
+            raise broken(folder, layer, what)
+
+
+def broken(folder: str, layer: int, what: str) -> MoetoolError:
+    """What is said where numbers of a layer's experts are none."""
+    return MoetoolError(
+        f"the model's numbers are NaN or infinite: the {what} of layer {layer}'s experts",
+        file=folder,
+        tensor=f"layer {layer}",
+        expected="finite numbers",
+        hint="a weight in this layer or below it is NaN or inf, or too large: --strict names the "
+        "tensor",
+    )
 
 
 def check_experts(folder: str, layer: int, experts: Experts) -> None:

@@ -18,7 +18,7 @@ from moetool.errors import MoetoolError, Stopped
 from moetool.forward.drawn import OWN, Drawn
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.text_model import text_model
+from moetool.surgery.text_model import TextModel, text_model
 from moetool.units import show_bytes
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def _written(asked: _Asked) -> tuple[np.ndarray, ...]:
     first = np.concatenate(list(Drawn.rows(own, 2 * count, 2 * count, asked.seed)))[:count]
     own.running.tell(_STAGE, 0, count * LENGTH)
     model, info = stock.load(own.source)
-    lost = list(chain.from_iterable(info.get(kind) or () for kind in _LOST))
+    at = text_model(own.source.config)
+    lost = [n for n in chain.from_iterable(info.get(k) or () for k in _LOST) if _counts(at, str(n))]
     if lost:
         raise _cannot(own.source, f"{len(lost)} tensors not read, {lost[0]} first")
     model = model.to(own.running.device).eval()
@@ -128,6 +129,12 @@ def _written(asked: _Asked) -> tuple[np.ndarray, ...]:
             made += list(ids)
             own.running.tell(_STAGE, len(made) * LENGTH, count * LENGTH)
     return tuple(made)
+
+
+def _counts(at: TextModel, name: str) -> bool:
+    """Whether a tensor has a part in the text; layers beyond the stack (MTP) have none."""
+    layer = at.layer_of(name)
+    return layer is None or layer < int(at.field("layers") or 0)
 
 
 _STAGE = Stage("write text", "tokens")

@@ -576,7 +576,7 @@ def test_duplicates_are_found_and_merged_away(
     source = twins(
         models("mixtral", num_experts_per_tok=1, dtype="bfloat16"), tmp_path / "twins", router=True
     )
-    report = moetool.merge(str(source), str(tmp_path / "out"), ratio=0.5, **options)
+    report = moetool.merge(str(source), str(tmp_path / "out"), ratio=0.5, method="alike", **options)
     for layer in Decided.from_json(report["decisions"]).layers.values():
         assert sorted(tuple(sorted(g)) for g in layer.groups) == [(0, 4), (1, 5), (2, 6), (3, 7)]
     close(logits(tmp_path / "out"), logits(source), 1e-6)

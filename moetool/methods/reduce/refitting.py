@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from moetool.forward import finite
 from moetool.forward import profile as profiling
 from moetool.forward.batches import Batches
 from moetool.forward.block import Block
@@ -174,7 +175,10 @@ def refitted(
     (rounded) values that are written.
     """
     fit = seen if parts is None else seen.where(parts.fit)
-    made = solve.refit(fit.x, new.route(fit.x), new.experts, new.law, fit.target)
+    try:
+        made = solve.refit(fit.x, new.route(fit.x), new.experts, new.law, fit.target)
+    except ArithmeticError:
+        raise finite.broken(asked.mixture.source.folder, layer, "activations") from None
     stored = _as_stored(asked, layer, made.down)
     tensors = {beside.solved_name(layer, j, "down"): t for j, t in enumerate(stored)}
     turned = asked.mixture.orientation(layer)["transposed"]
