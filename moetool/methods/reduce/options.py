@@ -137,7 +137,7 @@ def without_text(
     looks = any(values.get(name) for name in LOOKS)
     if looks or values.get("method", "auto") != "auto" or moved:
         return values
-    return {"tokens": DRAWN_TOKENS, "refit": True, **values, "calibrate": (drawn,)}
+    return {"tokens": DRAWN_TOKENS, **values, "calibrate": (drawn,)}
 
 
 @dataclass(frozen=True)
