@@ -9,11 +9,9 @@ from torch import nn
 from moetool.errors import MoetoolError
 from moetool.modeling import experts, laws, routes
 from moetool.modeling.block import FfnLinears, GroupedBlock, grown
-from moetool.surgery.groups import Group, linear_of
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout
-
-_INTO = ("gate", "up", "gate_up", "fc1")
-_OUT = ("down", "fc2")
 
 
 def install(model: nn.Module, groups: Sequence[Group], base: str) -> None:
@@ -23,7 +21,8 @@ def install(model: nn.Module, groups: Sequence[Group], base: str) -> None:
     not there, or a form, law or key is unknown or does not go with the group's base.
     """
     layout = Layout.load(base)
-    layers = _layers(model, layout)
+    ffn, layers = FfnBlock.of(layout), _layers(model, layout)
+    inside = ffn.module.partition("{layer}.")[2]
     for number in sorted(set().union(*(group.layers for group in groups))):
         if number >= len(layers):
             raise MoetoolError(
@@ -34,7 +33,7 @@ def install(model: nn.Module, groups: Sequence[Group], base: str) -> None:
                 hint="restore the config.json that came with the model",
             )
         here = [group for group in groups if number in group.layers]
-        _grow(_block(layers[number], layout), _roles(layout), here)
+        _grow(layers[number].get_submodule(inside), ffn, here)
 
 
 def _layers(model: nn.Module, layout: Layout) -> nn.ModuleList:
@@ -51,29 +50,9 @@ def _layers(model: nn.Module, layout: Layout) -> nn.ModuleList:
     raise _homeless(layout, "a plain stack of layers", stack or "none")
 
 
-def _roles(layout: Layout) -> dict[str, str]:
-    """Role -> name inside a layer: mlp.gate_proj.weight."""
-    found = {}
-    for role in (*_INTO, *_OUT):
-        slot = layout.role(f"ffn.{role}")
-        if slot is not None:
-            found[role] = slot.name.partition("{layer}.")[2]
-    if not found.keys() & set(_OUT) or len(found) < 2:
-        raise _homeless(layout, "an FFN whose linears the layout names", str(sorted(found)))
-    return found
-
-
-def _block(layer: nn.Module, layout: Layout) -> nn.Module:
-    """The module of a layer with all linears of its FFN."""
-    names = {name.rpartition(".")[0].rpartition(".")[0] for name in _roles(layout).values()}
-    if len(names) != 1 or "" in names:
-        raise _homeless(layout, "one module with all linears of the FFN", ", ".join(sorted(names)))
-    return layer.get_submodule(names.pop())
-
-
-def _grow(block: nn.Module, roles: dict[str, str], groups: Sequence[Group]) -> None:
+def _grow(block: nn.Module, ffn: FfnBlock, groups: Sequence[Group]) -> None:
     """Make a block with these groups of a stock FFN."""
-    linears = _linears(block, roles)
+    linears = _linears(block, ffn)
     block.__class__ = grown(type(block))
     assert isinstance(block, GroupedBlock)
     block.linears = linears
@@ -92,11 +71,10 @@ def _grow(block: nn.Module, roles: dict[str, str], groups: Sequence[Group]) -> N
             delattr(block, name)
 
 
-def _linears(block: nn.Module, roles: dict[str, str]) -> FfnLinears:
+def _linears(block: nn.Module, ffn: FfnBlock) -> FfnLinears:
     """What a block's own linears are called, and their shapes."""
-    names = {role: linear_of(name) for role, name in roles.items()}
-    out = next(names[role] for role in _OUT if role in names)
-    into = tuple(name for name in names.values() if name != out)
+    out = ffn.last.name
+    into = tuple(one.name for one in ffn.linears if one.name != out)
     found = {name: block.get_submodule(name) for name in (*into, out)}
     transposed = not isinstance(found[out], nn.Linear)  # Conv1D
     shapes = {}
