@@ -131,6 +131,14 @@ class Spot:
             for linear in self.ground.block.linears:
                 yield expert, linear
 
+    def copy(self, build: Builder, expert: int, linear: FfnLinear, source: int = 0) -> str:
+        """An expert's own copy of a linear, with its bias; the name of its weight."""
+        stored, name = self.ground.stored(linear, self.layer), self.name(expert, linear, "weight")
+        target = build.target(name, stored.dtype, stored.shape)
+        build.copy(whole(stored, source), whole(target))
+        self.copy_bias(build, expert, linear, source)
+        return name
+
     def copy_bias(self, build: Builder, expert: int, linear: FfnLinear, source: int = 0) -> None:
         """An expert's own bias, where the FFN's linear has one."""
         bias = self.ground.bias(linear, self.layer)

@@ -13,7 +13,6 @@ from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
 from moetool.surgery.groups import MODEL_TYPE, Group
 from moetool.surgery.reform import FORMS, Into
-from moetool.surgery.spec import whole
 
 
 class FullKind(ExpertKind):
@@ -43,11 +42,7 @@ class FullKind(ExpertKind):
         for expert, linear in spot.each():
             number = origin[expert]
             ground = (spot.ground, *spot.others)[number]
-            stored = ground.stored(linear, spot.layer)
-            target = build.target(spot.name(expert, linear, "weight"), stored.dtype, stored.shape)
-            build.copy(whole(stored, number), whole(target))
-            here = replace(spot, ground=ground)
-            here.copy_bias(build, expert, linear, number)
+            replace(spot, ground=ground).copy(build, expert, linear, number)
         return {}
 
     def certificate(self, group: Group, sources: int) -> Certificate:

@@ -17,7 +17,6 @@ from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery.groups import MODALITY, Group
 from moetool.surgery.layout import words
 from moetool.surgery.reform import Into
-from moetool.surgery.spec import whole
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,7 @@ class ModalityKind(ExpertKind):
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         for expert, linear in spot.each():
-            stored = spot.ground.stored(linear, spot.layer)
-            target = build.target(spot.name(expert, linear, "weight"), stored.dtype, stored.shape)
-            build.copy(whole(stored), whole(target))
-            spot.copy_bias(build, expert, linear)
+            spot.copy(build, expert, linear)
         return {}
 
     def certificate(self, group: Group, sources: int) -> Certificate:

@@ -13,7 +13,6 @@ from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery.reform import Into
-from moetool.surgery.spec import whole
 
 CODES = 4  # a byte, along the input
 INT8 = "int8"
@@ -77,12 +76,8 @@ class TernaryKind(ExpertKind):
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         ground, into = spot.ground, dict[str, Into]()
         for expert, linear in spot.each():
-            stored = ground.stored(linear, spot.layer)
-            name = spot.name(expert, linear, "weight")
-            build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
             params = {"group": self.own.scale_group, "transposed": linear.transposed}
-            into[name] = Into(self.name, params)
-            spot.copy_bias(build, expert, linear)
+            into[spot.copy(build, expert, linear)] = Into(self.name, params)
             if self.own.exact and linear is ground.block.last:
                 scale = f"{spot.module}.{spot.group.expert(expert, part='output_scale')}"
                 build.zeros(build.target(scale, "F32", (1,)))
