@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
-from moetool.methods.upcycle import assemble, carve, scale, site
+from moetool.methods import site
+from moetool.methods.upcycle import assemble, carve, scale
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 from moetool.surgery.layout import Layout

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from moetool.errors import MoetoolError
+from moetool.methods import site
 from moetool.methods.contract import Builder
-from moetool.methods.upcycle import site
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock, FfnLinear
 from moetool.surgery.groups import Group

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
+from moetool.methods import site
 from moetool.methods.contract import (
     Builder,
     Certificate,
@@ -24,7 +25,7 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import Storing, same
 from moetool.methods.options import fields as fields_of
 from moetool.methods.several import Several
-from moetool.methods.upcycle import assemble, carve, own, scale, site
+from moetool.methods.upcycle import assemble, carve, own, scale
 from moetool.methods.upcycle.config import Shape, config_of
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, Layer, write_moe

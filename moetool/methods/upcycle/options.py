@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moetool.errors import UsageError
+from moetool.methods import site
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, Storing, option
-from moetool.methods.upcycle import carve, site
+from moetool.methods.upcycle import carve
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
 

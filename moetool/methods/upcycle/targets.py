@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.methods import site
 from moetool.methods.options import CLIENTS
-from moetool.methods.upcycle import site
 from moetool.methods.works import said
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
