@@ -116,8 +116,25 @@ def searched(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Ro
         root = None if piece.importance is None else piece.importance.float().sqrt()
         for chunk in _chunks(piece.matrix, grid, piece.made):
             search = _Search(chunk, grid, root, room)
-            search.finish(search.best(search.starts(starts)))
+            search.finish(_exact(chunk, grid, search.best(search.starts(starts))))
     return made
+
+
+def _exact(chunk: _Chunk, grid: Grid, found: Tensor) -> Tensor:
+    """Scales [rows, groups]: of groups of ternary weights (zeros, and one magnitude that the grid
+    holds as a scale) that magnitude, with which nothing is rounded; else those that were `found`.
+    """
+    if not {-1.0, 1.0}.issubset(grid.levels) or not _is_ternary(chunk.weights[:1]).all():
+        return found
+    most = chunk.weights.abs().amax(-1).float()
+    same = _is_ternary(chunk.weights) & (stored(most, grid) == most)
+    return torch.where(same, most, found)
+
+
+def _is_ternary(groups: Tensor) -> Tensor:
+    """Which groups [..., size] hold nothing but zeros and one magnitude."""
+    sizes = groups.abs()
+    return ((sizes == 0) | (sizes == sizes.amax(-1, keepdim=True))).all(-1)
 
 
 class _Piece(NamedTuple):

@@ -133,7 +133,7 @@ class ModelFacts:
     layers: tuple[int, ...]
     experts: int
     top_k: int
-    expert_width: int
+    expert_width: int  # 0 where experts are no FFNs
     layout: str  # how experts lie: per-expert, fused; dense where there are none
     parameters: int
     active_parameters: int
@@ -156,7 +156,8 @@ class ModelFacts:
         """As the screen says them."""
         lie = self.layout if " " in self.layout else f"{self.layout} tensors"
         family = f"{self.source_type} -> {self.target_type} ({lie})"
-        each = f"{self.experts} of width {self.expert_width}, top-{self.top_k}"
+        wide = f" of width {self.expert_width}" if self.expert_width else ""
+        each = f"{self.experts}{wide}, top-{self.top_k}"
         runs = f"{show_count(self.parameters)}, {show_count(self.active_parameters)} active"
         experts = [Line("experts", f"{each}, in {len(self.layers)} layers")] if self.experts else []
         return [Line("family", family), *experts, Line("parameters", runs)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moetool.errors import MoetoolError
 from moetool.reading import check_regular
+from moetool.surgery import shim
 
 # Files that are made anew for every output and so never travel.
 OWN = {
@@ -24,6 +25,7 @@ OWN = {
     "experts.json",
     "experts.jsonl",
     "model.safetensors.index.json",
+    shim.FILE,
 }
 _KNOWN = re.compile(
     r"""tokenizer[\w.-]*\.json | special_tokens_map\.json | added_tokens\.json | tekken\.json

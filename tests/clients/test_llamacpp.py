@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from methods.upcycled import trained
 from surgery import tokenizers_by_hand as by_hand
 from surgery.gguf_models import OVERRIDES
 
@@ -154,3 +155,14 @@ def test_trained_models_and_their_tokenizers(where: Callable[[], Path], tmp_path
         found = answers[f"f16/tokens/{number}"].tolist()
         assert found == tokenizer(text)["input_ids"], text
     assert Checkpoint.open(tmp_path / "q4_0").travelling()
+
+
+def test_ternary_experts(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Its product with experts takes TQ2_0; it rounds their activations to 8 bits."""
+    wide = models("qwen2", hidden_size=256, intermediate_size=512)
+    own = trained(wide, tmp_path / "own", experts=3, form="ternary", top_k=1)
+    api.materialize(str(own), str(tmp_path / "native"), target="qwen2_moe")
+    api.quantize(str(tmp_path / "native"), str(tmp_path / "small"), plan="experts=gguf:tq2_0")
+    job = {"file": str(tmp_path / "small" / "model.gguf"), "rows": ROWS}
+    answer = ask({"small": job}, tmp_path)["small/logits"]
+    assert kl(stock(tmp_path / "native", ROWS), answer) < 1e-4

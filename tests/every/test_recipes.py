@@ -72,6 +72,7 @@ NAMES = {
     "moiie",
     "pesc",
     "mofme",
+    "mote-int4",
 }
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize")}
 CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
@@ -93,6 +94,18 @@ def mixture() -> Path:
     return folder
 
 
+@lru_cache(maxsize=1)
+def mote() -> Path:
+    """What its own recipe makes of the embedded model."""
+    folder = Path(tempfile.mkdtemp()) / "mote"
+    moetool.run(str(ROOT / "recipes/upcycle/mote.yaml"), source=str(MODEL), out=str(folder))
+    return folder
+
+
+# Recipes whose source is of moetool's own model type.
+OWN = {"mote-int4": mote}
+
+
 def changes(recipe: Path, out: Path) -> list[str]:
     """The --set arguments of the recipe's own command, with the embedded model for every model and
     the embedded text for every text.
@@ -103,7 +116,8 @@ def changes(recipe: Path, out: Path) -> list[str]:
         more = SMALL.get(recipe.stem, [])
         if recipe.parent.name == "quantize":
             more = [*more, "loader-check=false"]  # tests/evaluate does that
-        return [f"source={mixture()}", f"out={out}", *text, *reducing, *more]
+        source = OWN.get(recipe.stem, mixture)()
+        return [f"source={source}", f"out={out}", *text, *reducing, *more]
     words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
     models = next((f.partition("=")[2].split(",") for f in found if f.startswith("from=")), [])
@@ -144,7 +158,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 46 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 47 and len(CALIBRATED) == 17
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

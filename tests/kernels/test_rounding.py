@@ -227,3 +227,16 @@ def test_strange_weights_are_searched_too(name: str) -> None:
     found = rounding.values(made, grid)
     assert not found[0].any() and bool(made.scales.isfinite().all())
     assert float((found[3] - 0.25).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("grid", [grids.integers(4, 32, "F32"), grids.integers(2, 0, "BF16")])
+def test_ternary_groups_are_not_rounded(grid: Grid) -> None:
+    """And groups of other weights beside them are as they would be without."""
+    drawn = torch.Generator().manual_seed(0)
+    codes = torch.randint(-1, 2, (6, 64), generator=drawn)
+    ternary = codes * torch.rand(6, 1, generator=drawn).bfloat16().float()
+    assert torch.equal(rounding.values(rounding.searched(ternary, grid), grid), ternary)
+    other = torch.randn(6, 64, generator=drawn)
+    both = rounding.searched(torch.cat([ternary, other]), grid)
+    alone = rounding.searched(other, grid)
+    assert torch.equal(both.codes[6:], alone.codes) and torch.equal(both.scales[6:], alone.scales)

@@ -11,7 +11,7 @@ from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, GivenExperts, Layer
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
-from moetool.surgery import groups
+from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import EMPTY, ROUTED, Group
@@ -20,6 +20,7 @@ from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model
 
 SCALE = "output_scale"
+HALVES = ("BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,21 @@ class HeldGroup:
             gate, up = rows(both, 0, width), rows(both, width, 2 * width)
         else:
             gate, up = whole(found["gate"]), whole(found["up"])
-        return Ffn(gate, up, whole(down), width, hidden, down.dtype)
+        return Ffn(gate, up, whole(down), width, hidden, self._dtype(expert, down.dtype))
+
+    def _dtype(self, expert: int | None, dtype: str) -> str:
+        """Of an expert's matrices in full: in a model of 16 bits those 16 that hold what the form
+        stores, where there are such.
+        """
+        fits = forms.named(self.group.form).fits_in if expert is not None else ""
+        return fits if fits and not self.group.params.get(SCALE) and dtype in HALVES else dtype
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an expert's matrices are not what the file holds, but rounded to 16 bits."""
+        form, dtype = forms.named(self.group.form), self.ffn.dtype
+        scaled = bool(self.group.params.get(SCALE))
+        return dtype in HALVES and (scaled or (form.in_groups and form.fits_in != dtype))
 
     def given(self, layer: int, scales: dict[str, float]) -> GivenExperts:
         """What is there of a layer."""
@@ -150,8 +165,6 @@ def _check(source: Checkpoint, group: Group | None) -> None:
             wrong = f"{group.form} experts whose FFN is {group.base}"
         elif group.scale != 1.0:
             wrong = f"a factor of {group.scale:g} on the sum of experts"
-        elif group.params.get("activations"):
-            wrong = f"experts whose activations are rounded to {group.params['activations']}"
     if wrong:
         raise MoetoolError(
             f"no class has {wrong}",

@@ -168,11 +168,13 @@ def _with_law(config: JsonObject, chosen: Conversion, group: Group) -> JsonObjec
 
 
 def _certificate(held: HeldGroup, chosen: Conversion) -> Certificate:
-    """Exact but for rounding to 16 bits."""
+    """Exact but for what is rounded, here or there."""
     why = f"every expert in full, weighed by {chosen.target.model_type} as by moetool"
-    if held.ffn.dtype in ("BF16", "F16"):
-        return Certificate("exact_if", f"{why}; matrices are rounded to {held.ffn.dtype}")
-    return Certificate("exact", why)
+    rounded = [f"matrices are rounded to {held.ffn.dtype}"] if held.rounds else []
+    activations = held.group.params.get("activations")
+    if activations:
+        rounded.append(f"activations of experts, which moetool rounds to {activations}, are not")
+    return Certificate("exact_if" if rounded else "exact", "; ".join([why, *rounded]))
 
 
 def _facts(held: HeldGroup, chosen: Conversion, plan: Plan) -> ModelFacts:

@@ -110,7 +110,9 @@ def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
         layers=group.layers,
         experts=group.experts,
         top_k=group.reached,
-        expert_width=ground.width,
+        expert_width=ground.width
+        if any(group.has(one.name) for one in ground.block.linears)
+        else 0,
         layout=f"{group.form} experts{_WHERE.get(group.base, '')}",
         parameters=plan.parameters,
         active_parameters=plan.active_parameters,

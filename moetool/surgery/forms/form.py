@@ -81,6 +81,7 @@ class Form:
     computes: ClassVar[str] = ""  # dtype in which `encode` rounds; empty: the matrix's own
     mixes: ClassVar[bool] = False  # whether a model may hold other forms of its method as well
     quant_method: ClassVar[str] = ""  # as a config says it; one model, one method
+    fits_in: ClassVar[str] = ""  # a dtype of 16 bits that holds all that it decodes to
     in_groups: ClassVar[bool] = False  # whether only experts of a model type of its own have it
     container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 

@@ -27,6 +27,7 @@ class TernaryForm(InGroups):
 
     name: ClassVar[str] = "ternary"
     alone: ClassVar[bool] = True
+    fits_in: ClassVar[str] = "F16"  # its scales are rounded to that when they are made
     may: ClassVar[Mapping[str, type]] = {"group": int, "activations": str, "output_scale": bool}
 
     def parts(self, target: Target, params: Params) -> tuple[Target, ...]:
