@@ -1,4 +1,4 @@
-"""An FFN with groups of experts in its place, under it or beside it.
+"""A module, an FFN mostly, with groups of experts in its place, under it or beside it.
 
 The block is the family's own module: its class becomes one derived from the stock class, its
 linears stay its children (so names on disk stay), and routers and experts are added.
@@ -133,9 +133,10 @@ def _runs(counts: list[int]) -> tuple[RowsOf, ...]:
     return tuple(runs)
 
 
-class GroupedBlock(nn.Module):
-    """What a stock FFN module becomes. `held`: each group and the law of its route; `linears`: of
-    the FFN; `seen`: a list where router scores of this pass are wanted, else None.
+class Grouped(nn.Module):
+    """What a stock module becomes that has groups of experts. `held`: each group and the law of its
+    route; `linears`: its own; `seen`: a list where router scores of this pass are wanted, else
+    None.
     """
 
     stock: type[Any]
@@ -151,6 +152,24 @@ class GroupedBlock(nn.Module):
         found = next((r for r in routers if signals.MODALITY in r.reads), None)
         return None if found is None else found.ids
 
+    def picked(self, group: Group, law: CombineLaw, x: Tensor) -> Picked:
+        """Who works on the tokens x [tokens, hidden], by the group's route."""
+        router = getattr(self, group.router)
+        scores = router(x, *signals.read(self.signals, router.reads, len(x)))
+        chosen = law.choose(scores)
+        if self.seen is not None:
+            self.seen.append(Scores(scores, chosen.expert))
+        return Picked.of(chosen, scores.shape[-1], law.sums)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock class says it: another process makes the class anew."""
+        kind = type(self).__mro__[1]
+        return (_blank, (kind, self.stock), *tuple(super().__reduce_ex__(protocol))[2:])
+
+
+class GroupedBlock(Grouped):
+    """An FFN's module."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -165,29 +184,19 @@ class GroupedBlock(nn.Module):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor) -> Tensor:
         """What one group gives."""
-        router = getattr(self, group.router)
-        scores = router(x, *signals.read(self.signals, router.reads, len(x)))
-        chosen = law.choose(scores)
-        if self.seen is not None:
-            self.seen.append(Scores(scores, chosen.expert))
-        picked = Picked.of(chosen, scores.shape[-1], law.sums)
-        made: Tensor = getattr(self, group.name).run(self, x, picked)
+        made: Tensor = getattr(self, group.name).run(self, x, self.picked(group, law, x))
         return made if group.scale == 1.0 else made * group.scale
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the stock class says it: another process makes the class anew."""
-        return (_blank, (self.stock,), *tuple(super().__reduce_ex__(protocol))[2:])
 
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""
-        made: Tensor = self.stock.forward(_Seen(self, linears) if linears else self, x)
+        made: Tensor = self.stock.forward(Swapped(self, linears) if linears else self, x)
         return made
 
 
-class _Seen:
+class Swapped:
     """A module as its forward sees it, with other linears."""
 
-    def __init__(self, module: nn.Module, linears: Mapping[str, Linear]) -> None:
+    def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.__dict__.update(linears)
         self._module = module
 
@@ -195,22 +204,22 @@ class _Seen:
         return getattr(self.__dict__["_module"], name)
 
 
-_MADE: dict[type[Any], type[GroupedBlock]] = {}
+_MADE: dict[tuple[type[Grouped], type[Any]], type[Grouped]] = {}
 
 
-def grown(stock: type[Any]) -> type[GroupedBlock]:
-    """The class of a block over a stock class: MoeLlamaMLP of LlamaMLP."""
-    if stock not in _MADE:
-        said = {"stock": stock, "__module__": __name__, "__doc__": GroupedBlock.__doc__}
-        _MADE[stock] = type(f"Moe{stock.__name__}", (GroupedBlock, stock), said)
-    return _MADE[stock]
+def grown(kind: type[Grouped], stock: type[Any]) -> type[Grouped]:
+    """The class of a grouped module over a stock class: MoeLlamaMLP of LlamaMLP."""
+    if (kind, stock) not in _MADE:
+        said = {"stock": stock, "__module__": __name__, "__doc__": kind.__doc__}
+        _MADE[kind, stock] = type(f"Moe{stock.__name__}", (kind, stock), said)
+    return _MADE[kind, stock]
 
 
-def _blank(stock: type[Any]) -> GroupedBlock:
-    cls = grown(stock)
+def _blank(kind: type[Grouped], stock: type[Any]) -> Grouped:
+    cls = grown(kind, stock)
     return cls.__new__(cls)
 
 
-def blocks(model: nn.Module) -> Iterator[GroupedBlock]:
+def blocks(model: nn.Module) -> Iterator[Grouped]:
     """Those of a model, in order."""
-    return (m for m in model.modules() if isinstance(m, GroupedBlock))
+    return (m for m in model.modules() if isinstance(m, Grouped))

@@ -13,7 +13,7 @@ from itertools import chain, product
 from typing import Any
 
 from moetool.errors import MoetoolError
-from moetool.surgery import ffn
+from moetool.surgery import grown
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, Needed, Shape
 from moetool.surgery.spec import Stored
@@ -123,7 +123,7 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
         layer, expert = found.numbers.get("layer", layers), found.numbers.get("expert", 0)
         here, most = places, experts
         if at.groups:
-            held = ffn.experts_in(at.layout, found.slot.name)
+            held = grown.experts_in(at.layout, found.slot.name)
             here, most = set(held), held.get(layer, 0)
         wanted = ""
         if layer < layers and layer not in here:

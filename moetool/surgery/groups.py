@@ -6,7 +6,8 @@
                 "route": {"key": "token", "law": "renormalised", "top_k": 2}}]}
 
 Everything else in the config is the base family's. Tensors of the base keep their names; the new
-ones lie inside the module that holds the FFN of a layer (its *block*, `model.layers.3.mlp`):
+ones lie inside the module that holds the FFN of a layer (its *block*, `model.layers.3.mlp`), or
+another site's:
 
     BLOCK.router.weight                       [experts, hidden]; BLOCK.NAME_router.weight for a
                                               group that is not called `experts`
@@ -64,7 +65,8 @@ class Group:
     """Experts of one form behind one route. `base`, the layer's own FFN: `under` (each expert is
     the FFN with something changed: y = sum of w_e FFN_e(x)), `beside` (y = FFN(x) + sum of w_e
     E_e(x)), `member` (expert 0 of the route is the FFN itself; `experts` counts the others), or
-    `gone`. `scale`: factor on the sum.
+    `gone`. `site`: which module of a layer that is, by its name in surgery/places; what is said of
+    an FFN here goes for it. `scale`: factor on the sum.
     """
 
     form: str
@@ -178,7 +180,7 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         raise _wrong("a list of no groups", "at least one group", said.get("groups"))
     groups = tuple(map(_group, said["groups"]))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
-        names = [g.name for g in groups if layer in g.layers]
+        names = [(g.site, g.name) for g in groups if layer in g.layers]
         if len(set(names)) != len(names):
             raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)
     return groups
@@ -202,11 +204,11 @@ def _group(data: object) -> Group:
 
 def _check(group: Group) -> None:
     _check_kinds(group)
-    if (group.site, group.tower) != ("ffn", "text"):
+    if group.tower != "text":
         raise _wrong(
             "experts where this moetool does not look for them",
-            "site ffn of tower text",
-            f"site {group.site} of tower {group.tower}",
+            "tower text",
+            f"tower {group.tower}",
             "a newer moetool may know them",
         )
     counts = (group.experts, group.route.top_k, *group.layers)

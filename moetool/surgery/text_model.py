@@ -12,7 +12,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import ffn, groups
+from moetool.surgery import groups, grown
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -85,7 +85,7 @@ def text_model(config: JsonObject) -> TextModel:
     if not groups.is_ours(config):
         return _native(config)
     held, at = groups.read(config), _native(groups.base_of(config))
-    layout = ffn.grown(at.layout, held, at.field("layers") or 0)
+    layout = grown.grown(at.layout, held, at.field("layers") or 0)
     return replace(at, layout=layout, groups=held)
 
 

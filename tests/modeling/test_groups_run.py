@@ -186,7 +186,7 @@ def test_what_a_config_says_wrongly_is_refused(sources: Made, tmp_path: Path) ->
         ({"route": Route(options={"temperature": 2})}, "temperature"),
         ({"route": Route(bias="no")}, "bool"),  # type: ignore[arg-type]
         ({"route": Route(law=5)}, "`law`"),  # type: ignore[arg-type]
-        ({"site": "attention"}, "site ffn"),
+        ({"site": "fnn"}, "ffn"),
         ({"scale": float("nan")}, "nan"),
         ({"name": "gate_proj"}, "gate_proj"),
         ({"layers": ()}, "at least one"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 from moetool.errors import MoetoolError
 from moetool.methods import site
 from moetool.methods.contract import Builder
+from moetool.surgery import places
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
@@ -27,19 +28,26 @@ class Ground:
 
     source: Checkpoint
     at: TextModel
-    block: FfnBlock
+    blocks: tuple[FfnBlock, ...]  # of each layer, at the site where experts are to be
     layers: tuple[int, ...]
 
     @classmethod
-    def of(cls, source: Checkpoint, layers: str) -> Ground:
-        """MoetoolError where the family has no such FFN, or its weights are no plain floats."""
+    def of(cls, source: Checkpoint, layers: str, where: str = "ffn") -> Ground:
+        """At a site. MoetoolError where the family has no such, or its weights are no plain
+        floats.
+        """
         at = text_model(source.config)
-        block = FfnBlock.of(at.layout)
-        found = cls(source, at, block, site.parse(layers, at.field("layers") or 0))
+        blocks = places.named(where).blocks(at.layout)
+        found = cls(source, at, blocks, site.parse(layers, at.field("layers") or 0))
         for layer in found.layers:
-            for linear in block.linears:
+            for linear in chain.from_iterable(block.linears for block in blocks):
                 found.stored(linear, layer)
         return found
+
+    @property
+    def block(self) -> FfnBlock:
+        """The one of a layer, or the first."""
+        return self.blocks[0]
 
     @property
     def count(self) -> int:
@@ -63,9 +71,9 @@ class Ground:
         last = self.block.last
         return last.sides(self.stored(last, self.layers[0]).shape)[1]
 
-    def module(self, layer: int) -> str:
-        """The module that holds a layer's FFN: `model.layers.3.mlp`."""
-        return self.at.name(self.block.module, layer=layer)
+    def module(self, layer: int, block: FfnBlock | None = None) -> str:
+        """The module that holds a layer's FFN: `model.layers.3.mlp`, or another block."""
+        return self.at.name((block or self.block).module, layer=layer)
 
     def stored(self, linear: FfnLinear, layer: int) -> Stored:
         """The weight of a linear; MoetoolError where it is quantized, or no matrix."""
@@ -107,19 +115,20 @@ class Ground:
 
 @dataclass(frozen=True)
 class Spot:
-    """One layer, and the group of experts that it gets. `seed`: of everything random; `others`:
-    further sources.
+    """One block of one layer, and the group of experts that it gets. `seed`: of everything random;
+    `others`: further sources.
     """
 
     ground: Ground
     group: Group
     layer: int
+    block: FfnBlock
     seed: int
     others: tuple[Ground, ...] = ()
 
     @property
     def module(self) -> str:
-        return self.ground.module(self.layer)
+        return self.ground.module(self.layer, self.block)
 
     def name(self, expert: int, linear: FfnLinear, part: str) -> str:
         """A tensor of an expert: `model.layers.3.mlp.experts.7.gate_proj.lora_A`."""
@@ -128,7 +137,7 @@ class Spot:
     def each(self) -> Iterator[tuple[int, FfnLinear]]:
         """Every linear of every expert."""
         for expert in range(self.group.experts):
-            for linear in self.ground.block.linears:
+            for linear in self.block.linears:
                 yield expert, linear
 
     def copy(self, build: Builder, expert: int, linear: FfnLinear, source: int = 0) -> str:

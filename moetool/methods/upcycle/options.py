@@ -11,6 +11,7 @@ from moetool.methods.options import Served, Storing, option
 from moetool.methods.upcycle import carve
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.route import Router
+from moetool.surgery import places
 
 # How scores become weights, for experts that no stock class holds (surgery/groups.py).
 LAWS = ("auto", "renormalised", "hard", "softmax", "soft")
@@ -28,6 +29,15 @@ class Upcycling(Storing, Served):
     )
     layers: str = option(
         "all", f"which layers get experts: {site.FORMS}", WHAT, metavar="all|every:N|0,2,..."
+    )
+    site: str = option(
+        "ffn",
+        lambda: (
+            "which module of a layer gets experts: "
+            + "; ".join(f"{name}: {place.about()}" for name, place in places.known().items())
+        ),
+        WHAT,
+        choices=lambda: tuple(places.known()),
     )
     target: str = option(
         "auto",

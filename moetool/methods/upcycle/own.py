@@ -5,6 +5,7 @@ FFNs' blocks. Any dense family whose FFN the layout data finds can have one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Decisions, Made, ModelFacts, Settings
@@ -33,7 +34,7 @@ def plan(
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
     told = kind.told_by(found)
-    ground, *others = (Ground.of(source, kind.verb.layers) for source in sources)
+    ground, *others = (Ground.of(source, kind.verb.layers, kind.verb.site) for source in sources)
     if not ground.layers:
         raise UsageError(
             f"{kind.spelled} without a layer",
@@ -51,8 +52,10 @@ def plan(
             if name not in gone:
                 stored = ground.source.tensors[name]
                 build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
-        if isinstance(place, int) and place in ground.layers:
-            spot = Spot(ground, group, place, settings.seed, tuple(others))
+        if not isinstance(place, int) or place not in ground.layers:
+            continue
+        for block in ground.blocks:
+            spot = Spot(ground, group, place, block, settings.seed, tuple(others))
             _router(build, kind, spot)
             into |= kind.write(build, spot)
     config = groups.config_of(sources[0].config, (group,)) | {"auto_map": dict(shim.AUTO_MAP)}
@@ -78,8 +81,9 @@ def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
     """The FFN's own tensors in a layer whose experts stand in its stead."""
     if group.base != "gone" or not isinstance(place, int) or place not in ground.layers:
         return set()
-    biases = (ground.bias(one, place) for one in ground.block.linears)
-    own = (ground.stored(one, place) for one in ground.block.linears)
+    linears = [*chain.from_iterable(block.linears for block in ground.blocks)]
+    biases = (ground.bias(one, place) for one in linears)
+    own = (ground.stored(one, place) for one in linears)
     return {one.name for one in (*own, *biases) if one is not None}
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery import groups
-from moetool.surgery.ffn import FfnBlock, FfnLinear
+from moetool.surgery import groups, places
+from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.forms.form import Config, Form, Params, Recognised, Written, made_of
 from moetool.surgery.groups import Group
 from moetool.surgery.spec import InParts, Stored, Target
@@ -36,11 +37,10 @@ class Site:
 
 def sites(at: TextModel, form: str) -> Iterator[Site]:
     """Every linear of the experts in a form, in the order of their names."""
-    block = FfnBlock.of(at.layout)
     for group in at.groups:
         if group.form != form:
             continue
-        for layer in group.layers:
+        for block, layer in product(places.named(group.site).blocks(at.layout), group.layers):
             module = at.name(block.module, layer=layer)
             for expert in range(group.experts):
                 for linear in filter(lambda one: group.has(one.name), block.linears):

@@ -27,7 +27,7 @@ from moetool.surgery.reform import Into
 from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
-_COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form", "for_")
+_COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form", "for_", "site")
 SUMMING = ("renormalised", "soft")  # laws whose weights sum to one
 
 
@@ -44,6 +44,7 @@ class ExpertKind:
     law: ClassVar[str] = "renormalised"  # what --law auto means
     takes: ClassVar[tuple[str, ...]] = ()  # options of upcycle beyond those that all kinds take
     several: ClassVar[bool] = False  # whether --from means anything
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)  # where such experts can stand
 
     def __init__(self, verb: Upcycling, own: Any = None) -> None:
         self.verb = verb
@@ -101,6 +102,7 @@ class ExpertKind:
                 hint=f"leave out --{field.spelled}: the FFN stays whole, and experts stand "
                 f"{self.base} it",
             )
+        self._at_site()
         if self.verb.target not in ("auto", MODEL_TYPE):
             raise UsageError(
                 f"{self.verb.target} has no experts of this form",
@@ -117,7 +119,17 @@ class ExpertKind:
                 hint="use --top-k 1, or --law renormalised",
             )
 
+    def _at_site(self) -> None:
+        if self.verb.site not in self.sites:
+            raise UsageError(
+                f"no experts of this form stand at the site {self.verb.site}",
+                expected=f"{self.spelled} with --site {', '.join(self.sites)}",
+                found=f"{self.spelled} --site {self.verb.site}",
+                hint="`moetool methods show upcycle` says what goes with it",
+            )
+
     def _native(self) -> None:
+        self._at_site()
         if self.verb.law != LAWS[0]:
             raise UsageError(
                 "--law is the target's own where a stock class holds the experts",
@@ -161,6 +173,7 @@ class ExpertKind:
             layers=ground.layers,
             base=self.base,
             params=self.params(ground),
+            site=said.site,
             route=Route(law=law, top_k=top_k),
         )
 

@@ -1,0 +1,98 @@
+"""The layout of a family with groups of experts: what they add to it, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from moetool.errors import MoetoolError
+from moetool.surgery import places
+from moetool.surgery.family import GroupSlot, Slot
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.groups import MODEL_TYPE, Group
+from moetool.surgery.inside import inside
+from moetool.surgery.layout import Layout
+
+
+def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
+    """The layout of a family with these groups, for a config of `count` layers: every matrix of an
+    expert has a slot, in whatever form it is stored. MoetoolError for a group that has no place.
+    """
+    kept, more = layout.tensors, list[GroupSlot]()
+    for group in groups:
+        _check(group, count)
+        for block in places.named(group.site).blocks(layout):
+            kept = _without(kept, block, group, count)
+            more += _slots(layout, block, group)
+    cls = f"Moe{layout.cls}"
+    return replace(layout, model_type=MODEL_TYPE, cls=cls, tensors=(*kept, *more))
+
+
+def _check(group: Group, count: int) -> None:
+    if any(n >= count for n in group.layers):
+        raise MoetoolError(
+            "a group of experts in a layer that is not there",
+            file="config.json",
+            expected=f"layers 0 to {count - 1}",
+            found=list(group.layers),
+            hint="restore the config.json that came with the model",
+        )
+
+
+def _without(
+    slots: tuple[Slot, ...], block: FfnBlock, group: Group, count: int
+) -> tuple[Slot, ...]:
+    """The slots, without those of a block's own linears in the layers where these are gone."""
+    if group.base != "gone":
+        return slots
+    biases = {one.bias.name for one in block.linears if one.bias}
+    own = {one.slot.name for one in block.linears} | biases
+    held = dict.fromkeys(sorted(set(range(count)) - set(group.layers)), 1)
+    inside = (_in(s, held) if s.name in own else s for s in slots)
+    return tuple(inside)
+
+
+def _in(slot: Slot, held: Mapping[int, int]) -> Slot:
+    """The slot in these layers alone; where it may be missing anyway, as it is."""
+    if slot.layers == "some":
+        return slot
+    if isinstance(slot, GroupSlot):  # another group has taken some already
+        held = {layer: 1 for layer in held if layer in slot.held}
+    return GroupSlot(slot.name, slot.shape, slot.role, "held", slot.when, held=held)
+
+
+def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
+    """What one group adds: its router, and a matrix for each linear of each expert."""
+    routed, held = dict.fromkeys(group.layers, 1), dict.fromkeys(group.layers, group.experts)
+    rows, router = str(group.rows), f"{block.module}.{group.router}"
+    hidden = layout.fields["hidden"]
+    if group.rows:
+        yield GroupSlot(f"{router}.weight", [rows, hidden], "router", "held", held=routed)
+    if group.route.bias:
+        yield GroupSlot(f"{router}.bias", [rows], "router.bias", "held", held=routed)
+    expert = f"{block.module}.{group.name}.{{expert}}"
+    if group.params.get("output_scale"):
+        yield GroupSlot(f"{expert}.output_scale", ["1"], "expert.output_scale", "held", held=held)
+    for one in inside(group.form):
+        shape = [hidden if w == "hidden" else str(group.params.get(w)) for w in one.shape]
+        role = f"expert.{one.name.replace('.', '_')}"
+        yield GroupSlot(f"{expert}.{one.name}", [*shape], role, "held", held=held)
+    for linear in block.linears:
+        if not group.has(linear.name):
+            continue
+        role = f"expert.{linear.role}"
+        name = f"{expert}.{linear.name}"
+        yield GroupSlot(f"{name}.weight", linear.slot.shape, role, "held", held=held)
+        if linear.bias is not None and group.base != "under":
+            bias = linear.bias
+            when = bias.when
+            yield GroupSlot(f"{name}.bias", bias.shape, f"{role}_bias", "held", when, held=held)
+
+
+def experts_in(layout: Layout, name: str) -> Mapping[int, int]:
+    """Layer -> experts that groups have there under the name of this slot."""
+    found: dict[int, int] = {}
+    for slot in layout.tensors:
+        if slot.name == name and isinstance(slot, GroupSlot):
+            found |= slot.held
+    return found

@@ -1,0 +1,27 @@
+"""What every site answers to those who read names alone; modeling/sites says how it runs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.layout import Layout
+
+
+class GroupPlace:
+    """Subclass it in a file of this folder, with a `name`; its docstring describes it. Nothing
+    heavy is imported here: `--help` reads all sites.
+    """
+
+    name: ClassVar[str] = ""
+
+    @classmethod
+    def about(cls) -> str:
+        """Its docstring on one line."""
+        return " ".join((cls.__doc__ or "").split())
+
+    def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
+        """The modules of a layer that get experts, with the linears that these stand for.
+        MoetoolError where the family has none.
+        """
+        raise NotImplementedError
