@@ -53,9 +53,11 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     from moetool import methods
 
     caller = caller or Caller()
-    method, long = methods.make(options.method, options.values), is_long(options)
+    method = methods.make(options.method, options.values)
     steps.check(options)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
+    options = steps.served(options, method, sources)
+    long = is_long(options)
     uncounted = complete.check(sources)
     check_device(options.common.device)
     check_engine(options.common.engine)

@@ -5,6 +5,7 @@ write (surgery/view.py); only what had to be computed for that is made, in the w
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ from moetool.errors import MoetoolError, UsageError
 from moetool.methods import works
 from moetool.methods.certificates import weakest
 from moetool.methods.contract import Method, Options, Prepared, Settings, Step
+from moetool.methods.convert import lie
 from moetool.progress import Progress, Stage
 from moetool.surgery import groups, view
 from moetool.surgery.checkpoint import Checkpoint
@@ -52,6 +54,16 @@ def decided(
         peak=max(peak, last.peak),
         decided_in=round(sum(p.decided_in for p in (*before, last)), 3),
     )
+
+
+def served(options: Options, method: Method, sources: Sequence[Checkpoint]) -> Options:
+    """The same, with a first step that writes experts as the clients of --for read them, where the
+    source's lie otherwise and no step says how they are to lie.
+    """
+    if any(methods.load(step.method).lays for step in options.before):
+        return options
+    step = lie.first(method, sources[0])
+    return replace(options, before=(step, *options.before)) if step else options
 
 
 def check(options: Options) -> None:

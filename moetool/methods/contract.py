@@ -5,7 +5,6 @@ wants it.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from moetool.data import JsonObject
 from moetool.lock import Lock
 from moetool.methods.field import Field, Value
-from moetool.methods.options import Common, Gate, Text, build
+from moetool.methods.options import Common, Gate, Text, build, spelled
 from moetool.methods.options import fields as fields_of
 from moetool.methods.proof import Pledge, Proof
 from moetool.progress import Progress, silent
@@ -193,8 +192,9 @@ class Summary:
         data = {f.name: getattr(self, f.name) for f in fields(Summary) if f.name not in apart}
         data |= {"sources": list(self.sources), "certificate": asdict(self.certificate)}
         data |= {"steps": [s.as_json() for s in self.steps]} if self.steps else {}
-        told = self.options.items()
-        data["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in told}
+        data["options"] = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()
+        }
         data |= {"clients": {c.client: c.as_json() for c in self.clients}} if self.clients else {}
         return data | self.facts.as_json()
 
@@ -238,6 +238,7 @@ class Method:
     several: ClassVar[str] = ""  # help of --from, where a verb takes more than one source
     examples: ClassVar[tuple[str, ...]] = ()  # for --help; `demo` stands for the embedded model
     interruptible: ClassVar[bool] = False  # deciding takes long, and can be stopped after a layer
+    lays: ClassVar[bool] = False  # it says itself how experts lie
     reads_groups: ClassVar[bool] = False  # also sources with experts that no stock class holds
 
     def __init__(self, options: Any) -> None:
@@ -256,7 +257,7 @@ class Method:
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Method:
         """The verb with these options, from any origin; UsageError for what does not fit."""
-        return cls(build(cls.Options, values, _spelled(cls)))
+        return cls(build(cls.Options, values, spelled(cls)))
 
     def recorded(self) -> dict[str, Value]:
         """All options, flat: `make` of them gives the same method again."""
@@ -299,11 +300,6 @@ class Method:
     def files(self, report: Report) -> dict[str, bytes]:
         """Small files beside the weights, once everything is known (report.json, ...)."""
         return {}
-
-
-def _spelled(cls: type[Method]) -> str:
-    """ConvertLayout -> convert-layout."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
 
 def left_out(summary: Summary) -> dict[str, str]:

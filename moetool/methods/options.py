@@ -9,6 +9,7 @@ imported here: `--help` reads this file.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -358,3 +359,8 @@ class Checking:
         choices=("", *CHECKED),
     )
     device: str = same(Common, "device", help="where models run")
+
+
+def spelled(cls: type) -> str:
+    """ConvertLayout -> convert-layout."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()

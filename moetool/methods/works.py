@@ -141,7 +141,7 @@ def _next(output: Traits, broken: Sequence[str]) -> str:
     single = replace(output, facts={**output.facts, "layout": "per-expert"})
     if any(clients.model(name, single).state in _BROKEN for name in broken):
         return usual
-    return "`moetool convert-layout SRC OUT --to per-expert` first (a recipe does both in one pass)"
+    return "single experts work there: `moetool convert-layout SRC OUT --to per-expert`"
 
 
 def said(one: Judged) -> str:

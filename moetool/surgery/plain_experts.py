@@ -66,6 +66,14 @@ class PlainExperts:
             names |= {self.named(template, layer, expert) for template in templates}
         return [self.source.tensor(n) for n in sorted(names)]
 
+    @property
+    def layer_of(self) -> dict[str, int]:
+        """The layer of each stored tensor of experts, by name."""
+        found: dict[str, int] = {}
+        for number in self.layers:
+            found |= dict.fromkeys((s.name for s in self.tensors(number)), number)
+        return found
+
     def dtype(self, layer: int) -> str:
         """How a layer's experts are stored."""
         return self.source.tensors[self.pieces(layer, 0)["gate"].name].dtype

@@ -18,13 +18,15 @@ from moetool.methods.contract import (
     Settings,
     Summary,
 )
+from moetool.methods.convert import layout, lie
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
 from moetool.surgery import reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.surgery.plain_experts import PlainExperts
 from moetool.surgery.plan import Outputs, Plan
-from moetool.surgery.spec import whole
+from moetool.surgery.spec import Stored, whole
 from moetool.surgery.text_model import text_model
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -54,6 +56,7 @@ class Dequantize(Method):
         "moetool dequantize small full --dry-run",
     )
     options: Dequantizing
+    lays = True
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Nothing to decide."""
@@ -68,19 +71,22 @@ class Dequantize(Method):
                 file=source.folder,
                 hint="`moetool quantize` does it; `moetool inspect` says what is there",
             )
-        build = Builder()
-        for name, stored in source.tensors.items():
-            dtype = stored.dtype
-            if stored.parts and self.options.dtype != "auto":
-                dtype = _DTYPES[self.options.dtype]
-            build.copy(whole(stored), whole(build.target(name, dtype, stored.shape)))
+        other = lie.other(self.options, source)
+        build = layout.laid(PlainExperts.of(source), other, self._dtype) if other else Builder()
+        for name, stored in source.tensors.items() if not other else ():
+            build.copy(whole(stored), whole(build.target(name, self._dtype(stored), stored.shape)))
         config = _told(source.config, self.options.dtype)
         wanted = Outputs(config, build.targets, build.tasks, {})
         plan = reform.plan([source], wanted, max_shard=settings.max_shard, form="full")
-        held = sorted({t.dtype for t in build.targets if source.tensor(t.name).parts})
+        held = sorted({self._dtype(t) for t in source.tensors.values() if t.parts})
         why = f"decoded values fit {' and '.join(held)}, to which others are rounded"
         certificate = Certificate("exact_if", why)
         return Made(plan, certificate, plan.config, {}, _facts(source, plan))
+
+    def _dtype(self, stored: Stored) -> str:
+        """How a tensor is written."""
+        asked = stored.parts and self.options.dtype != "auto"
+        return _DTYPES[self.options.dtype] if asked else stored.dtype
 
     def lines(self, summary: Summary) -> list[Line]:
         """The family, the experts, and how many parameters run."""

@@ -63,6 +63,7 @@ class Materialize(Method):
 
     Options = Materializing
     reads_groups: ClassVar[bool] = True
+    lays = True
     examples = (
         "moetool materialize OWN NATIVE",
         "moetool materialize OWN NATIVE --target qwen2_moe",

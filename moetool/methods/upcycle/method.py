@@ -105,6 +105,7 @@ class Upcycle(Several):
         "moetool upcycle SRC my-moe --shared --diversify drop:0.5 --dry-run",
     )
     options: Growing
+    lays = True
     way: ExpertKind
 
     def __init__(self, options: Growing, way: ExpertKind | None = None) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
@@ -226,8 +226,23 @@ def choose(source: Checkpoint, wish: Wish, judge: Judge) -> Spelling:
         f"no target can hold {source.config.get('model_type')} without loss{where}",
         file=source.folder,
         **{f"not {t}": w for t, w in lines.items()},
-        hint=_next_step(reasons, str(source.config.get("model_type"))),
+        hint=_another(source, wish, judge)
+        or _next_step(reasons, str(source.config.get("model_type"))),
     )
+
+
+def _another(source: Checkpoint, wish: Wish, judge: Judge) -> str:
+    """What to do where a target was named that does not work in the clients of --for, and another
+    does.
+    """
+    if wish.target == "auto" or not wish.serves:
+        return ""
+    try:
+        found = choose(source, replace(wish, target="auto"), judge).conversion
+    except MoetoolError:
+        return ""
+    named = (found.outer or found.pair).target
+    return f"--target auto takes {named}, which works in {', '.join(wish.serves)}"
 
 
 def named(source: Checkpoint, wish: Wish) -> list[Conversion]:
