@@ -4,8 +4,8 @@ options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -23,11 +23,14 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Split:
-    """What was told to a verb, and what of it belongs to the way that acts."""
+    """What was told to a verb, and what of it belongs to the way that acts. `words`: for every
+    further option that names a word with options of its own (`--key`), that word and these.
+    """
 
     options: Any
     acting: type[Any]
     own: Any
+    words: Mapping[str, tuple[type[Any], Any]] = field(default_factory=dict)
 
 
 class Several(Method):
@@ -39,12 +42,18 @@ class Several(Method):
 
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
-        own = (fields_of(way.Options, (name,)) for name, way in cls.ways().items())
-        theirs = (
-            replace(f, help=f"with --{cls.chooser} {' or '.join(f.of)}: {f.help}")
-            for f in chain.from_iterable(own)
-        )
-        return (*fields_of(cls.Options), *theirs)
+        own = chain.from_iterable(_own(*axis) for axis in cls.axes().items())
+        return (*fields_of(cls.Options), *own)
+
+    @classmethod
+    def axes(cls) -> Mapping[str, Mapping[str, type[Any]]]:
+        """Options that name words with options of their own, first the chooser -> the words."""
+        return {cls.chooser: cls.ways()}
+
+    @classmethod
+    def words(cls, options: Any) -> Mapping[str, type[Any]]:
+        """The word that each further one of these options means."""
+        return {}
 
     @classmethod
     def named(cls, options: Any) -> type[Any]:
@@ -66,25 +75,47 @@ class Several(Method):
         theirs = {k: v for k, v in given.items() if k in known and known[k].of}
         mine = {k: v for k, v in given.items() if k not in theirs}
         options: Any = build(cls.Options, mine, cls.verb)
-        acting = cls.acting(options)
-        own = {}
+        acting = {cls.chooser: cls.acting(options), **cls.words(options)}
+        own: dict[str, dict[str, object]] = {axis: {} for axis in acting}
         for key, value in theirs.items():
-            if key in {f.name for f in fields_of(acting.Options)}:
-                own[key] = value
+            axis = next(a for a, words in cls.axes().items() if key in _names(words.values()))
+            if key in _names([acting[axis]]):
+                own[axis][key] = value
             elif known[key].read(value) != known[key].default:
-                raise cls._stranger(known[key], getattr(options, cls.chooser), value)
-        return Split(options, acting, build(acting.Options, own, cls.verb))
+                raise _stranger(known[key], axis, getattr(options, axis), value)
+        made = {a: (word, build(word.Options, own[a], cls.verb)) for a, word in acting.items()}
+        way, told = made.pop(cls.chooser)
+        return Split(options, way, told, made)
 
     def recorded(self) -> dict[str, Value]:
-        own = {f.name: getattr(self.way.own, f.name) for f in fields_of(type(self.way.own))}
-        return super().recorded() | own
+        return super().recorded() | told(self.way.own)
 
-    @classmethod
-    def _stranger(cls, field: Field, chosen: str, value: Any) -> UsageError:
-        owner, chooser = " or ".join(field.of), cls.chooser
-        return UsageError(
-            f"--{field.spelled} and --{chooser} {owner} belong together",
-            expected=f"--{chooser} {owner} --{field.spelled} {value}",
-            found=f"--{chooser} {chosen} --{field.spelled} {value}",
-            hint="use both or neither",
-        )
+
+def told(own: Any) -> dict[str, Value]:
+    """The options of a way by their names."""
+    return {f.name: getattr(own, f.name) for f in fields_of(type(own))}
+
+
+def _own(axis: str, words: Mapping[str, type[Any]]) -> Iterator[Field]:
+    """The options of an axis's words; one that several words have stands once."""
+    found: dict[str, Field] = {}
+    for name, word in words.items():
+        for one in fields_of(word.Options):
+            of = (*found[one.name].of, name) if one.name in found else (name,)
+            found[one.name] = replace(one, of=of)
+    for one in found.values():
+        yield replace(one, help=f"with --{axis} {' or '.join(one.of)}: {one.help}")
+
+
+def _names(words: Iterable[type[Any]]) -> set[str]:
+    return {f.name for f in chain.from_iterable(fields_of(word.Options) for word in words)}
+
+
+def _stranger(field: Field, axis: str, chosen: str, value: Any) -> UsageError:
+    owner = " or ".join(field.of)
+    return UsageError(
+        f"--{field.spelled} and --{axis} {owner} belong together",
+        expected=f"--{axis} {owner} --{field.spelled} {value}",
+        found=f"--{axis} {chosen} --{field.spelled} {value}",
+        hint="use both or neither",
+    )

@@ -13,23 +13,38 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Scores:
     """What a router said in one forward pass: logits [tokens, choices], and what was chosen of
-    them [tokens, k].
+    them [tokens, k]; `part`: the number of the router that each token has [tokens], where there
+    are several.
     """
 
     logits: Tensor
     chosen: Tensor
+    part: Tensor | None = None
 
 
-def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor:
+def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor | None:
     """choices * sum over e of f_e P_e: f_e the part of all choices that fell on e, P_e its mean
-    probability (Fedus et al., arXiv 2101.03961). 1 where tokens spread evenly, whatever k is.
-    `kept`: which tokens count [tokens], bool.
+    probability (Fedus et al., arXiv 2101.03961). 1 where tokens spread evenly, whatever k is; each
+    router of its own tokens, and among what they may use (MoIIE, arXiv 2508.09779), the mean of
+    these; None where no token had a choice. `kept`: which tokens count [tokens], bool.
     """
-    shares = scores.logits.float().softmax(-1)
-    chosen, count = scores.chosen, shares.shape[-1]
+    shares, allowed = scores.logits.float().softmax(-1), ~scores.logits.isneginf()
+    part = scores.chosen.new_zeros(len(shares)) if scores.part is None else scores.part
+    part = part.to(shares.device)
     if kept is not None:
-        shares, chosen = shares[kept], chosen[kept]
-    fell = torch.bincount(chosen.flatten(), minlength=count).to(shares)
+        part = part.masked_fill(~kept.to(part.device), -1)
+    mine = [part == number for number in sorted(set(part.tolist()) - {-1})]
+    each = [_even(shares[at], scores.chosen[at], allowed[at]) for at in mine]
+    found = [one for one in each if one is not None]
+    return torch.stack(found).mean() if found else None
+
+
+def _even(shares: Tensor, chosen: Tensor, allowed: Tensor) -> Tensor | None:
+    """The loss of one router's tokens."""
+    count = int(allowed.any(0).sum())
+    if count < 2:
+        return None
+    fell = torch.bincount(chosen[chosen >= 0], minlength=shares.shape[-1]).to(shares)
     return count * (fell / fell.sum().clamp(min=1) * shares.mean(0)).sum()
 
 
@@ -38,9 +53,8 @@ def mean(seen: Sequence[Scores], mask: Tensor | None = None) -> Tensor | None:
     stock mixtures have it) hides, and the coefficient means the same at any depth. `mask`: 0 for
     padding [batch, length].
     """
-    if not seen:
-        return None
     kept = mask.flatten().bool() if mask is not None and mask.dim() == 2 else None
     fits = kept is not None and all(len(s.logits) == len(kept) for s in seen)
-    each = [of_layer(s, kept if fits else None).to(seen[0].logits.device) for s in seen]
-    return torch.stack(each).mean()
+    made = [of_layer(s, kept if fits else None) for s in seen]
+    each = [one.to(seen[0].logits.device) for one in made if one is not None]
+    return torch.stack(each).mean() if each else None

@@ -6,16 +6,15 @@ linears stay its children (so names on disk stay), and routers and experts are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from moetool.modeling import signals
 from moetool.modeling.balance import Scores
+from moetool.modeling.signals import Heard
 
 if TYPE_CHECKING:
     from moetool.modeling.laws.law import Choices, CombineLaw
@@ -136,29 +135,27 @@ def _runs(counts: list[int]) -> tuple[RowsOf, ...]:
 class Grouped(nn.Module):
     """What a stock module becomes that has groups of experts. `held`: each group and the law of its
     route; `linears`: its own; `seen`: a list where router scores of this pass are wanted, else
-    None.
+    None; `heard`: what the call says beside its tokens.
     """
 
     stock: type[Any]
     linears: FfnLinears
     held: tuple[tuple[Group, CombineLaw], ...]
     seen: list[Scores] | None = None
-    signals: Mapping[str, Tensor] = MappingProxyType({})
+    heard: Heard = Heard()
 
-    @property
-    def ids_by_modality(self) -> Sequence[Sequence[int]] | None:
-        """Token ids of each modality beside text, where a route looks at it."""
-        routers = (getattr(self, group.router) for group, _ in self.held)
-        found = next((r for r in routers if signals.MODALITY in r.reads), None)
-        return None if found is None else found.ids
+    def routers(self) -> Iterator[Any]:
+        """Those of its groups, in order."""
+        return (getattr(self, group.router) for group, _ in self.held)
 
     def picked(self, group: Group, law: CombineLaw, x: Tensor) -> Picked:
         """Who works on the tokens x [tokens, hidden], by the group's route."""
         router = getattr(self, group.router)
-        scores = router(x, *signals.read(self.signals, router.reads, len(x)))
+        router.check()
+        scores = router(x, self.heard)
         chosen = law.choose(scores)
-        if self.seen is not None:
-            self.seen.append(Scores(scores, chosen.expert))
+        if self.seen is not None and group.router_tensors:
+            self.seen.append(Scores(scores, chosen.expert, router.groups(self.heard, len(x))))
         return Picked.of(chosen, scores.shape[-1], law.sums)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

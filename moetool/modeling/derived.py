@@ -6,7 +6,7 @@ For training they answer what trainers ask of a mixture: `output_router_logits` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 
 from moetool.modeling import balance, signals
 from moetool.modeling.block import blocks
+from moetool.modeling.generation import prepared, taking, told
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
 from moetool.surgery import groups, shim
 
 Tensor = torch.Tensor
+_PREPARE = "prepare_inputs_for_generation"
 _FLOAT32 = ("weight_scale", "output_scale")  # of pieces; bf16 would round them
 
 
@@ -91,6 +93,9 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
     }
+    if hasattr(stock, "generate"):
+        said |= {"generate": told(stock.generate)}
+        said |= {_PREPARE: prepared(stock.prepare_inputs_for_generation)}
     made = type(f"Moe{stock.__name__}", (Grown, stock), said)
     _copy_names(stock, made)
     return made
@@ -130,13 +135,23 @@ def _observed(stock: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             inner._within = False
 
-    return forward
+    return taking(forward)
 
 
 def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """One forward pass, and where router logits are asked for, these and their loss."""
     held = [*blocks(self)]
-    signals.note(held, args, kwargs)
+    heard = signals.note(held, args, kwargs)
+    try:
+        return _scored(self, held, run, args, kwargs)
+    finally:
+        if heard is not None:
+            heard.over = True
+
+
+def _scored(
+    self: Any, held: Sequence[Any], run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
     asked = kwargs.pop("output_router_logits", None)
     if not (self.config.output_router_logits if asked is None else asked):
         made = run(*args, **kwargs)

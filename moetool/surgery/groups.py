@@ -29,35 +29,18 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery.inside import HELD
+from moetool.surgery.route import Route, RouterTensor, reached
 
 MODEL_TYPE = "moetool"
 VERSION = 1
 FIRST = "experts"  # the usual name of a group
 BASES = ("under", "beside", "member", "gone")
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
-ROUTED = "token"  # the key of routes that score each token by itself
-MODALITY = "modality"  # the key of routes that look at what kind of token it is
 _KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
     "params": dict,
     "scale": float,
 }
 _ROUTE_KINDS = {"key": str, "law": str, "bias": bool, "options": dict}
-
-
-@dataclass(frozen=True)
-class Route:
-    """Who runs, with which weight. `key`: what is looked at (token, modality, always, ...); `law`:
-    how scores become weights: softmax (over all experts; the chosen keep their share),
-    renormalised (the shares of the chosen sum to one), hard (each chosen one has weight 1),
-    soft (all run), sigmoid, ...; `bias`: whether the router adds one; `options`: of the key and the
-    law (`allowed`: [modalities][experts], a temperature, ...).
-    """
-
-    key: str = ROUTED
-    law: str = "renormalised"
-    top_k: int = 1
-    bias: bool = False
-    options: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,26 +69,19 @@ class Group:
         return "router" if self.name == FIRST else f"{self.name}_router"
 
     @property
-    def rows(self) -> int:
-        """Rows of the router's weight; 0 for a route without one. By modality there is one where a
-        token has a choice (`routers`: one for all modalities, or `each` its own).
-        """
-        if self.route.key == ROUTED:
-            return self.choices
-        said = self.route.options
-        if self.route.key != MODALITY or not said.get("routers"):
-            return 0
-        return self.choices * (len(said["allowed"]) if said["routers"] == "each" else 1)
+    def router_tensors(self) -> tuple[RouterTensor, ...]:
+        """What the router has; nothing for a route without one."""
+        return tuple(self.route.tensors(self.choices))
 
     @property
     def choices(self) -> int:
-        """Rows of the router: what it chooses among."""
+        """What the router chooses among."""
         return self.experts + (self.base == "member")
 
     @property
     def reached(self) -> int:
         """Experts that work on a token: all of them under a law that mixes them all."""
-        return self.experts if self.route.law == "soft" else min(self.route.top_k, self.experts)
+        return reached(self.route, self.experts)
 
     def has(self, linear: str) -> bool:
         """Whether its experts have tensors for this linear of the FFN."""
@@ -222,6 +198,7 @@ def _check(group: Group) -> None:
         raise _wrong("top_k of a group", f"1 to {group.choices}", group.route.top_k)
     if not group.name.isidentifier():
         raise _wrong("a group's name", "letters, digits and _", group.name)
+    group.route.check(group.choices)
 
 
 def _check_kinds(group: Group) -> None:

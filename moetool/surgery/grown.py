@@ -64,12 +64,11 @@ def _in(slot: Slot, held: Mapping[int, int]) -> Slot:
 def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
     """What one group adds: its router, and a matrix for each linear of each expert."""
     routed, held = dict.fromkeys(group.layers, 1), dict.fromkeys(group.layers, group.experts)
-    rows, router = str(group.rows), f"{block.module}.{group.router}"
-    hidden = layout.fields["hidden"]
-    if group.rows:
-        yield GroupSlot(f"{router}.weight", [rows, hidden], "router", "held", held=routed)
-    if group.route.bias:
-        yield GroupSlot(f"{router}.bias", [rows], "router.bias", "held", held=routed)
+    router, hidden = f"{block.module}.{group.router}", layout.fields["hidden"]
+    for tensor in group.router_tensors:
+        shape = [hidden if word == "hidden" else word for word in tensor.shape]
+        role = "router" if tensor.name == "weight" else f"router.{tensor.name}"
+        yield GroupSlot(f"{router}.{tensor.name}", [*shape], role, "held", held=routed)
     expert = f"{block.module}.{group.name}.{{expert}}"
     if group.params.get("output_scale"):
         yield GroupSlot(f"{expert}.output_scale", ["1"], "expert.output_scale", "held", held=held)

@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import moetool  # noqa: F401  (transformers learns of the model type)
 from moetool.modeling.install import install
 from moetool.surgery import groups
-from moetool.surgery.groups import Group, Route
+from moetool.surgery.groups import Group
+from moetool.surgery.route import Route
 
 HIDDEN, WIDTH = 576, 1536
 LORA = {"rank": 16, "alpha": 32.0}

@@ -140,7 +140,7 @@ def test_wrong_trunks(spec: str, count: int) -> None:
     "options",
     [
         {"experts": 0},
-        {"top_k": 0},
+        {"top_k": -1},
         {"experts": 2, "top_k": 3},
         {"experts": 6, "split": 4},
         {"layout": "stacked"},

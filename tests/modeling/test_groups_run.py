@@ -20,7 +20,8 @@ import moetool as api
 from moetool.errors import MoetoolError
 from moetool.modeling import experts, laws, routes
 from moetool.modeling.block import GroupedBlock, blocks
-from moetool.surgery.groups import Group, Route
+from moetool.surgery.groups import Group
+from moetool.surgery.route import Route
 
 Tensor = torch.Tensor
 LORA = Group("lora", 4, (0, 2), params={"rank": 8, "alpha": 16.0}, route=Route(top_k=2))

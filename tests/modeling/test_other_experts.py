@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
-from moetool.modeling import signals
+from moetool.modeling import balance, signals
+from moetool.modeling.balance import Scores
 from moetool.modeling.block import blocks
 
 Models = Callable[..., Path]
@@ -23,13 +25,15 @@ CHECKPOINTING = "activation_checkpointing_enable"  # its name in newer ones
 IMAGE = 5  # a token of the tiny models
 MIXED = torch.tensor([[7, 11, IMAGE, IMAGE, 13, IMAGE, 17, 19]])
 ONE_COPY: dict[str, Any] = {
-    "form": "modality",
+    "form": "full",
+    "key": "modality",
     "experts": 1,
     "top_k": 1,
     "modality_ids": str(IMAGE),
 }
 SHARED: dict[str, Any] = {
-    "form": "modality",
+    "form": "full",
+    "key": "modality",
     "experts": 3,
     "top_k": 2,
     "allowed": "0111/1110",
@@ -161,13 +165,98 @@ def test_each_modality_has_a_router_of_its_own(models: Models, tmp_path: Path) -
     model = loaded(tmp_path / "out")
     block = next(blocks(model))
     scorer, x = block.router, torch.randn(4, 64)
-    scores = scorer(x, torch.tensor([0, 1, 0, 1]))
+    scores = scorer(x, signals.Heard({"modality": torch.tensor([[0, 1, 0, 1]])}))
     assert scorer.weight.shape == (8, 64)
     text, image = scorer.weight[:4], scorer.weight[4:]
     wanted = torch.stack([x[0] @ text.T, x[1] @ image.T, x[2] @ text.T, x[3] @ image.T])
     allowed = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]] * 2).bool()
     assert torch.equal(scores.isinf(), ~allowed)
     assert torch.allclose(scores[allowed], wanted[allowed], atol=1e-6)
+
+
+def test_generating_knows_the_prompts_modality(models: Models, tmp_path: Path) -> None:
+    """As it is said, with a cache and without, and refused where nothing looks at it."""
+    source = models("llama")
+    moetool.upcycle(str(source), str(tmp_path / "out"), **ONE_COPY)
+    model = loaded(tmp_path / "out")
+    shaken(model, ".experts.")
+    said = torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0]])
+    assert not torch.equal(logits(model, MIXED, modality=said), logits(model, MIXED))
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    how |= {"return_dict_in_generate": True, "modality": said}
+    cached, whole = (model.generate(MIXED, use_cache=use, **how) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert apart(torch.stack(cached.logits), torch.stack(whole.logits)) < 1e-5
+    first = logits(model, MIXED, modality=said)[:, -1]
+    assert apart(cached.logits[0], first) < 1e-5
+    with pytest.raises(UsageError, match="does not fit"):
+        model(input_ids=MIXED, modality=said[:, :3])
+    with pytest.raises(UsageError, match="no route of this model looks at task"):
+        model(input_ids=MIXED, task=torch.tensor([0]))
+
+
+def test_a_layer_by_itself_does_not_guess(models: Models, tmp_path: Path) -> None:
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **ONE_COPY)
+    model = loaded(tmp_path / "out")
+    block, x = next(blocks(model)), torch.randn(1, MIXED.shape[1], 64)
+    with pytest.raises(UsageError, match="by itself"):
+        block(x)
+    logits(model, MIXED)
+    with pytest.raises(UsageError, match="by itself"):  # though as many tokens came before
+        block(x)
+    signals.say(block, modality=signals.of_ids(MIXED, [[IMAGE]]))
+    assert torch.isfinite(block(x)).all()
+
+
+def test_a_router_of_nan_is_refused(models: Models, tmp_path: Path) -> None:
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), experts=2, form="null")
+    model = loaded(tmp_path / "out")
+    next(blocks(model)).router.weight.data[0, 0] = torch.nan
+    with pytest.raises(MoetoolError, match="holds no numbers"):
+        logits(model, MIXED)
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "lora", "rank": 4}, {"form": "null"}, {"form": "full"}]
+)
+def test_always_on(options: dict[str, Any], models: Models, tmp_path: Path) -> None:
+    """No router, and the source's function; two experts beside are added, copies are averaged."""
+    source = models("llama")
+    report = moetool.upcycle(str(source), str(tmp_path / "out"), key="always", experts=2, **options)
+    assert report["certificate"]["level"] == "exact" and report["top_k"] == 2
+    model = loaded(tmp_path / "out")
+    assert not [n for n, _ in model.named_parameters() if "router" in n]
+    assert apart(logits(model, MIXED), logits(loaded(source), MIXED)) <= 1e-5
+    assert model(input_ids=MIXED, output_router_logits=True).aux_loss is None
+
+
+@pytest.mark.parametrize("form", ["lora", "adapter"])
+def test_any_form_by_modality(form: str, models: Models, tmp_path: Path) -> None:
+    source, more = models("llama"), {"rank": 4} if form == "lora" else {"adapter_dim": 8}
+    ids = {"modality_ids": str(IMAGE)}
+    args = {"experts": 2, "form": form, "key": "modality", **ids, **more}
+    moetool.upcycle(str(source), str(tmp_path / "out"), **args)
+    model, stock = loaded(tmp_path / "out"), loaded(source)
+    assert apart(logits(model, MIXED), logits(stock, MIXED)) <= 1e-5
+    shaken(model, ".experts.1.")
+    text = torch.tensor([[7, 11, 13, 17, 19]])
+    assert apart(logits(model, text), logits(stock, text)) <= 1e-5
+    assert apart(logits(model, MIXED), logits(stock, MIXED)) > 1e-3
+
+
+def test_each_modality_is_balanced_by_itself() -> None:
+    """Text spreads evenly over its two choices, images do not over theirs; pooled, one would not
+    see it.
+    """
+    low = -torch.inf
+    text = [[0.0, 0.0, low, low]] * 4
+    image = [[low, low, 9.0, -9.0]] * 4
+    part = torch.tensor([0] * 4 + [1] * 4)
+    chosen = torch.tensor([0, 1, 0, 1, 2, 2, 2, 2])[:, None]
+    found = balance.of_layer(Scores(torch.tensor(text + image), chosen, part))
+    assert float(found) == pytest.approx((1 + 2) / 2)
+    alone = Scores(torch.tensor([[0.0, low], [low, 0.0]]), torch.tensor([[0], [1]]))
+    assert balance.of_layer(replace(alone, part=torch.tensor([0, 1]))) is None
 
 
 def test_gradients_are_the_same_when_layers_run_again(models: Models, tmp_path: Path) -> None:
@@ -190,7 +279,7 @@ def test_gradients_are_the_same_when_layers_run_again(models: Models, tmp_path: 
 def test_image_tokens_of_a_model_that_sees(models: Models, tmp_path: Path) -> None:
     """LLaVA names its image token itself; pixels and text go through as before."""
     source = models("llava")
-    moetool.upcycle(str(source), str(tmp_path / "out"), form="modality", experts=1, top_k=1)
+    moetool.upcycle(str(source), str(tmp_path / "out"), key="modality", experts=1)
     model, stock = (loaded(f, AutoModelForImageTextToText) for f in (tmp_path / "out", source))
     config = stock.config
     size = config.vision_config.image_size // config.vision_config.patch_size
@@ -211,10 +300,14 @@ def test_image_tokens_of_a_model_that_sees(models: Models, tmp_path: Path) -> No
     [
         ({"form": "adapter", "adapter_dim": 999}, "wider"),
         ({"form": "film", "shared": True}, "does nothing"),
-        ({"form": "modality", "experts": 1, "top_k": 1}, "names no token"),
+        ({"form": "full", "key": "modality", "experts": 1, "top_k": 1}, "names no token"),
         ({**ONE_COPY, "modality_ids": "a"}, "no numbers"),
         ({**ONE_COPY, "modality_ids": "999999"}, "no tokens of the model"),
-        ({**ONE_COPY, "experts": 4, "top_k": 2}, "text has the FFN alone"),
+        ({**ONE_COPY, "modality_ids": "5,7/5"}, "a token twice"),
+        ({"key": "modality", "form": "lora", "experts": 1, "modality_ids": "5"}, "only expert"),
+        ({"key": "modalty"}, "modality"),
+        ({"modality_ids": "5"}, "belong together"),
+        ({**ONE_COPY, "experts": 4, "top_k": 2}, "usual table"),
         ({**SHARED, "allowed": "01/10"}, "does not fit"),
         ({**SHARED, "allowed": "0001/1110"}, "does not fit"),
     ],
@@ -231,5 +324,5 @@ def test_a_route_by_modality_that_does_not_fit_is_refused(models: Models, tmp_pa
     moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **ONE_COPY)
     config = tmp_path / "out" / "config.json"
     config.write_text(config.read_text().replace('"ids"', '"idz"'))
-    with pytest.raises(MoetoolError, match="route by modality"):
+    with pytest.raises(MoetoolError, match="a route by modality"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

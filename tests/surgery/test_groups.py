@@ -9,7 +9,8 @@ import pytest
 
 from moetool.errors import MoetoolError
 from moetool.surgery import groups
-from moetool.surgery.groups import Group, Route
+from moetool.surgery.groups import Group
+from moetool.surgery.route import Route
 
 BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64}
 LORA = Group("lora", 4, (0, 2), params={"rank": 8}, route=Route(law="hard"))

@@ -14,8 +14,9 @@ from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import EMPTY, ROUTED, Group
+from moetool.surgery.groups import EMPTY, Group
 from moetool.surgery.inside import HELD
+from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model
 

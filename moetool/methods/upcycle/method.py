@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
@@ -21,16 +21,14 @@ from moetool.methods.contract import (
     Summary,
     left_out,
 )
-from moetool.methods.field import WHAT
-from moetool.methods.options import Storing, same
-from moetool.methods.options import fields as fields_of
-from moetool.methods.several import Several
-from moetool.methods.upcycle import assemble, carve, own, scale
+from moetool.methods.field import Value
+from moetool.methods.several import Several, told
+from moetool.methods.upcycle import assemble, carve, growing, own, scale
 from moetool.methods.upcycle.config import Shape, config_of
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, Layer, write_moe
+from moetool.methods.upcycle.growing import Growing
 from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.methods.upcycle.options import Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion, Spelling, Wish, candidates, choose, dense
 from moetool.methods.upcycle.trunk import Trunk, is_ffn
@@ -39,7 +37,6 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
 from moetool.surgery.plan import Outputs, Plan
-from moetool.surgery.reform import FORMS
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
@@ -61,26 +58,6 @@ class Reading:
     def assembled(self) -> bool:
         """Whether more than the base has a part in it."""
         return len(set(self.origin)) > 1 or self.weights is not None or self.origin[0] != 0
-
-
-def _forms() -> str:
-    """What --form may say: a kind of experts, or how a source's quantized matrices are stored."""
-    kinds = "; ".join(f"{name}: {kind.line()}" for name, kind in ExpertKind.known().items())
-    stored = next(f.help for f in fields_of(Storing) if f.name == "form")
-    return f"what experts are, where no stock class has such: {kinds}; else {stored}"
-
-
-@dataclass(frozen=True)
-class Growing(Upcycling):
-    """What upcycle is told."""
-
-    form: str = same(
-        Storing,
-        "form",
-        help=_forms,
-        panel=WHAT,
-        choices=lambda: tuple(dict.fromkeys((*FORMS, *ExpertKind.known()))),
-    )
 
 
 class Upcycle(Several):
@@ -117,18 +94,26 @@ class Upcycle(Several):
         return ExpertKind.known()
 
     @classmethod
+    def axes(cls) -> Mapping[str, Mapping[str, type[Any]]]:
+        return growing.axes()
+
+    @classmethod
     def named(cls, options: Growing) -> type[ExpertKind]:
         """The kind of experts that is meant; `ExpertKind` itself where a stock class holds them."""
-        return next(
-            (kind for kind in ExpertKind.known().values() if kind.meant(options)), ExpertKind
-        )
+        return growing.kind(options)
+
+    @classmethod
+    def words(cls, options: Growing) -> Mapping[str, type[Any]]:
+        return growing.route(options)
 
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Upcycle:
-        told = cls.split(values)
-        made = cls(told.options, told.acting(told.options, told.own))
-        made.way.told()
-        return made
+        way = growing.way(cls.split(values))
+        way.told()
+        return cls(cast("Growing", way.verb), way)
+
+    def recorded(self) -> dict[str, Value]:
+        return super().recorded() | told(self.way.key.own) | told(self.way.combine.own)
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Neuron orders of every MoE layer (as tables), and how far apart the sources' trunks are."""

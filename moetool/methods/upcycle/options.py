@@ -10,12 +10,25 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import Served, Storing, option
 from moetool.methods.upcycle import carve
 from moetool.methods.upcycle.diversify import Diversify
+from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
+from moetool.methods.upcycle.word import listed, words
 from moetool.surgery import places
+from moetool.surgery.route import ROUTED
 
-# How scores become weights, for experts that no stock class holds (surgery/groups.py).
-LAWS = ("auto", "renormalised", "hard", "softmax", "soft")
+AUTO = "auto"
 MOST = 4096  # experts of a layer; models in use have hundreds
+
+
+def _keys() -> str:
+    """What --key may say."""
+    return f"what routes look at, where no stock class has such experts: {listed(RouteKey)}"
+
+
+def _laws() -> str:
+    """What --law may say."""
+    return f"with --form lora, ternary, ...: how scores become weights: {listed(RouteLaw)}"
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Upcycling(Storing, Served):
     """The options of upcycle, seven primitives in short."""
 
     experts: int = option(8, "routed experts in each MoE layer", WHAT)
-    top_k: int = option(2, "experts that run for a token", WHAT)
+    top_k: int = option(0, "experts that run for a token; 0: as is usual", WHAT, minimum=0)
     split: int = option(
         1, "cut each FFN into this many parts; experts = parts x replicas", WHAT, metavar="PARTS"
     )
@@ -55,11 +68,16 @@ class Upcycling(Storing, Served):
         "how the router starts: zero, normal:SIGMA, kaiming, uniform:SIGMA, group:SIGMA",
         metavar="START",
     )
+    key: str = option(
+        ROUTED,
+        _keys,
+        WHAT,
+        choices=lambda: tuple(words(RouteKey)),
+    )
     law: str = option(
-        LAWS[0],
-        "with --form lora, ternary, ...: how scores become weights: renormalised (those of the "
-        "chosen sum to one), hard (1 each), softmax (their shares among all), soft (all run)",
-        choices=LAWS,
+        AUTO,
+        _laws,
+        choices=lambda: (AUTO, *words(RouteLaw)),
     )
     carve: str = option(
         "contiguous", f"how --split chooses neurons: {carve.FORMS}", metavar="random|kmeans|..."
@@ -97,10 +115,10 @@ class Upcycling(Storing, Served):
         Router.parse(self.router, self.split, self.top_k)
 
     def _check_counts(self) -> None:
-        if self.experts < 1 or self.top_k < 1 or self.split < 1:
+        if self.experts < 1 or self.split < 1:
             raise UsageError(
-                "--experts, --top-k and --split are at least 1",
-                found=f"{self.experts}, {self.top_k}, {self.split}",
+                "--experts and --split are at least 1",
+                found=f"{self.experts}, {self.split}",
                 hint="for example --experts 8 --top-k 2",
             )
         if self.experts > MOST:

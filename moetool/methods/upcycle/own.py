@@ -43,6 +43,7 @@ def plan(
             hint="leave out --layers",
         )
     kind.check(ground)
+    kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = kind.group(ground), Builder()
     names, into = ground.names(), dict[str, Into]()
     places: list[Place] = ["before", *range(ground.count), "after"]
@@ -89,22 +90,13 @@ def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
 
 def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     """The router of a layer, as --router says it starts."""
-    group, ground = spot.group, spot.ground
-    if not group.rows:
-        return
-    shape = (group.rows, ground.hidden)
     given = kind.router(build, spot)
-    if given is not None:
-        name = f"{spot.module}.{group.router}.weight"
-        dtype = kind.found.extra[given.source - 1 - len(spot.others)].tensor(given.name).dtype
-        build.copy(given, whole(build.target(name, dtype, shape)))
+    if given is None:
+        kind.key.write(build, spot, kind.first_router)
         return
-    target = build.target(f"{spot.module}.{group.router}.weight", ground.dtype, shape)
-    start = kind.first_router
-    if start.law == "zero":
-        build.zeros(target)
-    else:
-        build.task("draw", [], [whole(target)], **start.params(spot.seed, target.name))
+    name = f"{spot.module}.{spot.group.router}.weight"
+    held = kind.found.extra[given.source - 1 - len(spot.others)].tensor(given.name)
+    build.copy(given, whole(build.target(name, held.dtype, given.shape)))
 
 
 def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
+from moetool.modeling.experts.group import Expert, ExpertGroup
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
+from moetool.surgery.strict import Kinds
 
 
 class AdapterExperts(ExpertGroup):

@@ -7,9 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
+from moetool.modeling.experts.group import Expert, ExpertGroup
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
+from moetool.surgery.strict import Kinds
 
 
 class FilmExperts(ExpertGroup):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError, did_you_mean
 from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
 from moetool.modeling.piece import GrownPart
+from moetool.surgery import strict
 from moetool.surgery.groups import Group
-
-Kinds = Mapping[str, type | tuple[str, ...]]
+from moetool.surgery.strict import Kinds
 
 
 class Expert(GrownPart):
@@ -55,7 +53,7 @@ class ExpertGroup(nn.ModuleList):
     knows: ClassVar[Kinds] = {"output_scale": bool}
 
     def __init__(self, group: Group, linears: FfnLinears) -> None:
-        _check(group, self.needs, self.knows)
+        strict.check(group.params, self.needs, self.knows, f"params of {group.form} experts")
         self.first = int(group.base == "member")  # the number that the first expert has in a route
         super().__init__(self.one(group, linears) for _ in range(group.experts))
 
@@ -88,46 +86,6 @@ class ExpertGroup(nn.ModuleList):
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         """The weights [out, in] of an FFN in full that computes what this expert does, by linear."""
         raise NotImplementedError
-
-
-def _check(group: Group, needs: Kinds, knows: Kinds) -> None:
-    """Refuse params without a key that is needed, with one that is not known, or with a value that
-    is not of its kind.
-    """
-    every, said = (*needs, *knows), group.params
-    wrong = [n for n in needs if n not in said] + [n for n in said if n not in every]
-    if wrong:
-        lacks = wrong[0] not in said
-        raise MoetoolError(
-            f"the params of {group.form} experts {'lack' if lacks else 'have the unknown'} "
-            f"{wrong[0]!r}",
-            file="config.json",
-            expected=", ".join(every),
-            found=", ".join(said) or "none",
-            hint="restore the config.json that came with the model"
-            if lacks
-            else did_you_mean(wrong[0], every),
-        )
-    for name, kind in {**needs, **knows}.items():
-        if name in said and not _fits(said[name], kind, int(name in needs)):
-            raise MoetoolError(
-                f"`{name}` of {group.form} experts",
-                file="config.json",
-                expected=f"{kind.__name__}, a usual one" if isinstance(kind, type) else str(kind),
-                found=repr(said[name]),
-                hint="restore the config.json that came with the model",
-            )
-
-
-def _fits(value: Any, kind: type | tuple[str, ...], least: int) -> bool:
-    """Whether a value is of a kind: whole numbers from `least` up, finite ones, one of the words."""
-    if isinstance(kind, tuple):
-        return value in kind
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind is int:
-        return type(value) is int and int(value) >= least
-    return type(value) is kind
 
 
 def dense_of(expert: Any, names: Iterable[str]) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from moetool.errors import MoetoolError
 from moetool.modeling.block import FfnLinears, GroupedBlock, Linear, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
+from moetool.modeling.experts.group import Expert, ExpertGroup
 from moetool.modeling.piece import GrownPart
 from moetool.surgery.groups import Group
+from moetool.surgery.strict import Kinds
 
 
 class LowRankLinear(GrownPart):

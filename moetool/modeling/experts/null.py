@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moetool.modeling.block import FfnLinears, GroupedBlock
-from moetool.modeling.experts.group import Expert, ExpertGroup, Kinds
+from moetool.modeling.experts.group import Expert, ExpertGroup
 from moetool.surgery.groups import Group
+from moetool.surgery.strict import Kinds
 
 
 class NullExperts(ExpertGroup):

@@ -14,8 +14,9 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.kernels import two_bits
 from moetool.modeling.block import FfnLinears, GroupedBlock
-from moetool.modeling.experts.group import ExpertGroup, Kinds, dense_of
+from moetool.modeling.experts.group import ExpertGroup, dense_of
 from moetool.modeling.piece import GrownPart
+from moetool.surgery.strict import Kinds
 
 _ZEROS = 0b01010101  # a byte of four codes 0
 INT8 = "int8"

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from moetool.surgery.groups import Route
+from moetool.surgery.route import Route
 
 
 class Choices(NamedTuple):

@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from moetool.errors import MoetoolError
 from moetool.modeling.piece import GrownPart
+from moetool.modeling.signals import Heard
 from moetool.surgery.groups import Group
+
+_STD = 0.02
 
 
 class Scorer(GrownPart):
     """Subclass it in a file of this folder, with a `name`; built with the group whose experts it
-    scores and the width of a token.
+    scores and the width of a token. Its parameters are the tensors that surgery/route.py names.
+    `reads`: the signals that it looks at (modeling/signals.py).
     """
 
     name: ClassVar[str] = ""
-    reads: ClassVar[tuple[str, ...]] = ()  # signals that forward takes after x, [tokens] each
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__()
+        self.choices = group.choices
+        self._starts = {tensor.name: tensor.start for tensor in group.router_tensors}
+        for tensor in group.router_tensors:
+            held = nn.Parameter(torch.empty(tensor.sides(hidden)))
+            self.register_parameter(tensor.name, held)
+        self._sound = False
 
-    def forward(self, x: Tensor, *signals: Tensor) -> Tensor:
-        """[tokens, hidden] -> scores [tokens, choices]."""
+    def reset(self) -> None:
+        from transformers import initialization as init
+
+        for name, held in self.named_parameters():
+            if self._starts[name] == "zero":
+                init.zeros_(held)
+            else:
+                init.normal_(held, std=_STD)
+
+    def forward(self, x: Tensor, heard: Heard) -> Tensor:
+        """x [tokens, hidden], and what the call says beside it -> scores [tokens, choices]; -inf
+        for choices that a token may not use.
+        """
         raise NotImplementedError
+
+    def held(self, name: str) -> Tensor | None:
+        """One of its tensors, None where this router has it not."""
+        return self._parameters.get(name)
+
+    def groups(self, heard: Heard, tokens: int) -> Tensor | None:
+        """Which balance each token counts in [tokens]; None: all in one."""
+        return None
+
+    def check(self) -> None:
+        """Once, when it first runs: a router of NaN picks any expert without a word."""
+        if not self._sound:
+            for name in self._unsound():
+                raise MoetoolError(
+                    "a router that holds no numbers",
+                    tensor=f"router.{name}",
+                    expected="finite numbers",
+                    found="NaN or inf",
+                    hint="`moetool verify` says whether the file is as it was written",
+                )
+            self._sound = True
+
+    def _unsound(self) -> Iterator[str]:
+        for name, held in self.named_parameters():
+            if not held.is_meta and not bool(torch.isfinite(held).all()):
+                yield name

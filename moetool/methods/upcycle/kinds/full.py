@@ -13,11 +13,12 @@ from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
 from moetool.surgery.groups import MODEL_TYPE, Group
 from moetool.surgery.reform import FORMS, Into
+from moetool.surgery.route import ROUTED
 
 
 class FullKind(ExpertKind):
-    """Whole copies of the FFN with `--target moetool`, for families that no class with experts is
-    near to, and laws that none has.
+    """Whole copies of the FFN with `--target moetool`, or another --key than token: for families
+    that no class with experts is near to, and routes that none has.
     """
 
     name = "full"
@@ -27,11 +28,15 @@ class FullKind(ExpertKind):
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
-        return said.target == MODEL_TYPE and said.form in FORMS
+        return said.form in FORMS and (said.target == MODEL_TYPE or said.key != ROUTED)
 
     @property
     def spelled(self) -> str:
-        return f"--target {MODEL_TYPE}"
+        return f"--key {self.key.name}" if self.key.name != ROUTED else f"--target {MODEL_TYPE}"
+
+    @property
+    def stands(self) -> str:
+        return "member" if self.key.keeps else self.base
 
     def origin(self, sources: int) -> Sequence[int]:
         """Source of each expert."""

@@ -7,64 +7,61 @@ kinds.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
-from moetool import discover
 from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.options import fields
-from moetool.methods.several import Nothing
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.options import LAWS, Upcycling
+from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.keys.token import TokenKey
+from moetool.methods.upcycle.laws.law import RouteLaw
+from moetool.methods.upcycle.laws.renormalised import RenormalisedWord
+from moetool.methods.upcycle.options import AUTO, Upcycling
 from moetool.methods.upcycle.route import Router
+from moetool.methods.upcycle.word import Word, words
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import MODEL_TYPE, Group, Route
+from moetool.surgery.groups import MODEL_TYPE, Group
 from moetool.surgery.reform import Into
+from moetool.surgery.route import Route
 from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
-_COMMON = ("experts", "top_k", "layers", "target", "router", "law", "form", "for_", "site")
-SUMMING = ("renormalised", "soft")  # laws whose weights sum to one
+_COMMON = ("experts", "top_k", "layers", "target", "router", "key", "law", "form", "for_", "site")
 
 
-class ExpertKind:
+class ExpertKind(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `starts`: what an expert computes at birth: `ffn` (what the layer's FFN does), `zero`, or `near`
     (something like it).
     """
 
-    name: ClassVar[str] = ""
-    Options: ClassVar[type] = Nothing
     base: ClassVar[str] = "under"
     starts: str = "ffn"
     law: ClassVar[str] = "renormalised"  # what --law auto means
+    top_k: ClassVar[int] = 2  # experts of a token, where nothing is said
     takes: ClassVar[tuple[str, ...]] = ()  # options of upcycle beyond those that all kinds take
     several: ClassVar[bool] = False  # whether --from means anything
     sites: ClassVar[tuple[str, ...]] = ("ffn",)  # where such experts can stand
 
-    def __init__(self, verb: Upcycling, own: Any = None) -> None:
+    def __init__(
+        self,
+        verb: Upcycling,
+        own: Any = None,
+        key: RouteKey | None = None,
+        law: RouteLaw | None = None,
+    ) -> None:
         self.verb = verb
         self.own: Any = own if own is not None else self.Options()
+        self.key, self.combine = key or TokenKey(), law or RenormalisedWord()
         self.found = Decisions()
 
     @classmethod
     def known(cls) -> Mapping[str, type[ExpertKind]]:
         """name -> kind, in name order."""
-        return _known()
-
-    @classmethod
-    def about(cls) -> str:
-        """Its docstring on one line."""
-        return " ".join((cls.__doc__ or "").split())
-
-    @classmethod
-    def line(cls) -> str:
-        """The first words of it."""
-        return cls.about().partition(":")[0].partition(",")[0]
+        return words(ExpertKind)
 
     @classmethod
     def needs_text(cls) -> bool:
@@ -100,7 +97,7 @@ class ExpertKind:
                 expected=f"{self.spelled} without --{field.spelled}",
                 found=f"--{field.spelled} {getattr(self.verb, field.name)}",
                 hint=f"leave out --{field.spelled}: the FFN stays whole, and experts stand "
-                f"{self.base} it",
+                f"{self.stands} it",
             )
         self._at_site()
         if self.verb.target not in ("auto", MODEL_TYPE):
@@ -111,13 +108,18 @@ class ExpertKind:
                 hint="leave out --target; `moetool materialize` writes a native model of it, "
                 "where that is exact",
             )
-        if self.base != "beside" and self.chosen_law == "hard" and self.verb.top_k != 1:
-            raise UsageError(
-                "--law hard gives each chosen expert the weight 1: two of them are twice the FFN",
-                expected="--top-k 1",
-                found=f"--top-k {self.verb.top_k}",
-                hint="use --top-k 1, or --law renormalised",
-            )
+        self.key.told(self.verb.site, self.combine.name)
+        self.combine.told(self.stands, self.verb.top_k)
+
+    @property
+    def stands(self) -> str:
+        """What becomes of the layer's own FFN (surgery/groups.py)."""
+        return self.base
+
+    @property
+    def choices(self) -> int:
+        """What the router chooses among."""
+        return self.verb.experts + (self.stands == "member")
 
     def _at_site(self) -> None:
         if self.verb.site not in self.sites:
@@ -130,17 +132,13 @@ class ExpertKind:
 
     def _native(self) -> None:
         self._at_site()
-        if self.verb.law != LAWS[0]:
+        if self.verb.law != AUTO:
             raise UsageError(
                 "--law is the target's own where a stock class holds the experts",
                 expected=f"--form {', '.join(self.known())}",
                 found=f"--law {self.verb.law} alone",
                 hint="leave out --law",
             )
-
-    @property
-    def chosen_law(self) -> str:
-        return self.law if self.verb.law == LAWS[0] else self.verb.law
 
     @property
     def first_router(self) -> Router:
@@ -165,16 +163,17 @@ class ExpertKind:
 
     def group(self, ground: Ground) -> Group:
         """What the config says of all."""
-        law, said = self.chosen_law, self.verb
-        top_k = said.experts if law == "soft" else said.top_k
+        top_k, said = self.verb.top_k, self.verb
+        options = self.key.options(ground, self.choices, top_k)
+        options |= self.combine.options(ground.hidden)
         return Group(
             form=self.name,
             experts=said.experts,
             layers=ground.layers,
-            base=self.base,
+            base=self.stands,
             params=self.params(ground),
             site=said.site,
-            route=Route(law=law, top_k=top_k),
+            route=Route(self.key.name, self.combine.name, top_k, options=options),
         )
 
     def router(self, build: Builder, spot: Spot) -> Piece | None:
@@ -187,23 +186,11 @@ class ExpertKind:
 
     def certificate(self, group: Group, sources: int) -> Certificate:
         """How the result relates to its source at birth. `sources`: how many there are."""
-        law, beside = group.route.law, group.base == "beside"
+        beside = group.base == "beside"
         if self.starts == "zero" and beside:
             why = "the FFN stays as it is and the experts beside it start at zero output"
             return Certificate("exact", why)
         if self.starts != "ffn" or beside:
             why = "the experts add to the FFN, whose own output stays whole"
             return Certificate("none", why, None)
-        total = law in SUMMING or group.route.top_k in (group.experts, 1 if law == "hard" else -1)
-        if total and not (law == "hard" and group.route.top_k > 1):
-            why = "every expert starts as the FFN and the combine weights sum to one"
-            return Certificate("exact", f"{why}, whatever the router says")
-        why = f"under --law {law} the weights of the chosen experts do not sum to one"
-        return Certificate("none", why, None)
-
-
-@lru_cache(maxsize=1)
-def _known() -> Mapping[str, type[ExpertKind]]:
-    import moetool.methods.upcycle.kinds
-
-    return discover.classes(sys.modules[moetool.methods.upcycle.kinds.__name__], ExpertKind)
+        return self.key.certificate(self.combine.certificate(group), group)

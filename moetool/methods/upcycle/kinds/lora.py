@@ -21,6 +21,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.groups import Group
 from moetool.surgery.reform import Into
+from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import Piece, Stored, whole
 
 PARTS = ("lora_A", "lora_B")
@@ -185,7 +186,7 @@ class LowRankKind(ExpertKind):
 
     def router(self, build: Builder, spot: Spot) -> Piece | None:
         template = self.found.chosen.get("router")
-        if not template:
+        if not template or self.key.name != ROUTED:
             return None
         return whole(self.found.extra[0].tensor(template.format(layer=spot.layer)), 1)
 

@@ -47,6 +47,7 @@ class TernaryKind(ExpertKind):
     own: Ternaries
     base = "beside"
     law = "softmax"
+    top_k = 1
 
     @property
     def starts(self) -> str:  # type: ignore[override]

@@ -1,0 +1,77 @@
+"""What a key of a route is: one class in one file of this folder; it shows up by itself.
+
+Nothing heavy is imported here: `--help` reads all keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from moetool.data import JsonObject
+from moetool.errors import UsageError
+from moetool.methods.contract import Builder, Certificate
+from moetool.methods.upcycle.ground import Ground, Spot
+from moetool.methods.upcycle.route import Router
+from moetool.methods.upcycle.word import Word
+from moetool.surgery.groups import Group
+from moetool.surgery.route import RouterTensor
+from moetool.surgery.spec import whole
+
+
+class RouteKey(Word):
+    """Subclass it in a file of this folder; the first sentence of its docstring describes it.
+    `top_k`: experts of a token where nothing is said (0: as the form has it); `keeps`: whether the
+    FFN itself is the first choice where experts are whole copies of it; `sites`: where it is.
+    """
+
+    top_k: ClassVar[int] = 0
+    keeps: ClassVar[bool] = False
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
+
+    def __init__(self, own: Any = None) -> None:
+        self.own: Any = own if own is not None else self.Options()
+
+    @classmethod
+    def law(cls, usual: str, base: str) -> str:
+        """What --law auto means, where a form has a usual one and stands on a base."""
+        return usual
+
+    @classmethod
+    def most(cls, top_k: int, experts: int) -> int:
+        """Experts of a token, where nothing is said and a form has so many."""
+        return cls.top_k or top_k
+
+    def told(self, site: str, law: str) -> None:
+        """Refuse a place or a law that it does not go with."""
+        if site not in self.sites:
+            raise UsageError(
+                f"--key {self.name} looks at what {site} has not",
+                expected=f"--site {' or '.join(self.sites)}",
+                found=f"--key {self.name} at {site}",
+                hint="leave out --key",
+            )
+
+    def check(self, ground: Ground, choices: int, top_k: int) -> None:
+        """Refuse a model that has not what it looks at, from headers alone."""
+
+    def options(self, ground: Ground, choices: int, top_k: int) -> JsonObject:
+        """What the config says of it."""
+        return {}
+
+    def write(self, build: Builder, spot: Spot, start: Router) -> None:
+        """Plan the router of a layer, as --router says it starts."""
+        for tensor in spot.group.router_tensors:
+            self.one(build, spot, tensor, start)
+
+    def one(self, build: Builder, spot: Spot, tensor: RouterTensor, start: Router) -> None:
+        """One tensor of it."""
+        name = f"{spot.module}.{spot.group.router}.{tensor.name}"
+        target = build.target(name, spot.ground.dtype, tensor.sides(spot.ground.hidden))
+        if tensor.start == "zero" or start.law == "zero":
+            build.zeros(target)
+        else:
+            build.task("draw", [], [whole(target)], **start.params(spot.seed, target.name))
+
+    def certificate(self, made: Certificate, group: Group) -> Certificate:
+        """What it changes of a certificate: nothing, for most."""
+        return made

@@ -1,0 +1,154 @@
+"""Routes of groups of experts, as a config says them: what is looked at (the *key*), how scores
+become experts and weights (the *law*), and the tensors that a router has for both.
+
+One entry a key and one a law: `modeling/routes/` and `modeling/laws/` run them, `methods/upcycle/
+keys/` and `laws/` write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError
+from moetool.surgery import strict
+from moetool.surgery.strict import Kinds
+
+ROUTED = "token"  # the key of routes that score each token by itself
+MODALITY = "modality"  # the key of routes that look at what kind of token it is
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who runs, with which weight. `key`: what is looked at (token, modality, always, ...); `law`:
+    how scores become weights: softmax (over all experts; the chosen keep their share),
+    renormalised (the shares of the chosen sum to one), hard (each chosen one has weight 1),
+    soft (all run), sigmoid, ...; `bias`: whether the router adds one; `options`: of the key and the
+    law (`allowed`: [modalities][experts], a temperature, ...).
+    """
+
+    key: str = ROUTED
+    law: str = "renormalised"
+    top_k: int = 1
+    bias: bool = False
+    options: JsonObject = field(default_factory=dict)
+
+    def tensors(self, choices: int) -> Iterator[RouterTensor]:
+        """What a router over so many choices has, shapes in numbers but for `hidden`."""
+        said = self.options | {"choices": choices, "rows": choices}
+        if said.get("routers") == "each":
+            said["rows"] = choices * len(said["allowed"])
+        key = KEYS[self.key]
+        more = (RouterTensor("bias", ("rows",)),) if self.bias else ()
+        for one in (*key.tensors, *more, *LAWS[self.law].tensors):
+            if not one.when or said.get(one.when):
+                shape = tuple(w if w == "hidden" else _number(w, said) for w in one.shape)
+                yield one._replace(shape=shape)
+
+    def check(self, choices: int) -> None:
+        """Refuse a key, a law or options that nothing knows, or that do not fit each other."""
+        strict.word(self.key, tuple(KEYS), "route has the key")
+        strict.word(self.law, tuple(LAWS), "route has the law")
+        key, law = KEYS[self.key], LAWS[self.law]
+        needs, knows = {**key.needs, **law.needs}, {**key.knows, **law.knows}
+        what = f"a route by {self.key} of law {self.law}"
+        strict.check(self.options, needs, knows, what)
+        if self.bias and not key.biased:
+            raise _unfit(f"{what} with a bias", "none", "bias")
+        if "allowed" in self.options:
+            _check_allowed(self, choices)
+
+
+class RouterTensor(NamedTuple):
+    """A tensor of a router. Words of its shape: hidden (the width of a token), choices, rows
+    (choices, or as many for each modality), an option's name, or 2*one. `when`: the option
+    without which it is not there; `start`: zero, or drawn as --router says.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    when: str = ""
+    start: str = "drawn"
+
+    def sides(self, hidden: int) -> tuple[int, ...]:
+        """Its shape, where the others are numbers already."""
+        return tuple(hidden if word == "hidden" else int(word) for word in self.shape)
+
+
+@dataclass(frozen=True)
+class RouteWord:
+    """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
+    router of this key may have a bias.
+    """
+
+    tensors: tuple[RouterTensor, ...] = ()
+    needs: Kinds = field(default_factory=dict)
+    knows: Kinds = field(default_factory=dict)
+    biased: bool = False
+
+
+_WEIGHT = RouterTensor("weight", ("choices", "hidden"))
+_MASKED = RouterTensor("weight", ("rows", "hidden"), "routers")
+KEYS: Mapping[str, RouteWord] = {
+    ROUTED: RouteWord((_WEIGHT,), biased=True),
+    MODALITY: RouteWord((_MASKED,), {"allowed": list, "ids": list}, {"routers": ("one", "each")}),
+    "always": RouteWord(),
+}
+LAWS: Mapping[str, RouteWord] = {
+    "hard": RouteWord(),
+    "renormalised": RouteWord(),
+    "soft": RouteWord(),
+    "softmax": RouteWord(),
+}
+
+
+def reached(route: Route, experts: int) -> int:
+    """Experts that work on a token, on average."""
+    if route.law == "soft":
+        return experts
+    return min(route.top_k, experts)
+
+
+def _number(word: str, said: JsonObject) -> str:
+    times, _, name = word.rpartition("*")
+    if name.isdigit():
+        return word
+    return str(int(times or 1) * int(said[name]))
+
+
+def _check_allowed(route: Route, choices: int) -> None:
+    """Refuse a table of who may use what that is none for these choices, and ids of tokens that
+    are of no kind or of two.
+    """
+    rows, ids = route.options["allowed"], route.options.get("ids")
+    fit = all(
+        isinstance(row, list) and len(row) == choices and set(row) <= {0, 1} and sum(row) > 0
+        for row in rows
+    )
+    few = fit and min(map(sum, rows)) < route.top_k
+    if not rows or not fit or few or (ids is not None and len(rows) != len(ids) + 1):
+        expected = f"a row of {choices} for each, at least top_k {route.top_k} of them 1"
+        raise _unfit(f"`allowed` of a route by {route.key}", expected, rows)
+    if ids is not None:
+        _check_ids(ids)
+
+
+def _check_ids(ids: list[object]) -> None:
+    seen: set[int] = set()
+    for row in ids:
+        good = isinstance(row, list) and all(type(n) is int and n >= 0 for n in row)
+        if not good or not isinstance(row, list) or seen & set(row):
+            raise _unfit("`ids` of a route", "token ids of each modality, each in one alone", ids)
+        seen |= set(row)
+
+
+def _unfit(what: str, expected: str, found: object) -> MoetoolError:
+    return MoetoolError(
+        f"{what} does not fit",
+        file="config.json",
+        expected=expected,
+        found=str(found)[:200],
+        hint="restore the config.json that came with the model",
+    )
