@@ -312,6 +312,7 @@ def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) 
         warnings=(
             *prepared.made.warnings,
             *written.findings,
+            *found.warnings,
             *filter(None, [companions.left_behind(prepared.sources[0].folder)]),
         ),
         resumed_shards=written.resumed,

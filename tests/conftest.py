@@ -41,11 +41,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def loader_is_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tests marked `loads` start another process for transformers: it takes seconds."""
+    """Only tests marked `loads` start another process for transformers, or hold what was upcycled
+    against its source: it takes seconds.
+    """
     if request.node.get_closest_marker("loads") is None:
         from moetool.evaluate import measured
 
         monkeypatch.setattr(measured, "_loaded", lambda *args: None)
+        monkeypatch.setattr(measured, "_born", lambda *args: measured.Measured())
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moetool import methods
 from moetool.cli.app import session
 from moetool.cli.options import Argument, Command, Given
+from moetool.data import JsonObject
 from moetool.methods.field import WHAT, Field, Value
 from moetool.methods.options import Common, build, fields
 from moetool.units import show_bytes, show_seconds
@@ -138,12 +139,19 @@ def _done(report: Report) -> list[Line]:
 
     found = []
     if report.quality:
-        q = report.quality
-        change = f"{q['reference_perplexity']:.4g} -> {q['perplexity']:.4g}"
-        held = "" if q["held_out"] else " of the calibration text"
-        on = f"on {q['tokens']:,} predictions{held}"
-        found.append(Line("quality", f"KL {q['kl']:.4g}, perplexity {change} {on}"))
+        found.append(Line("quality", _quality(report.quality)))
     rate = report.output_bytes / max(report.seconds, 1e-9)
     pace = "" if report.stages or not report.seconds else f", {show_bytes(rate)}/s"
     there = f", {report.resumed_shards} files were there already" if report.resumed_shards else ""
     return [*found, Line("done", f"{show_seconds(report.seconds)}{pace}{there}")]
+
+
+def _quality(found: JsonObject) -> str:
+    """What was measured of an output, and on what; ids that nobody wrote have no perplexity."""
+    kl, on = f"KL {found['kl']:.4g}", f"on {found['tokens']:,} predictions"
+    if "drawn" in found:
+        return f"{kl} {on} of {found['drawn']}"
+    change = f"{found['reference_perplexity']:.4g} -> {found['perplexity']:.4g}"
+    return (
+        f"{kl}, perplexity {change} {on}{'' if found['held_out'] else ' of the calibration text'}"
+    )

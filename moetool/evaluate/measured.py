@@ -28,6 +28,7 @@ class Measured(NamedTuple):
 
     quality: JsonObject | None = None
     proof: Proof | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def of(
@@ -41,6 +42,8 @@ def of(
     it is not what it should be.
     """
     promised, gate = prepared.made.promised, prepared.method.gate
+    if prepared.made.compared and gate is None:
+        return _born(prepared, opened(), tell, stop)
     if not promised and gate is None:
         return Measured()
     written = _read(prepared, opened) if promised else opened()
@@ -50,6 +53,18 @@ def of(
     from moetool.evaluate import gate as gates
 
     return Measured(gates.measure(prepared, written, tell=tell, stop=stop), proof)
+
+
+def _born(
+    prepared: Prepared, written: Checkpoint, tell: Progress, stop: threading.Event | None
+) -> Measured:
+    """How far it is from its source; where that cannot be measured, why."""
+    from moetool.evaluate import birth
+
+    found = birth.measure(prepared, written, tell=tell, stop=stop)
+    if isinstance(found, str):
+        return Measured(warnings=(f"how far it is from its source was not measured: {found}",))
+    return Measured(found)
 
 
 def kept_for_others(work: Path) -> str:
@@ -64,7 +79,11 @@ def kept_for_others(work: Path) -> str:
 
 
 def promise(prepared: Prepared) -> int:
-    """Peak bytes of reading back; 0 where nothing is."""
+    """Peak bytes of reading back, or of measuring a birth; 0 where nothing is."""
+    if prepared.made.compared:
+        from moetool.evaluate import birth
+
+        return birth.promise(prepared)
     if not prepared.made.promised:
         return 0
     from moetool.evaluate import readback

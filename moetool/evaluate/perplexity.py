@@ -1,5 +1,5 @@
 """Perplexity of a model on text, and how far it is from a reference: one layer in memory at a
-time, whatever the model's size.
+time, whatever the model's size (whole, where only moetool runs it).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from moetool.forward.answers import LOGIT_BYTES, Sums
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
 from moetool.progress import Progress, Stage, silent
+from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from moetool.forward.walk import Budget, Walk
+    from moetool.forward.whole import WholeModel
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,12 @@ def evaluate(
     stop: threading.Event | None = None,
 ) -> JsonObject:
     """Perplexity for each file and over all; with a reference also KL, top-1 agreement and flips.
+    One layer in memory at a time, but for models with groups of experts, which are held whole.
     Sequences are scored one by one from their second token on. Raises MoetoolError when the two
     models do not share a vocabulary.
     """
     batches = calibration.read(model if reference is None else reference)
-    walks: list[Walk] = []
+    walks: list[Walk | WholeModel] = []
     for name, checkpoint in (("reference", reference), ("model", model)):
         if checkpoint is not None:
             held = 2 * LOGIT_BYTES + sum(w.retained for w in walks)
@@ -87,17 +90,19 @@ def _walked(
     budget: Budget,
     tell: Progress,
     stop: threading.Event | None,
-) -> Walk:
+) -> Walk | WholeModel:
     """A model through which all text has gone."""
     from moetool.forward.walk import Walk
+    from moetool.forward.whole import WholeModel
 
-    walk = Walk(checkpoint, batches, budget, tell=tell, stop=stop, name=f"eval {name}")
+    kind = WholeModel if groups.is_ours(checkpoint.config) else Walk
+    walk = kind(checkpoint, batches, budget, tell=tell, stop=stop, name=f"eval {name}")
     walk.run()
     return walk
 
 
 def _sums(
-    walks: list[Walk], batches: Batches, tell: Progress, stop: threading.Event | None
+    walks: list[Walk | WholeModel], batches: Batches, tell: Progress, stop: threading.Event | None
 ) -> list[Sums]:
     """The sums of each file, batch after batch through the heads."""
     sums = [Sums() for _ in batches.files]
@@ -105,7 +110,7 @@ def _sums(
     done = 0
     for number, batch in enumerate(batches.batches):
         if stop is not None and stop.is_set():
-            walks[-1]._maybe_stop()
+            walks[-1].maybe_stop()
         sums[batch.file].add(answers.of(walks, number))
         done += batch.ids.size
         tell(Stage("eval head", "tokens"), done, total)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moetool.forward.walk import Walk
+    from moetool.forward.whole import WholeModel
 
 LOGIT_BYTES = 256 << 20  # of logits held at once
 
@@ -61,7 +62,7 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def of(walks: list[Walk], number: int) -> Sums:
+def of(walks: list[Walk | WholeModel], number: int) -> Sums:
     """All predictions of a batch of the last walk, held against those of the first where there are
     two; as many places of the sequences at a time as LOGIT_BYTES allow.
     """
@@ -90,7 +91,7 @@ def of(walks: list[Walk], number: int) -> Sums:
     return sums
 
 
-def _vocabulary(walk: Walk, expected: int) -> int:
+def _vocabulary(walk: Walk | WholeModel, expected: int) -> int:
     """A model's number of logits; MoetoolError when it is not the other's."""
     found = int(walk.shell.model.get_output_embeddings().weight.shape[0])
     if found != expected:

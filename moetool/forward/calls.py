@@ -5,14 +5,13 @@ shape, with recorders in the layers' place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.forward.adapter import Shell
 from moetool.forward.batches import Batch
 
 Tensor = torch.Tensor
@@ -21,12 +20,23 @@ Kwargs = JsonObject
 Act = Callable[[Tensor, Args, Kwargs], Tensor]
 
 
+class HasLayers(Protocol):
+    """A model with a stack of decoder layers (forward/adapter.py, forward/whole.py)."""
+
+    model: Any
+    base: Any
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers (a ModuleList)."""
+
+
 class Calls:
     """What each decoder layer is called with. Asked once for each batch shape, with recorders in
     the layers' place.
     """
 
-    def __init__(self, shell: Shell, device: str) -> None:
+    def __init__(self, shell: HasLayers, device: str) -> None:
         self.shell, self.device = shell, device
         self._known: dict[tuple[int, ...], list[tuple[Args, Kwargs]]] = {}
 

@@ -78,7 +78,7 @@ def _with_groups(folder: str, unpack: str, how: JsonObject) -> Any:
             trust_remote_code=False,
             **how,
         )
-    _refuse_other(folder, {k: set(v) for k, v in info.items()}, set())
+    refuse_other(folder, {k: set(v) for k, v in info.items()}, set())
     for module in made.modules() if unpack == _UNPACKED else ():
         if isinstance(module, GrownPart):
             module.unpack(made.dtype)
@@ -175,7 +175,7 @@ def _with_experts(opened: Checkpoint, raw: JsonObject, config: Any, how: JsonObj
             output_loading_info=True,
             **{**held.options, **how, "dtype": dtype},
         )
-    _refuse_other(opened.folder, {k: set(v) for k, v in info.items()}, held.names)
+    refuse_other(opened.folder, {k: set(v) for k, v in info.items()}, held.names)
     bitsandbytes.settle(model, dtype)
     model.config.name_or_path = opened.folder
     if model.can_generate() and (Path(opened.folder) / "generation_config.json").exists():
@@ -194,7 +194,7 @@ def _rest(opened: Checkpoint, packed: set[str]) -> dict[str, Any]:
     }
 
 
-def _refuse_other(folder: str, info: dict[str, set[str]], expected: set[str]) -> None:
+def refuse_other(folder: str, info: dict[str, set[str]], expected: set[str]) -> None:
     """MoetoolError where transformers missed anything but the experts, or knew something not."""
     found = {k: v - expected if k == "missing_keys" else v for k, v in info.items()}
     wrong = {k: sorted(map(str, v)) for k, v in found.items() if v}

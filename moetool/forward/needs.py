@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from moetool.forward import stock
 from moetool.forward.batches import Batches
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
+from moetool.surgery.spec import FLOATS
 from moetool.surgery.text_model import TextModel, text_model
 
 # python, numpy, torch, transformers and accelerate imported and a model built, measured
@@ -122,6 +124,27 @@ def needs(source: Checkpoint, batches: Batches, *, extra: int = 0) -> Promised:
     floor = RESERVE + outside + 2 * max(sizes.others.values(), default=0) + extra + work
     hidden = vector * sum(tokens)
     return Promised(floor, widest + 8 * one, widened + 8 * one, compared, hidden, outside)
+
+
+def whole(source: Checkpoint, batches: Batches, *, extra: int = 0) -> int:
+    """Promised bytes of a model that is held whole in float32, packed experts as they are stored,
+    with what its last layer gave of all batches.
+    """
+    heads = int(text_model(source.config).field("heads") or 0)
+    work = _attention(source, batches, heads) + extra
+    return held_whole(source, [b.ids.size for b in batches.batches]) + work
+
+
+def held_whole(source: Checkpoint, tokens: Sequence[int]) -> int:
+    """The same for batches of so many tokens, but for attention that is held as matrices; asks
+    nobody but the headers.
+    """
+    vector = 4 * int(text_model(source.config).field("hidden") or 0)
+    stored = source.stored.values()
+    held = sum(4 * t.elements if t.dtype in FLOATS else t.stop - t.start for t in stored)
+    largest = max((4 * t.elements for t in source.tensors.values()), default=0)
+    work = PER_TOKEN * vector * max(tokens) + PER_TENSOR * len(source.stored)
+    return RESERVE + held + 2 * largest + work + vector * sum(tokens)
 
 
 def _attention(source: Checkpoint, batches: Batches, heads: int) -> int:

@@ -108,7 +108,8 @@ def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
     """
     import torch
 
-    raw = read_json(Path(checkpoint.folder) / "config.json", what="model config")
+    path = Path(checkpoint.folder) / "config.json"  # a staged output has none yet
+    raw = read_json(path, what="model config") if path.exists() else checkpoint.config
     with _view(checkpoint.folder, raw, checkpoint) as folder, quietly():
         model, info = model_class(raw).from_pretrained(
             folder,
@@ -191,6 +192,18 @@ def attends_eagerly(raw: JsonMapping, folder: str) -> bool:
         known = library().MODEL_FOR_CAUSAL_LM_MAPPING
         cls = known.get(type(config(raw, folder)), None)
     return not getattr(cls, "_supports_sdpa", True)
+
+
+def answers_in_words(raw: JsonMapping, folder: str) -> bool:
+    """Whether the class of this config goes on with a text, from ids alone."""
+    transformers = library()
+    known = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+    kind = type(config(raw, folder))
+    named = [cls.__name__ for mapping in known if (cls := mapping.get(kind, None)) is not None]
+    return model_class(raw).__name__ in (*named, "AutoModelForCausalLM")
 
 
 @contextmanager

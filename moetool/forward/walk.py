@@ -177,7 +177,7 @@ class Walk:
         """The first layer's input of every batch."""
         self.hidden.first()
         for number, batch in enumerate(self.batches.batches):
-            self._maybe_stop()
+            self.maybe_stop()
             self.hidden.write(number, self.calls.enter(batch).reshape(-1, self.width).cpu().numpy())
         self.hidden.end(keep=False)
 
@@ -246,7 +246,7 @@ class Walk:
         """All batches through one layer; `store` keeps the output as the next layer's input."""
         self.hidden.begin()
         for number, batch in enumerate(self.batches.batches):
-            self._maybe_stop()
+            self.maybe_stop()
             self._batch = batch
             if catch is not None:
                 catch.batch = batch
@@ -327,7 +327,8 @@ class Walk:
                 hint="please report it; methods without text still work",
             )
 
-    def _maybe_stop(self) -> None:
+    def maybe_stop(self) -> None:
+        """Stopped where somebody wishes it."""
         if self.stop.is_set():
             raise Stopped(
                 "stopped while text went through the model",

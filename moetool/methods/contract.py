@@ -81,6 +81,7 @@ class Made:
     files: dict[str, bytes] = field(default_factory=dict)  # small files that go beside the weights
     beside: dict[str, str] = field(default_factory=dict)  # table -> which of `files` holds it
     promised: tuple[Pledge, ...] = ()  # matrices that are rounded: read back when written
+    compared: bool = False  # its answers are held against the source's when written, and reported
     loader: str = ""  # who must load it, to be compared by value; empty: nobody is asked
     scheme: tuple[Assigned, ...] = ()  # its matrices and their forms, where the verb chose them
 
@@ -155,10 +156,10 @@ class ModelFacts:
         """As the screen says them."""
         lie = self.layout if " " in self.layout else f"{self.layout} tensors"
         family = f"{self.source_type} -> {self.target_type} ({lie})"
-        wide = f" of width {self.expert_width}" if self.expert_width else ""
-        each = f"{self.experts}{wide}, top-{self.top_k}"
+        wide = f"{self.experts} of width {self.expert_width}".removesuffix(" of width 0")
+        each = f"{wide}, top-{self.top_k}, in {len(self.layers)} layers"
         runs = f"{show_count(self.parameters)}, {show_count(self.active_parameters)} active"
-        experts = [Line("experts", f"{each}, in {len(self.layers)} layers")] if self.experts else []
+        experts = [Line("experts", each)] if self.experts else []
         return [Line("family", family), *experts, Line("parameters", runs)]
 
 
@@ -207,7 +208,7 @@ class Report(Summary):
     resumed_shards: int = 0
     seconds: float = 0.0
     ray_nodes: tuple[str, ...] = ()
-    quality: JsonObject | None = None  # evaluate/perplexity.py, where there was text for it
+    quality: JsonObject | None = None  # evaluate/perplexity.py, on text, or on random ids
     proof: Proof | None = None  # what reading back showed, where matrices were rounded
     stages: dict[str, float] | None = None  # seconds of decide, write, measure
     peak_rss: int | None = None

@@ -10,6 +10,7 @@ from moetool.methods import works
 from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
+    from moetool.data import JsonObject
     from moetool.methods.contract import Prepared, Report
     from moetool.surgery.checkpoint import Checkpoint
 
@@ -83,15 +84,23 @@ def _table(report: Report) -> list[str]:
     rows = {
         "certificate": certificate,
         "why": certificate.why,
+        "from its source": _apart(report.quality or {}),
         "family": facts.target_type,
         "experts": facts.experts,
         "experts a token": facts.top_k,
-        "expert width": facts.expert_width,
+        "expert width": facts.expert_width or None,
         "parameters": counts,
         "size": show_bytes(report.output_bytes),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return ["| | |", "|---|---|", *lines]
+
+
+def _apart(quality: JsonObject) -> str | None:
+    """How far a model is from its source at birth, where that was measured without text."""
+    if "drawn" not in quality:
+        return None
+    return f"KL {quality['kl']:.2g} on {quality['tokens']:,} predictions of {quality['drawn']}"
 
 
 def _base(name: str, source: Checkpoint) -> str | None:

@@ -64,7 +64,8 @@ def plan(
     made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
     facts = _facts(ground, group, made)
     certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
-    return Made(made, certificate, made.config, {}, facts, told, files)
+    far = certificate.level == "none"
+    return Made(made, certificate, made.config, {}, facts, told, files, compared=far)
 
 
 def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
