@@ -22,7 +22,8 @@ class Law:
     score: softmax | sigmoid | sparsemixer | sigmoid-on-input (Llama 4: the weight multiplies the
     expert's input). bias: choice (moves the selection only, DeepSeek-V3) | logit (part of the
     logits, gpt-oss). groups > 1: only the best `group_top` groups are eligible, by their best
-    expert (group_rule max) or best two (sum2); ineligible scores become `group_fill`.
+    expert (group_rule max) or best two (sum2); ineligible scores become `group_fill`. near: of a
+    sparsemixer, how far below the best (relative) an expert still shares in its weight.
     """
 
     top_k: int
@@ -35,6 +36,7 @@ class Law:
     group_rule: str = "sum2"
     group_fill: float = float("-inf")
     least_sum: float = 0.0
+    near: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def select(
     not there.
 
     Selection and weights follow transformers 5.23's modules; the families' laws are listed in
-    archs/overlay.json. `sparsemixer` without jitter weighs both of its experts 1 (PhiMoE).
+    archs/overlay.json. `sparsemixer` weighs each of its experts 1, but for experts so near that
+    they share in it (PhiMoE).
     """
     logits = x @ router.to(x.dtype).T
     if bias is not None:
@@ -174,6 +177,8 @@ def select(
         choice = _within_groups(choice, law)
     index = choice.topk(law.top_k, dim=-1).indices
     weight = scores.gather(-1, index)
+    if law.score == "sparsemixer":
+        weight = _among_near(logits, index, law.near)
     if law.groups > 1 and law.group_rule == "max":
         weight = choice.gather(-1, index)  # DeepSeek-V2 masks the scores themselves
     if law.renorm:
@@ -190,6 +195,20 @@ def _scores(logits: Tensor, law: Law) -> Tensor:
     if law.score == "sparsemixer":
         return torch.ones_like(logits)
     raise ValueError(f"unknown routing law {law.score!r}")
+
+
+def _among_near(logits: Tensor, index: Tensor, near: float) -> Tensor:
+    """Each chosen expert's share among those that are left and hardly below it [tokens, k]
+    (SparseMixer, arXiv 2409.12136, as PhiMoE evaluates it).
+    """
+    left, weights = logits, []
+    for place in range(index.shape[-1]):
+        chosen = index[..., place : place + 1]
+        best = left.gather(-1, chosen)
+        far = (best - logits) / logits.abs().clamp(min=best) > near
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, chosen))
+        left = left.scatter(-1, chosen, float("-inf"))
+    return torch.cat(weights, dim=-1)
 
 
 def _within_groups(choice: Tensor, law: Law) -> Tensor:

@@ -140,7 +140,7 @@ def _rules(at: TextModel) -> Iterator[tuple[str, _Rule]]:
     layout, law = at.layout, at.layout.overlay.law
     for meaning, name in layout.fields.items():
         yield name, _MEANINGS.get(meaning, _COUNT)
-    for name in (law.zero, law.least_sum):
+    for name in (law.zero, law.least_sum, law.near):
         if name:
             yield name, _Rule("number")
     known = set(layout.fields.values())
@@ -160,7 +160,7 @@ def _singles(at: TextModel) -> Iterator[tuple[str, _Rule]]:
     """(field, rule) of numbers that are one for all layers."""
     law, scale = at.layout.overlay.law, at.layout.fields.get("routed_scale")
     yield "topk_group", _Rule(_COUNT.kind, 0, EXPERTS)
-    for name in (scale, law.least_sum, "swiglu_alpha", "swiglu_limit"):
+    for name in (scale, law.least_sum, law.near, "swiglu_alpha", "swiglu_limit"):
         if name:
             yield name, _Rule("number")
 

@@ -231,6 +231,7 @@ class Mixture:
             "group_rule": "max" if rule.groups == "max" else "sum2",
             "group_fill": 0.0 if rule.groups in ("max", "zero") else float("-inf"),
             "least_sum": float(text.get(rule.least_sum, 0.0) or 0.0),
+            "near": 2 * float(text.get(rule.near, 0.0) or 0.0),
         }
 
     def act(self) -> JsonObject:

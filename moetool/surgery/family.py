@@ -60,7 +60,8 @@ class RouterLaw:
     `groups`: true (the best two of a group count), "max" (its best one) or "zero" (ineligible
     scores become zero); `bias`: choice | logit; `zero`: the field that counts zero experts;
     `least_sum`: the field with the least divisor; `act`: an activation that is no config's word;
-    `total`: what the weights of a token sum to.
+    `total`: what the weights of a token sum to; `near`: the field with half of how far below the
+    best an expert still shares in its weight.
     """
 
     score: str = ""
@@ -71,6 +72,7 @@ class RouterLaw:
     least_sum: str = ""
     act: str = ""
     total: float = 1.0
+    near: str = ""
 
     def as_json(self) -> JsonObject:
         """What is said of this family: fields that are not the usual ones."""

@@ -48,10 +48,21 @@ def by_hand(x: list[float], law: moe.Law, bias: list[float] | None) -> dict[int,
     chosen = sorted(range(EXPERTS), key=lambda e: -choice[e])[: law.top_k]
     source = choice if law.groups > 1 and law.group_rule == "max" else scores
     weights = {e: source[e] for e in chosen}
+    if law.score == "sparsemixer":
+        weights = {e: among_near(logits, chosen[:n], e, law.near) for n, e in enumerate(chosen)}
     if law.renorm:
         total = max(sum(weights.values()), law.least_sum)
         weights = {e: w / total for e, w in weights.items()}
     return {e: w * law.scale for e, w in weights.items()}
+
+
+def among_near(logits: list[float], gone: list[int], best: int, near: float) -> float:
+    """An expert's share among those that are left and not far below it."""
+    top = logits[best]
+    there = [
+        v for e, v in enumerate(logits) if e not in gone and (top - v) / max(abs(v), top) <= near
+    ]
+    return math.exp(top) / sum(map(math.exp, there))
 
 
 def in_groups(choice: list[float], law: moe.Law) -> list[float]:
@@ -71,6 +82,7 @@ LAWS = [
 ]
 LAWS += [
     moe.Law(2, "sparsemixer", renorm=False),
+    moe.Law(2, "sparsemixer", renorm=False, near=0.4),
     moe.Law(1, "sigmoid-on-input", renorm=False),
     moe.Law(2, "sigmoid", least_sum=1.9),
     *(
