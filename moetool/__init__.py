@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     convert_layout: Verb
     dequantize: Verb
     eval: Verb
+    extend: Verb
     materialize: Verb
     merge: Verb
     plan: Callable[..., Plan]
@@ -44,6 +45,7 @@ __all__ = [
     "convert_layout",
     "dequantize",
     "eval",
+    "extend",
     "inspect",
     "load",
     "materialize",

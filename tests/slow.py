@@ -14,6 +14,7 @@ FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe")
 
 BATTERIES: dict[str, tuple[str, ...]] = {
     "archs/test_archs.py::test_generated_files_are_current": ("few",),
+    "every/test_extend.py::test_extend": FAMILIES,
     "every/test_faults.py::test_kill_at_every_rename": ("before",),
     "every/test_faults.py::test_random_kills_and_resume": ("copies", "drop"),
     "every/test_faults.py::test_workers_and_hash_seeds_change_nothing": ("copies", "drop"),

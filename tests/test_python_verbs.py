@@ -22,6 +22,7 @@ WRITING = {
     "upcycle": "upcycle",
     "prune": "prune",
     "merge": "merge",
+    "extend": "extend",
     "quantize": "quantize",
     "dequantize": "dequantize",
     "materialize": "materialize",

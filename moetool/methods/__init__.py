@@ -36,6 +36,10 @@ METHODS = {
         "moetool.methods.merge.method:Merge",
         "Merge experts of a mixture of experts into fewer: the checkpoint really gets smaller.",
     ),
+    "extend": Entry(
+        "moetool.methods.extend.method:Extend",
+        "Add copies of experts to a mixture of experts, as room for something new.",
+    ),
     "quantize": Entry(
         "moetool.methods.quantize.method:Quantize",
         "Store a model in fewer bits: every expert quantized, or named as left out.",

@@ -233,6 +233,14 @@ class Text:
         """What is text of --calibrate: all but what the model writes, and random ids."""
         return tuple(spec for spec in self.calibrate if not drawn.means(spec))
 
+    def check_one_text(self) -> None:
+        """Refuse text and a profile of text at once."""
+        if self.calibrate and self.stats:
+            raise UsageError(
+                "--calibrate and --stats exclude each other",
+                hint="a profile holds what calibration would see: give one of them",
+            )
+
 
 @dataclass(frozen=True)
 class Solving:
@@ -333,6 +341,13 @@ class Gate:
     @property
     def gated(self) -> bool:
         return self.max_kl > 0 or self.max_perplexity_increase is not None
+
+    def check_gate(self) -> None:
+        """Refuse a limit that nothing could keep."""
+        if self.max_kl < 0:
+            raise UsageError(
+                "--max-kl is not negative", found=self.max_kl, hint="for example --max-kl 0.05"
+            )
 
 
 @dataclass(frozen=True)

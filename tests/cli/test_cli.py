@@ -358,6 +358,7 @@ def test_the_public_face_is_complete() -> None:
         "convert_layout",
         "dequantize",
         "eval",
+        "extend",
         "inspect",
         "load",
         "materialize",

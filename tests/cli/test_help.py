@@ -85,7 +85,7 @@ def parsed(name: str) -> set[str]:
 
 
 def test_every_command_is_seen_here() -> None:
-    assert len(WRITING) == 7 and len(PLAIN) == 7 and len(GROUPED) == 4
+    assert len(WRITING) == 8 and len(PLAIN) == 7 and len(GROUPED) == 4
 
 
 @pytest.mark.parametrize("name", sorted(OF_0_2_0))
@@ -308,5 +308,5 @@ def test_no_help_text_is_written_twice() -> None:
             texts.setdefault((field.name, str(field.default)), set()).add(field.help)
     several = {key for key, found in texts.items() if len(found) > 1}
     purposes = {"device", "form", "max_kl", "memory", "method", "router", "sample", "seed"}
-    purposes |= {"target", "text"}
+    purposes |= {"target", "text", "layers"}
     assert {name for name, _ in several} <= purposes

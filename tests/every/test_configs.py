@@ -15,6 +15,7 @@ VERBS: dict[str, Callable[[str, str], Any]] = {
     "upcycle": lambda src, out: moetool.upcycle(src, out, experts=4),
     "prune": lambda src, out: moetool.prune(src, out, method="router-distance", ratio=0.5),
     "merge": lambda src, out: moetool.merge(src, out, method="alike", ratio=0.5),
+    "extend": lambda src, out: moetool.extend(src, out, copy_expert="0"),
     "convert-layout": lambda src, out: moetool.convert_layout(src, out, to="fused"),
     "quantize": lambda src, out: moetool.quantize(
         src, out, format="int8/channel", loader_check=False

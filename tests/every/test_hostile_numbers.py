@@ -196,6 +196,7 @@ WRITTEN: dict[str, list[str]] = {
     "upcycle": ["--experts", "4", "--split", "4", "--max-shard-size", "300KB"],
     "prune": ["--calibrate", "TEXT", "--refit"],
     "merge": ["--calibrate", "TEXT", "--method", "d2-moe"],
+    "extend": ["--copy-expert", "1"],
     "convert-layout": ["--to", "fused"],
     "profile": ["--calibrate", "TEXT", "--covariance"],
 }

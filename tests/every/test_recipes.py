@@ -44,6 +44,7 @@ NAMES = {
     "mixlora",
     "mote",
     "ders",
+    "moextend",
     "reap",
     "stun",
     "super-experts-only",
@@ -74,7 +75,8 @@ NAMES = {
     "mofme",
     "mote-int4",
 }
-SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize")}
+REDUCED = ("prune", "merge")
+SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize", "extend")}
 CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
@@ -112,7 +114,7 @@ def changes(recipe: Path, out: Path) -> list[str]:
     """
     if recipe in SMALLER:
         text = [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"] if recipe in CALIBRATED else []
-        reducing = ["sample=512", "refit-tokens=4096"] if recipe.parent.name != "quantize" else []
+        reducing = ["sample=512", "refit-tokens=4096"] if recipe.parent.name in REDUCED else []
         more = SMALL.get(recipe.stem, [])
         if recipe.parent.name == "quantize":
             more = [*more, "loader-check=false"]  # tests/evaluate does that
@@ -158,7 +160,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 47 and len(CALIBRATED) == 17
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 48 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

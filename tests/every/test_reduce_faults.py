@@ -25,6 +25,7 @@ CALLS = {
     "prune": ["prune", "--ratio", "0.5", "--method", "reap", "--no-refit"],
     "refit": ["prune", "--ratio", "0.5", *REFIT],
     "merge": ["merge", "--ratio", "0.5", "--method", "m-smoe", "--sample", "100"],
+    "extend": ["extend"],
     "quantize": ["quantize", "--format", "int4/16", "--max-shard-size", "100kB", UNLOADED],
 }
 OF_THE_RUN = ("moetool.json", "README.md", "report.json")

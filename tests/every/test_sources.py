@@ -14,7 +14,16 @@ from conftest import Done
 from safetensors.numpy import load_file, save_file
 
 Run = Callable[..., Done]
-VERBS = ("prune", "merge", "convert-layout", "upcycle", "profile", "eval", "eval --reference")
+VERBS = (
+    "prune",
+    "merge",
+    "extend",
+    "convert-layout",
+    "upcycle",
+    "profile",
+    "eval",
+    "eval --reference",
+)
 HOLES = ("lm_head", "model.norm", "layers.1.self_attn.q_proj", "layers.3.", "down_proj")
 
 
@@ -24,6 +33,7 @@ def arguments(verb: str, whole: Path, broken: Path, folder: Path) -> list[object
     return {
         "prune": ["prune", broken, folder / "out", "--method", "router-distance"],
         "merge": ["merge", broken, folder / "out", "--calibrate", text],
+        "extend": ["extend", broken, folder / "out", "--copy-expert", 0],
         "convert-layout": ["convert-layout", broken, folder / "out", "--to", "fused"],
         "upcycle": ["upcycle", broken, folder / "out", "--experts", 4],
         "profile": ["profile", broken, folder / "out", "--calibrate", text],

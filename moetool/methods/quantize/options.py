@@ -85,11 +85,7 @@ class Quantizing(Gate, Text, Formats):
         return () if self.force else self.named
 
     def __post_init__(self) -> None:
-        if self.calibrate and self.stats:
-            raise UsageError(
-                "--calibrate and --stats exclude each other",
-                hint="a profile holds what calibration would see: give one of them",
-            )
+        self.check_one_text()
         told = self.format or self.plan or self.group_size is not None
         if self.target_size and told:
             raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.methods.contract import Settings
+from moetool.methods.options import Text
 from moetool.methods.reduce import budget
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Found, TextSeen
@@ -90,15 +91,7 @@ class Asked:
 
     def calibration(self) -> Calibration:
         """The calibration text as forward/profile.py takes it."""
-        from moetool.forward.batches import Cut
-        from moetool.forward.own import Running
-        from moetool.forward.profile import Calibration
-
-        o, s = self.options, self.settings
-        cut = Cut(o.tokens, o.seq_len, o.pack, True, s.seed, o.batch_tokens)
-        running = Running(s.memory, s.device, s.tell, s.stop)
-        told = Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
-        return replace(told, running=running)
+        return calibration(self.options, self.settings)
 
     def solved_on(self) -> Batches:
         """What --refit solves on: --refit-tokens of the text, and --own-share of them of no text,
@@ -117,6 +110,18 @@ class Asked:
         told = self.calibration()
         cut = replace(told.cut, tokens=tokens, seq_len=min(OWN_LENGTH, text.seq_len))
         return joined(text, replace(told, specs=(name,), cut=cut).read(source))
+
+
+def calibration(o: Text, s: Settings) -> Calibration:
+    """The text that options name, as forward/profile.py takes it."""
+    from moetool.forward.batches import Cut
+    from moetool.forward.own import Running
+    from moetool.forward.profile import Calibration
+
+    cut = Cut(o.tokens, o.seq_len, o.pack, True, s.seed, o.batch_tokens)
+    running = Running(s.memory, s.device, s.tell, s.stop)
+    told = Calibration(o.calibrate, cut, o.text_field, o.trust_remote_code)
+    return replace(told, running=running)
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,15 @@ def statistics(asked: Asked, replay: Decided | None) -> Evidence:
 
         profile = Profile.open(asked.options.stats)
         profile.check_model(asked.mixture.source)
-        return _seen(profile, 0)
+        return evidence(profile, 0)
     if not _profiles(asked, replay):
         return Evidence()
     made = _profiled(asked)
-    return _seen(made, made.facts["peak_memory"])
+    return evidence(made, made.facts["peak_memory"])
 
 
-def _seen(profile: Profile, memory: int) -> Evidence:
+def evidence(profile: Profile, memory: int) -> Evidence:
+    """A profile as evidence."""
     data = {k: profile.facts[k] for k in ("tokens", "files", "data_sha256", "seq_len")}
     return Evidence(profile, memory, TextSeen(**data), profile.warnings)
 

@@ -63,11 +63,11 @@ class Decision:
         return {name for name, value in said.items() if value} | ({"groups"} if merged else set())
 
     def map(self, experts: int) -> list[int | None]:
-        """old expert -> new expert, None where it went."""
+        """old expert -> new expert (the first, where it was copied), None where it went."""
         to: list[int | None] = [None] * experts
         for new, members in enumerate(self.groups):
             for old in members:
-                to[old] = new
+                to[old] = new if to[old] is None else to[old]
         return to
 
     def sorted(self) -> Decision:

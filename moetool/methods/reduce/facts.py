@@ -185,9 +185,9 @@ def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Re
         layers=mixture.layers,
         top_k=mixture.top_k,
         expert_width=mixture.width(mixture.layers[0]) if mixture.plain else None,
-        layout=_storage(mixture),
+        layout=storage(mixture),
         counts=written.counts,
-        sizes=_sizes(mixture, written.plan),
+        sizes=sizes(mixture, written.plan),
         experts_before=mixture.experts,
         experts_after=counts[0] if len(counts) == 1 else counts,
         removed_share=1.0 - kept / (mixture.experts * len(layers)),
@@ -197,12 +197,14 @@ def of(writing: Writing, written: Planned, found: Found, own: JsonMapping) -> Re
     )
 
 
-def _storage(mixture: Mixture) -> str:
+def storage(mixture: Mixture) -> str:
+    """How experts lie: per-expert or fused."""
     single = any(c.expert is not None for c in mixture.counted.values() if c.kind == "expert")
     return "per-expert" if single else "fused"
 
 
-def _sizes(mixture: Mixture, plan: Plan) -> Sizes:
+def sizes(mixture: Mixture, plan: Plan) -> Sizes:
+    """What a plan makes of a model."""
     counted = mixture.counted
     others = {n for n in mixture.source.tensors if n not in counted or counted[n].kind != "expert"}
     return Sizes(

@@ -92,17 +92,10 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
                 found=self.own_share,
                 hint="0 solves on text alone; --calibrate own on no text at all",
             )
-        if self.max_kl < 0:
-            raise UsageError(
-                "--max-kl is not negative", found=self.max_kl, hint="for example --max-kl 0.05"
-            )
+        self.check_gate()
 
     def _check_texts(self) -> None:
-        if self.calibrate and self.stats:
-            raise UsageError(
-                "--calibrate and --stats exclude each other",
-                hint="a profile holds what calibration would see: give one of them",
-            )
+        self.check_one_text()
         if self.gated and not (self.text or self.texts):
             raise UsageError(
                 "a gate needs text to measure on",

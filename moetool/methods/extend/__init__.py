@@ -1,0 +1,1 @@
+"""extend: a mixture of experts with more experts than before."""

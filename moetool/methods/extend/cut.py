@@ -1,0 +1,86 @@
+"""The plan that gives a model more experts: every byte of the old ones stays, and copies follow."""
+
+from __future__ import annotations
+
+from moetool.errors import UsageError
+from moetool.methods.contract import Certificate
+from moetool.methods.extend.choose import Copies
+from moetool.methods.reduce.cut import NEVER, Cutter
+from moetool.methods.reduce.decided import Decided
+from moetool.methods.reduce.decision import Decision
+from moetool.methods.reduce.writing import Writing
+from moetool.surgery.counted import Counted
+from moetool.surgery.experts import Mixture
+from moetool.surgery.spec import Piece
+
+
+def decided(mixture: Mixture, copies: Copies) -> Decided:
+    """Every layer's experts of the output, as the cut reads them."""
+    numbers = (*mixture.layers, *mixture.mtp_layers)
+    layers = {n: copies.decision(n, mixture) for n in numbers}
+    return Decided("extend", "copy", mixture.experts, layers)
+
+
+def uneven(made: Decided) -> str:
+    """How layers are written: uniform, or ragged where not all are extended alike."""
+    return "ragged" if len({d.count for d in made.layers.values()}) > 1 else "uniform"
+
+
+class Extender(Cutter):
+    """Writes copies as the cut writes experts; `router`: copy or never (extend/options.py)."""
+
+    def __init__(self, writing: Writing, uneven: str, router: str) -> None:
+        super().__init__(writing, uneven, "centroid", None)
+        self.never = router == "never"
+
+    def _entry(self, c: Counted, decision: Decision, group: int, out: Piece) -> None:
+        """A copy's router row is its expert's; its bias, too, or one that nothing overcomes."""
+        (expert,) = decision.groups[group]
+        first = decision.leads.index(expert) == group
+        if self.never and c.role == "router.bias" and not first:
+            self.build.task("fill", (), (out,), value=NEVER)
+        else:
+            super()._entry(c, decision, group, out)
+
+
+def check_router(mixture: Mixture, copies: Copies, router: str) -> None:
+    """Refuse `never` where no bias is in the way, and where a group would be chosen for a copy."""
+    if router != "never":
+        return
+    bare = [n for n in copies.layers if mixture.side(n, "router.bias") is None]
+    if bare:
+        raise UsageError(
+            f"--router never needs a router with a bias, and {mixture.layout.model_type} has none",
+            tensor=f"layer {bare[0]}",
+            expected="a selection bias (DeepSeek-V3, GLM-4.5) or one in the logits (gpt-oss)",
+            hint="--router copy, and measure: --text FILE",
+        )
+
+
+def certificate(mixture: Mixture, copies: Copies, router: str) -> Certificate:
+    """How the output relates to its source."""
+    if not copies.layers:
+        return Certificate("exact", "nothing was added: a copy")
+    if router == "never":
+        return Certificate("exact", "copies are never chosen: their bias is below every score")
+    if _alone(mixture):
+        why = "top-1, and a weight that other experts have no part in: a copy is its expert"
+        return Certificate("exact", why)
+    return Certificate(
+        "none",
+        "a copy is chosen with its expert and takes the slot of another: by how much, "
+        "`moetool eval --reference` or --text measures",
+        None,
+    )
+
+
+def _alone(mixture: Mixture) -> bool:
+    """Whether the one chosen expert's weight is the same, however many there are."""
+    rule = mixture.layout.overlay.law
+    if mixture.top_k != 1 or mixture.groups > 1 or rule.score not in _KNOWN:
+        return False
+    law = mixture.law()
+    return bool(law["renorm"]) or rule.score.startswith("sigmoid")
+
+
+_KNOWN = ("softmax", "sigmoid", "sigmoid-on-input")
