@@ -50,6 +50,15 @@ def permutation(count: int, seed: int, name: str) -> np.ndarray:
     return np.argsort(_stream(seed, name).random_raw(count), kind="stable")
 
 
+def places(most: int, count: int, seed: int, name: str) -> np.ndarray:
+    """int64 [count], ascending: so many different numbers below `most`."""
+    stream, few = _stream(seed, name), min(count, most - count)
+    taken = np.zeros(most, bool)
+    while (missing := few - int(taken.sum())) > 0:
+        taken[stream.random_raw(missing) % np.uint64(most)] = True
+    return np.flatnonzero(taken if few == count else ~taken)
+
+
 def matrix(
     shape: tuple[int, ...], *, law: str, seed: int, name: str, sigma: float = 0.0, repeat: int = 1
 ) -> np.ndarray:

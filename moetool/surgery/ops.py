@@ -14,10 +14,11 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moetool.data import JsonMapping, JsonObject
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import forms
-from moetool.surgery.spec import Piece, Shape, Task, size_of
+from moetool.surgery import changes, forms
+from moetool.surgery.call import Call, Tables
+from moetool.surgery.spec import Piece, Task, size_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     Array = Tensor | np.ndarray
 
-Tables = Mapping[str, list[int]]
 # Resident memory of the bare process, measured on CPython 3.11 (tests/every/test_memory.py), and of
 # numpy and torch on top.
 RESERVE = 40_000_000
@@ -34,18 +34,6 @@ TORCH_RESERVE = 360_000_000
 COPY_BUFFER = (
     1 << 19
 )  # larger single writes are much slower on ext4 (8 MiB: five times, measured on 6.18)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What an operation is given: inputs (decoded), the shapes of its results, the parameters of
-    its task, and the tables that they name.
-    """
-
-    inputs: Sequence[Tensor]
-    shapes: Sequence[Shape]
-    params: JsonMapping
-    tables: Tables
 
 
 @dataclass(frozen=True)
@@ -196,15 +184,6 @@ def _base_delta(call: Call) -> Iterator[Tensor]:
             yield (base + u @ v).T if turn else base + u @ v
 
 
-def _change(call: Call) -> Iterator[Tensor]:
-    """lora_A and lora_B of what a fine-tune changed in a matrix."""
-    from moetool.kernels import change
-
-    base, tuned = (m.T if call.params["transposed"] else m for m in call.inputs)
-    a, b = change.factors(tuned.double() - base.double(), call.params["rank"])
-    yield from (a, b / call.params["scale"])
-
-
 def _wanda(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import form, merge
 
@@ -236,7 +215,10 @@ OPS = {
         Op("reindex", _reindex, "torch", 4.0, reads=3.0),
         Op("merge", _merge, "torch", 24.0, reads=6.0),
         Op("base_delta", _base_delta, "torch", 24.0, reads=6.0),
-        Op("change", _change, "torch", 24.0, reads=6.0),
+        Op("change", changes.low_rank, "torch", 24.0, reads=6.0),
+        Op("sparse_change", changes.sparse, "torch", 24.0, reads=6.0),
+        Op("sparse_places", changes.places, "torch", 4.0),
+        Op("coded_change", changes.coded, "torch", 24.0, reads=6.0),
         Op("wanda", _wanda, "torch", 24.0, reads=6.0),
     )
 }

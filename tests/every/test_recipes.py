@@ -45,6 +45,8 @@ NAMES = {
     "mote",
     "ders",
     "moextend",
+    "ders-sparse",
+    "ders-bits",
     "reap",
     "stun",
     "super-experts-only",
@@ -160,7 +162,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 48 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 50 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -47,8 +47,10 @@ def test_all_kinds_are_found() -> None:
         "adapter",
         "film",
         "full",
+        "kbit",
         "lora",
         "null",
+        "sparse",
         "ternary",
     }
 

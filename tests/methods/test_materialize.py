@@ -26,6 +26,7 @@ Models = Callable[..., Path]
         ("llama", "qwen2_moe", {"form": "lora", "rank": 4, "law": "hard", "top_k": 1}),
         ("llama", "mixtral", {"form": "lora", "rank": 4, "law": "soft"}),
         ("phi3", "mixtral", {"form": "lora", "rank": 4}),
+        ("phi3", "mixtral", {"form": "sparse", "delta_keep": 0.1}),
         ("qwen2", "qwen2_moe", {"form": "lora", "rank": 4, "law": "softmax", "layers": "1,3"}),
         ("qwen3", "qwen3_moe", {"form": "lora", "rank": 4}),
         ("llama", "glm4_moe", {"form": "lora", "rank": 4, "law": "hard", "top_k": 1}),

@@ -22,7 +22,7 @@ def trained(source: Path, out: Path, **options: Any) -> Path:
     (file,) = out.glob("*.safetensors")
     held, drawn = load_file(file), torch.Generator().manual_seed(3)
     for name, tensor in held.items():
-        if name.endswith(("lora_B", "output_scale")):
+        if name.endswith(("lora_B", "output_scale", "delta_values")):
             held[name] = (torch.randn(tensor.shape, generator=drawn) * 0.05).to(tensor.dtype)
         elif name.endswith("router.weight"):
             held[name] = torch.randn(tensor.shape, generator=drawn).to(tensor.dtype)

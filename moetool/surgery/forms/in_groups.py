@@ -70,7 +70,7 @@ class InGroups(Form):
         at = text_model(config)
         for group in at.groups:
             if group.form == self.name:
-                self._check(group.params)
+                self.check(group.params)
         for site in sites(at, self.name):
             parts = self.parts_of(tensors, site)
             base = tensors.get(site.base)
@@ -80,19 +80,19 @@ class InGroups(Form):
             found[site.full] = made_of(self.name, site.full, like.dtype, shape, parts)
         return Recognised(found, config, kept=frozenset(kept)) if found else None
 
-    def _check(self, params: Params) -> None:
+    def check(self, params: Params) -> None:
         """Refuse params that a group of this form cannot have."""
         kinds = {**self.must, **self.may}
         for name in self.must:
             if name not in params:
-                raise _wrong(self.name, f"without `{name}`", list(kinds), sorted(params))
+                raise wrong(self.name, f"without `{name}`", list(kinds), sorted(params))
         for name, value in params.items():
             if name not in kinds:
                 hint = did_you_mean(name, kinds)
-                raise _wrong(self.name, f"with the unknown key {name!r}", list(kinds), name, hint)
+                raise wrong(self.name, f"with the unknown key {name!r}", list(kinds), name, hint)
             numbers = (int, float) if kinds[name] is float else (kinds[name],)
             if type(value) not in numbers:
-                raise _wrong(self.name, f"with `{name}`", kinds[name].__name__, value)
+                raise wrong(self.name, f"with `{name}`", kinds[name].__name__, value)
 
     def shape(self, parts: InParts, base: Stored | None) -> tuple[int, ...]:
         """Of the whole matrix."""
@@ -120,7 +120,8 @@ def part(tensors: Mapping[str, Stored], site: Site, name: str) -> Stored:
     return found
 
 
-def _wrong(form: str, what: str, expected: object, found: object, hint: str = "") -> MoetoolError:
+def wrong(form: str, what: str, expected: object, found: object, hint: str = "") -> MoetoolError:
+    """The error of a group's params."""
     return MoetoolError(
         f"the params of a {form} group {what}",
         file="config.json",

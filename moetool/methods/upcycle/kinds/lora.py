@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.methods.contract import Builder, Certificate, Decisions, Settings
+from moetool.methods.contract import Builder, Decisions, Settings
 from moetool.methods.field import WHAT
 from moetool.methods.options import option
-from moetool.methods.upcycle import adapters, assemble
+from moetool.methods.upcycle import adapters
 from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery import ops
+from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, memory
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.ffn import FfnLinear
-from moetool.surgery.groups import Group
 from moetool.surgery.reform import Into
 from moetool.surgery.route import ROUTED
-from moetool.surgery.spec import Piece, Stored, whole
+from moetool.surgery.spec import Piece, whole
 
 PARTS = ("lora_A", "lora_B")
 
@@ -52,7 +49,7 @@ class LowRank:
     )
 
 
-class LowRankKind(ExpertKind):
+class LowRankKind(ChangeKind):
     """Low-rank experts over the layer's own FFN, which all of them share: A is drawn, B is zero, so
     that the model is exactly its source until it is trained; or adapters, or what fine-tunes
     changed.
@@ -64,8 +61,6 @@ class LowRankKind(ExpertKind):
     name = "lora"
     Options: ClassVar[type] = LowRank
     own: LowRank
-    takes: ClassVar[tuple[str, ...]] = ("expert_map",)
-    several = True
 
     @property
     def rank(self) -> int:
@@ -152,16 +147,12 @@ class LowRankKind(ExpertKind):
         return Decisions(chosen=chosen, extra=tuple(a.weights for a in read))
 
     def told_by(self, found: Decisions) -> tuple[str, ...]:
-        super().told_by(found)
-        errors: dict[str, float] = found.chosen.get("errors", {})
-        if not errors:
-            return ()
-        worst = max(errors, key=lambda name: errors[name])
-        mean = sum(errors.values()) / len(errors)
-        return (
-            f"rank {self.rank} holds what fine-tunes changed with a relative error of {mean:.3f} "
-            f"on average, at most {errors[worst]:.3f} ({worst})",
-        )
+        self.found = found
+        return super().told_by(found)
+
+    @property
+    def kept(self) -> str:
+        return f"rank {self.rank}"
 
     def check(self, ground: Ground) -> None:
         if self.own.alpha == 0:
@@ -192,68 +183,42 @@ class LowRankKind(ExpertKind):
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         given = [LowRankExpert(*e) for e in self.found.chosen.get("experts", ())]
-        sources = 1 + len(spot.others)
-        origin = assemble.expert_map(self.verb.expert_map, self.verb.experts, 1, sources)
+        if not given:
+            return super().write(build, spot)
         for expert, linear in spot.each():
-            if not spot.group.has(linear.name):
-                continue
-            if given:
-                self._copied(build, spot, expert, linear, given[expert])
-            elif origin[expert]:
-                self._changed(build, spot, expert, linear, origin[expert])
-            else:
-                self._drawn(build, spot, expert, linear)
+            if spot.group.has(linear.name):
+                self._copied(build, OneLinear(spot, expert, linear), given[expert])
         return {}
 
-    def _copied(
-        self, build: Builder, spot: Spot, expert: int, linear: FfnLinear, given: LowRankExpert
-    ) -> None:
+    def _copied(self, build: Builder, one: OneLinear, given: LowRankExpert) -> None:
         """An adapter's tensors, byte for byte."""
-        tail = adapters.tail_of(spot.ground, linear.slot.name, spot.layer)
+        tail = adapters.tail_of(one.spot.ground, one.linear.slot.name, one.spot.layer)
         for part in PARTS:
             held = self.found.extra[given.source].tensor(given.name(tail, part))
-            target = build.target(spot.name(expert, linear, part), held.dtype, held.shape)
-            build.copy(whole(held, 1 + given.source), whole(target))
+            build.copy(
+                whole(held, 1 + given.source), one.place(build, part, held.dtype, held.shape)
+            )
 
-    def _places(
-        self, build: Builder, spot: Spot, expert: int, linear: FfnLinear
-    ) -> tuple[Stored, list[Piece]]:
-        """The FFN's own matrix, and where lora_A and lora_B of an expert go."""
-        stored = spot.ground.stored(linear, spot.layer)
-        out, into = linear.sides(stored.shape)
+    def _places(self, build: Builder, one: OneLinear) -> list[Piece]:
+        """Where lora_A and lora_B of an expert go."""
+        (out, into), dtype = one.sides, one.stored.dtype
         shapes = {"lora_A": (self.rank, into), "lora_B": (out, self.rank)}
-        made = [
-            build.target(spot.name(expert, linear, part), stored.dtype, shapes[part])
-            for part in PARTS
-        ]
-        return stored, [whole(target) for target in made]
+        return [one.place(build, part, dtype, shapes[part]) for part in PARTS]
 
-    def _changed(
-        self, build: Builder, spot: Spot, expert: int, linear: FfnLinear, source: int
-    ) -> None:
-        """What a fine-tune changed."""
-        stored, places = self._places(build, spot, expert, linear)
-        tuned = spot.others[source - 1].stored(linear, spot.layer)
+    def changed(self, build: Builder, one: OneLinear, source: int) -> None:
         build.task(
             "change",
-            [whole(stored), whole(tuned, source)],
-            places,
+            one.inputs(source),
+            self._places(build, one),
             rank=self.rank,
             scale=self.alpha / self.rank,
-            transposed=linear.transposed,
+            transposed=one.linear.transposed,
         )
 
-    def _drawn(self, build: Builder, spot: Spot, expert: int, linear: FfnLinear) -> None:
-        """A change that is none yet."""
-        _, (a, b) = self._places(build, spot, expert, linear)
-        build.task("draw", [], [a], law="kaiming", seed=spot.seed, name=a.name)
+    def unchanged(self, build: Builder, one: OneLinear) -> None:
+        a, b = self._places(build, one)
+        build.task("draw", [], [a], law="kaiming", seed=one.spot.seed, name=a.name)
         build.task("zeros", [], [b])
-
-    def certificate(self, group: Group, sources: int) -> Certificate:
-        if sources > 1 or self.found.extra:
-            why = "experts come from adapters or fine-tunes: there is no single function to keep"
-            return Certificate("none", why, None)
-        return super().certificate(group, sources)
 
 
 def _changes(grounds: Sequence[Ground], own: LowRank, settings: Settings) -> Decisions:
@@ -261,21 +226,10 @@ def _changes(grounds: Sequence[Ground], own: LowRank, settings: Settings) -> Dec
     at a time.
     """
     from moetool.kernels import change
-    from moetool.progress import Stage
 
-    base, *tuned = grounds
-    places = list(product(range(len(tuned)), base.layers, base.block.linears))
-    seen = {}
-    for done, (number, layer, linear) in enumerate(places):
-        before, after = base.stored(linear, layer), tuned[number].stored(linear, layer)
-        apart = tuned[number].source.matrix(after.name).double()
-        apart -= base.source.matrix(before.name).double()
-        seen[f"{number + 1}:{before.name}"] = change.spectrum(apart)
-        settings.tell(Stage("look"), done + 1, len(places))
+    seen = {name: change.spectrum(apart) for name, apart in changes(grounds, settings)}
     rank = own.rank
     if own.rank_energy:
         rank = max(change.rank_for(values, own.rank_energy) for values in seen.values())
     errors = {name: round(change.lost(values, rank), 6) for name, values in seen.items()}
-    widest = max(base.stored(one, layer).elements for _, layer, one in places)
-    memory = ops.RESERVE + ops.NUMPY_RESERVE + ops.TORCH_RESERVE + 6 * 8 * widest
-    return Decisions(chosen={"rank": rank, "errors": errors}, memory=memory)
+    return Decisions(chosen={"rank": rank, "errors": errors}, memory=memory(grounds[0]))

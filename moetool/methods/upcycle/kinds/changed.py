@@ -1,0 +1,154 @@
+"""What kinds of experts share that hold what fine-tunes changed in the FFN."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from moetool.errors import UsageError
+from moetool.methods.contract import Builder, Certificate, Decisions, Settings
+from moetool.methods.upcycle import assemble
+from moetool.methods.upcycle.ground import Ground, Spot
+from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery import ops
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.ffn import FfnLinear
+from moetool.surgery.groups import Group
+from moetool.surgery.reform import Into
+from moetool.surgery.spec import Piece, Stored, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ChangedMatrix(NamedTuple):
+    """A matrix of a fine-tune less the base's, float64; `turned` to [out, in]."""
+
+    name: str
+    matrix: Tensor
+
+
+class OneLinear(NamedTuple):
+    """One linear of one expert: the FFN's own matrix, and where the parts of a change go."""
+
+    spot: Spot
+    expert: int
+    linear: FfnLinear
+
+    @property
+    def stored(self) -> Stored:
+        return self.spot.ground.stored(self.linear, self.spot.layer)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.linear.sides(self.stored.shape)
+
+    def place(self, build: Builder, part: str, dtype: str, shape: tuple[int, ...]) -> Piece:
+        """A part of the expert that is to be written."""
+        name = self.spot.name(self.expert, self.linear, part)
+        return whole(build.target(name, dtype, shape))
+
+    def inputs(self, source: int) -> list[Piece]:
+        """The base's matrix and that of the fine-tune."""
+        tuned = self.spot.others[source - 1].stored(self.linear, self.spot.layer)
+        return [whole(self.stored), whole(tuned, source)]
+
+
+class ChangeKind(ExpertKind):
+    """Subclass it: experts over the FFN that hold a change, which `changed` writes of a fine-tune
+    and `unchanged` where there is none yet. `lost` says what a change loses.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("expert_map",)
+    several = True
+
+    @abstractmethod
+    def changed(self, build: Builder, one: OneLinear, source: int) -> None:
+        """What a fine-tune changed."""
+
+    @abstractmethod
+    def unchanged(self, build: Builder, one: OneLinear) -> None:
+        """A change that is none yet."""
+
+    def lost(self, change: Tensor) -> float:
+        """The error of what is kept of a change [out, in], relative (Frobenius)."""
+        raise NotImplementedError
+
+    def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        if len(sources) == 1:
+            return Decisions()
+        grounds = [Ground.of(source, self.verb.layers) for source in sources]
+        self.check(grounds[0])
+        seen = changes(grounds, settings)
+        errors = {name: round(self.lost(change.float()), 6) for name, change in seen}
+        return Decisions(chosen={"errors": errors}, memory=memory(grounds[0]))
+
+    def told_by(self, found: Decisions) -> tuple[str, ...]:
+        super().told_by(found)
+        errors: Mapping[str, float] = found.chosen.get("errors", {})
+        if not errors:
+            return ()
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        return (
+            f"{self.kept} holds what fine-tunes changed with a relative error of {mean:.3f} "
+            f"on average, at most {errors[worst]:.3f} ({worst})",
+        )
+
+    @property
+    def kept(self) -> str:
+        """How much is held of a change, in words."""
+        raise NotImplementedError
+
+    def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
+        sources = 1 + len(spot.others)
+        origin = assemble.expert_map(self.verb.expert_map, self.verb.experts, 1, sources)
+        for expert, linear in spot.each():
+            if not spot.group.has(linear.name):
+                continue
+            one = OneLinear(spot, expert, linear)
+            if origin[expert]:
+                self.changed(build, one, origin[expert])
+            else:
+                self.unchanged(build, one)
+        return {}
+
+    def certificate(self, group: Group, sources: int) -> Certificate:
+        if sources > 1 or self.found.extra:
+            why = "experts come from adapters or fine-tunes: there is no single function to keep"
+            return Certificate("none", why, None)
+        return super().certificate(group, sources)
+
+    def _needs_tuned(self, sources: Sequence[Checkpoint]) -> None:
+        if len(sources) == 1:
+            raise UsageError(
+                f"{self.spelled} holds what fine-tunes changed",
+                expected="--from FINE-TUNE, once or more",
+                found="no --from",
+                hint="give fine-tunes, or use --form sparse, which can be trained from nothing",
+            )
+
+
+def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMatrix]:
+    """What every fine-tune changed in every matrix, one at a time."""
+    from moetool.progress import Stage
+
+    base, *tuned = grounds
+    places = list(product(range(len(tuned)), base.layers, base.block.linears))
+    for done, (number, layer, linear) in enumerate(places):
+        before, after = base.stored(linear, layer), tuned[number].stored(linear, layer)
+        apart = tuned[number].source.matrix(after.name).double()
+        apart -= base.source.matrix(before.name).double()
+        turned = apart.T if linear.transposed else apart
+        yield ChangedMatrix(f"{number + 1}:{before.name}", turned)
+        settings.tell(Stage("look"), done + 1, len(places))
+
+
+def memory(base: Ground) -> int:
+    """Peak bytes of looking at one change after the other."""
+    places = product(base.block.linears, base.layers)
+    widest = max(base.stored(*place).elements for place in places)
+    return ops.RESERVE + ops.NUMPY_RESERVE + ops.TORCH_RESERVE + 6 * 8 * widest
