@@ -53,6 +53,11 @@ def _lines(found: JsonObject) -> list[str]:
     if found["forms"]:
         stored = ", ".join(f"{count} matrices as {form}" for form, count in found["forms"].items())
         lines.append(f"stored: {stored}")
+    for group in found["groups"]:
+        lines.append(
+            f"group {group['name']} at the {group['site']}: {group['experts']}; {group['route']}; "
+            f"layers {', '.join(map(str, group['layers']))}"
+        )
     if found["tied"]:
         lines.append(f"tied: {', '.join(found['tied'])}")
     if found["law"] and found["kind"] == "moe":
@@ -76,7 +81,8 @@ def _row(alike: list[JsonObject]) -> list[object]:
     first, last = alike[0], alike[-1]["layer"]
     span = f"{first['layer']}-{last}" if len(alike) > 1 else str(first["layer"])
     stacked = " stacked" if first["stacked"] else ""
-    experts = f"{first['experts']} x {first['expert_width']}{stacked}" if first["experts"] else "-"
+    wide = f" x {first['expert_width']}" if first["expert_width"] else ""
+    experts = f"{first['experts']}{wide}{stacked}" if first["experts"] else "-"
     router = (first["router"] or "-") + (" + bias" if first["router_bias"] else "")
     return [
         span,

@@ -117,6 +117,15 @@ class Picked:
         zeros = rows.new_zeros(self.tokens, rows.shape[-1])
         return zeros.index_add(0, self.token, rows)
 
+    def dense(self, choices: int, like: Tensor) -> Tensor:
+        """The weight of each expert for each token [tokens, choices], in the dtype of `like`."""
+        made = like.new_zeros(self.tokens, choices)
+        for run in self.runs:
+            rows = slice(run.first, run.last)
+            weight = 1.0 if self.weight is None else self.weight[rows, 0].to(made.dtype)
+            made[0 if self.token is None else self.token[rows], run.expert] = weight
+        return made
+
     def shares(self, like: Tensor) -> Tensor:
         """The sum of the weights of each token [tokens, 1]."""
         rows = like.new_ones(self.tokens * self.k, 1) if self.weight is None else self.weight
@@ -171,7 +180,7 @@ class GroupedBlock(Grouped):
         """[..., hidden] -> [..., hidden]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         made: Tensor | None = None
-        if any(group.base == "beside" for group, _ in self.held):
+        if all(group.base == "beside" for group, _ in self.held):
             made = self.ffn(x)
         for group, law in self.held:
             more = self._one(group, law, x)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
 from moetool.surgery import forms
-from moetool.surgery.active import Matching, Routed
+from moetool.surgery.active import Matching, RoutedLayer
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import Group
 from moetool.surgery.layout import Matched
 from moetool.surgery.spec import Stored
 
@@ -16,7 +17,7 @@ from moetool.surgery.spec import Stored
 @dataclass
 class _Layer:
     tensors: list[Stored] = field(default_factory=list)
-    routed: Routed = field(default_factory=Routed)
+    routed: RoutedLayer = field(default_factory=RoutedLayer)
     ffn: int | None = None
     expert_width: int | None = None
     shared: int | None = None
@@ -56,6 +57,19 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
         "law": (at.layout.overlay.law.as_json() or None) if at else None,
         "unknown_tensors": sorted(unknown),
         "layers": rows,
+        "groups": [_group(group) for group in at.groups] if at else [],
+    }
+
+
+def _group(group: Group) -> JsonObject:
+    """A group of experts, in one line of words."""
+    route = group.route
+    return {
+        "name": group.name,
+        "site": group.site,
+        "experts": f"{group.experts} x {group.form}, {group.base}",
+        "layers": list(group.layers),
+        "route": f"{route.key}, {route.law}, top-{route.top_k}",
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms, groups
+from moetool.surgery.family import GroupSlot
 from moetool.surgery.layout import Layout, Matched
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel, any_text_model
@@ -53,7 +54,7 @@ class Matching:
 def idle(config: JsonObject, tensors: Mapping[str, Stored]) -> int:
     """Learned numbers of the routed experts of all layers that a token does not reach."""
     matching = Matching.of(config, tensors)
-    layers: dict[int, Routed] = defaultdict(Routed)
+    layers: dict[int, RoutedLayer] = defaultdict(RoutedLayer)
     for stored in tensors.values():
         found = matching.match(stored.name)
         if found is not None and found.layer is not None:
@@ -62,9 +63,40 @@ def idle(config: JsonObject, tensors: Mapping[str, Stored]) -> int:
 
 
 @dataclass
-class Routed:
-    """The routed experts of one layer, tensor by tensor."""
+class RoutedLayer:
+    """The routed experts of one layer, by group where there are such."""
 
+    groups: dict[str, Routed] = field(default_factory=dict)
+
+    def add(self, stored: Stored, found: Matched) -> None:
+        """Take a tensor of the layer in, where it belongs to an expert or is a stack of them."""
+        slot = found.slot
+        owner, reached = (slot.owner, slot.reached) if isinstance(slot, GroupSlot) else ("", None)
+        if str(slot.role).startswith("expert."):
+            self.groups.setdefault(owner, Routed(reached)).add(stored, found)
+
+    @property
+    def count(self) -> int:
+        """Experts that the layer holds."""
+        return sum(group.count for group in self.groups.values())
+
+    @property
+    def stacked(self) -> int:
+        """Experts of a stacked tensor."""
+        return sum(group.stacked for group in self.groups.values())
+
+    def idle(self, top_k: object) -> int:
+        """Learned numbers of the experts that a token does not reach."""
+        return sum(group.idle(top_k) for group in self.groups.values())
+
+
+@dataclass
+class Routed:
+    """The routed experts of one layer, or of one group of it, tensor by tensor. `reached`: those
+    that work on a token, where the group says it.
+    """
+
+    reached: int | None = None
     tensors: list[Stored] = field(default_factory=list)
     numbers: set[int] = field(default_factory=set)  # of experts with tensors of their own
     stacked: int = 0  # experts of a stacked tensor
@@ -75,18 +107,16 @@ class Routed:
         return len(self.numbers) or self.stacked
 
     def add(self, stored: Stored, found: Matched) -> None:
-        """Take a tensor of the layer in, where it belongs to an expert or is a stack of them."""
-        role = found.slot.role or ""
-        if not role.startswith("expert."):
-            return
+        """Take a tensor of an expert, or a stack of them, in."""
         self.tensors.append(stored)
         if found.expert is not None:
             self.numbers.add(found.expert)
-        elif role in ("expert.down", "expert.gate_up"):
+        elif found.slot.role in ("expert.down", "expert.gate_up"):
             self.stacked = (stored.shape or (0,))[0]
 
     def idle(self, top_k: object) -> int:
         """Learned numbers of the experts that a token does not reach."""
+        top_k = top_k if self.reached is None else self.reached
         if not self.count or not isinstance(top_k, int):
             return 0
         return _apart(self.tensors) * (self.count - min(top_k, self.count)) // self.count

@@ -38,10 +38,13 @@ class Slot:
 @dataclass(frozen=True)
 class GroupSlot(Slot):
     """A tensor of groups of experts (surgery/groups.py), in the layers that `held` names, each with
-    the number of experts that have it there.
+    the number of experts that have it there. `owner`: what one group's have in common, the template
+    of their module; `reached`: how many of them work on a token.
     """
 
     held: Mapping[int, int] = field(default_factory=dict)
+    owner: str = ""
+    reached: int = 0
 
 
 def filled(template: str, **numbers: int | None) -> str:

@@ -11,29 +11,31 @@ from moetool.surgery.groups import block_of, linear_of
 from moetool.surgery.layout import Layout
 
 ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
-LAST = ("down", "fc2")  # those that give the FFN's output
+NORM = "norm"
+LAST = ("down", "fc2", "o", "out", NORM)  # those that give the output of a block
 _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
 class FfnLinear:
-    """One linear of an FFN. `transposed`: its weight lies as [in, out]; `bias`: the slot of its
-    bias, where the family has one.
+    """One linear of an FFN or of another block. `transposed`: its weight lies as [in, out]; `bias`:
+    the slot of its bias, where the family has one; `whole`: it is the block itself.
     """
 
     role: str
     slot: Slot
     bias: Slot | None
     transposed: bool
+    whole: bool = False
 
     @property
     def name(self) -> str:
-        """Its name inside the block: `gate_proj`."""
-        return linear_of(self.slot.name)
+        """Its name inside the block: `gate_proj`; nothing where it is the block."""
+        return "" if self.whole else linear_of(self.slot.name)
 
     def sides(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(out, in) of a weight of this shape."""
-        first, second = shape
+        """(out, in) of a weight of this shape; of a norm's both are its width."""
+        first, second = shape if len(shape) == 2 else (*shape, *shape)
         return (second, first) if self.transposed else (first, second)
 
 

@@ -34,7 +34,9 @@ from moetool.surgery.route import Route, RouterTensor, reached
 MODEL_TYPE = "moetool"
 VERSION = 1
 FIRST = "experts"  # the usual name of a group
+FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")
+MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
 _KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
     "params": dict,
@@ -59,7 +61,7 @@ class Group:
     base: str = "under"
     params: JsonObject = field(default_factory=dict)
     route: Route = field(default_factory=Route)
-    site: str = "ffn"
+    site: str = FIRST_SITE
     tower: str = "text"
     scale: float = 1.0
 
@@ -156,10 +158,25 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         raise _wrong("a list of no groups", "at least one group", said.get("groups"))
     groups = tuple(map(_group, said["groups"]))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
-        names = [(g.site, g.name) for g in groups if layer in g.layers]
+        here = [g for g in groups if layer in g.layers]
+        for site in {g.site for g in here}:
+            if not add_up([g for g in here if g.site == site]):
+                raise _wrong(
+                    f"two groups that both stand for the {site} of layer {layer}",
+                    "all but one of them beside it",
+                    [g.base for g in here if g.site == site],
+                )
+        names = [(g.site, g.name) for g in here]
         if len(set(names)) != len(names):
             raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)
     return groups
+
+
+def add_up(groups: Sequence[Group]) -> bool:
+    """Whether the outputs of groups at one block can be added: at most one stands for it, the
+    others beside.
+    """
+    return sum(group.base != "beside" for group in groups) <= 1
 
 
 def _group(data: object) -> Group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from moetool.errors import MoetoolError
 from moetool.surgery import places
@@ -45,8 +46,8 @@ def _without(
     """The slots, without those of a block's own linears in the layers where these are gone."""
     if group.base != "gone":
         return slots
-    biases = {one.bias.name for one in block.linears if one.bias}
-    own = {one.slot.name for one in block.linears} | biases
+    mine = [one for one in block.linears if group.has(one.name)]
+    own = {one.slot.name for one in mine} | {one.bias.name for one in mine if one.bias}
     held = dict.fromkeys(sorted(set(range(count)) - set(group.layers)), 1)
     inside = (_in(s, held) if s.name in own else s for s in slots)
     return tuple(inside)
@@ -69,23 +70,24 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
         shape = [hidden if word == "hidden" else word for word in tensor.shape]
         role = "router" if tensor.name == "weight" else f"router.{tensor.name}"
         yield GroupSlot(f"{router}.{tensor.name}", [*shape], role, "held", held=routed)
-    expert = f"{block.module}.{group.name}.{{expert}}"
+    owner, reached = f"{block.module}.{group.name}", group.reached
+    slot = partial(GroupSlot, layers="held", held=held, owner=owner, reached=reached)
+    expert = f"{owner}.{{expert}}"
     if group.params.get("output_scale"):
-        yield GroupSlot(f"{expert}.output_scale", ["1"], "expert.output_scale", "held", held=held)
+        yield slot(f"{expert}.output_scale", ["1"], "expert.output_scale")
     for one in inside(group.form):
         shape = [hidden if w == "hidden" else str(group.params.get(w)) for w in one.shape]
         role = f"expert.{one.name.replace('.', '_')}"
-        yield GroupSlot(f"{expert}.{one.name}", [*shape], role, "held", held=held)
+        yield slot(f"{expert}.{one.name}", [*shape], role)
     for linear in block.linears:
         if not group.has(linear.name):
             continue
         role = f"expert.{linear.role}"
-        name = f"{expert}.{linear.name}"
-        yield GroupSlot(f"{name}.weight", linear.slot.shape, role, "held", held=held)
+        name = f"{expert}.{linear.name}".rstrip(".")
+        yield slot(f"{name}.weight", linear.slot.shape, role)
         if linear.bias is not None and group.base != "under":
             bias = linear.bias
-            when = bias.when
-            yield GroupSlot(f"{name}.bias", bias.shape, f"{role}_bias", "held", when, held=held)
+            yield slot(f"{name}.bias", bias.shape, f"{role}_bias", when=bias.when)
 
 
 def experts_in(layout: Layout, name: str) -> Mapping[int, int]:

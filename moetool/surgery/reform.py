@@ -234,7 +234,8 @@ class _Reform:
         assert outs is not None
         own = forms.split(self._matrix(inputs[0]), inputs[0])[0] if inputs else ()
         for number, piece in enumerate(outs):
-            if (piece.name, piece.offset) not in self._copied:
+            own_task = piece.name in self.targets and piece.name != out.name  # a shared base
+            if not own_task and (piece.name, piece.offset) not in self._copied:
                 self._copied.add((piece.name, piece.offset))
                 yield Task(op, own[number : number + 1], (piece,))
 

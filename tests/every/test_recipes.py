@@ -76,6 +76,8 @@ NAMES = {
     "pesc",
     "mofme",
     "mote-int4",
+    "mot",
+    "mono-internvl-1.5",
 }
 REDUCED = ("prune", "merge")
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize", "extend")}
@@ -85,6 +87,8 @@ SMALL = {
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
+    "mot": ["modality-ids=5"],
+    "mono-internvl-1.5": ["modality-ids=5"],
 }
 
 
@@ -162,7 +166,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 50 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 52 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from moetool.errors import UsageError
+from moetool.errors import MoetoolError, UsageError
 
+CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 FORMS = "contiguous, random, kmeans:gate or kmeans:up"
 
 
@@ -70,3 +71,18 @@ def check_width(width: int, split: int) -> None:
 
 def _near_divisor(width: int, near: int) -> int:
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - near), d))
+
+
+def check_memory(width: int, hidden: int, memory: int | None) -> int:
+    """Peak bytes of clustering one matrix: scikit-learn itself, the rows in float64 and twice in
+    float32 (measured); refused when --memory is less.
+    """
+    needed = CLUSTER_RESERVE + 20 * width * hidden
+    if memory is not None and needed > memory:
+        raise MoetoolError(
+            "clustering does not fit into --memory",
+            expected=f"at least {needed:,} bytes",
+            found=f"{memory:,} bytes",
+            hint="raise --memory, or use --carve random",
+        )
+    return needed

@@ -11,7 +11,7 @@ from moetool.methods import site
 from moetool.methods.contract import Builder
 from moetool.surgery import places
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.ffn import FfnBlock, FfnLinear
+from moetool.surgery.ffn import NORM, FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
 from moetool.surgery.inside import inside
 from moetool.surgery.layout import words
@@ -61,9 +61,9 @@ class Ground:
 
     @property
     def hidden(self) -> int:
-        """Width of what goes through the layers."""
-        last = self.block.last
-        return last.sides(self.stored(last, self.layers[0]).shape)[0]
+        """Width of what goes in."""
+        first = self.block.linears[0]
+        return first.sides(self.stored(first, self.layers[0]).shape)[1]
 
     @property
     def width(self) -> int:
@@ -78,7 +78,8 @@ class Ground:
     def stored(self, linear: FfnLinear, layer: int) -> Stored:
         """The weight of a linear; MoetoolError where it is quantized, or no matrix."""
         found = self.source.tensor(self.at.name(linear.slot.name, layer=layer))
-        if found.parts is not None or found.dtype not in FLOATS or len(found.shape) != 2:
+        fits = len(found.shape) == (1 if linear.role == NORM else 2)
+        if found.parts is not None or found.dtype not in FLOATS or not fits:
             held = found.parts.form if found.parts else f"{found.dtype} {list(found.shape)}"
             raise MoetoolError(
                 "the weights are not plain floats",

@@ -14,7 +14,7 @@ from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import EMPTY, Group
+from moetool.surgery.groups import EMPTY, FIRST_SITE, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import rows, whole
@@ -156,7 +156,9 @@ def _check(source: Checkpoint, group: Group | None) -> None:
     wrong = "more than one group of experts" if group is None else ""
     if group is not None:
         route = group.route
-        if route.key != ROUTED:
+        if group.site != FIRST_SITE:
+            wrong = f"experts at the site {group.site}"
+        elif route.key != ROUTED:
             wrong = f"a route that looks at {route.key}"
         elif route.bias:
             wrong = "a router with a bias"

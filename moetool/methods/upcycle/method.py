@@ -38,7 +38,6 @@ from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
 from moetool.surgery.plan import Outputs, Plan
 
-CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 SHOWN = 12  # lines of what was left out, on the screen
 
 
@@ -89,6 +88,11 @@ class Upcycle(Several):
         super().__init__(options)
         self.way = way or ExpertKind(options)
 
+    @property
+    def reads_groups(self) -> bool:  # type: ignore[override]
+        """Whether SRC may have groups: they get one more, of moetool's own."""
+        return self.way.grows
+
     @classmethod
     def ways(cls) -> Mapping[str, type[ExpertKind]]:
         return ExpertKind.known()
@@ -129,7 +133,10 @@ class Upcycle(Several):
             )
         chosen = self._spelling(sources).conversion
         kind, _ = carve.parse(self.options.carve, self.options.split)
-        needed = _check_memory(Ffn.read(sources[0], chosen, 0), settings) if kind == "kmeans" else 0
+        needed = 0
+        if kind == "kmeans":
+            ffn = Ffn.read(sources[0], chosen, 0)
+            needed = carve.check_memory(ffn.width, ffn.hidden, settings.memory)
         report: JsonObject = {}
         if len(sources) > 1:
             names = [n for n in sources[0].tensors if not is_ffn(chosen, n)]
@@ -361,21 +368,6 @@ class Upcycle(Several):
         return found + [
             Line("left out", f"{name}: {why}") for name, why in list(dropped.items())[:SHOWN]
         ]
-
-
-def _check_memory(ffn: Ffn, settings: Settings) -> int:
-    """Peak bytes of clustering one matrix: scikit-learn itself, the rows in float64 and twice in
-    float32 (measured); refused when --memory is less.
-    """
-    needed = CLUSTER_RESERVE + 20 * ffn.width * ffn.hidden
-    if settings.memory is not None and needed > settings.memory:
-        raise MoetoolError(
-            "clustering does not fit into --memory",
-            expected=f"at least {needed:,} bytes",
-            found=f"{settings.memory:,} bytes",
-            hint="raise --memory, or use --carve random",
-        )
-    return needed
 
 
 def _matrix(source: Checkpoint, ffn: Ffn, which: str) -> Any:

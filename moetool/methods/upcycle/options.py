@@ -52,6 +52,11 @@ class Upcycling(Storing, Served):
         WHAT,
         choices=lambda: tuple(places.known()),
     )
+    name: str = option(
+        "",
+        "what the group of experts is called, with --form or --site; SRC may have groups already: "
+        "experts, or experts_2 where one is called so",
+    )
     target: str = option(
         "auto",
         "model type to write, or auto (the first that loses nothing); with --layers none: same",
@@ -112,6 +117,13 @@ class Upcycling(Storing, Served):
         self._check_counts()
         carve.parse(self.carve, self.split)
         Diversify.parse(self.diversify)
+        if self.name and not self.name.isidentifier():
+            raise UsageError(
+                "--name is no name for a module",
+                expected="letters, digits and _",
+                found=self.name,
+                hint="for example --name images",
+            )
         Router.parse(self.router, self.split, self.top_k)
 
     def _check_counts(self) -> None:

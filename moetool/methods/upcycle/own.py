@@ -5,19 +5,21 @@ FFNs' blocks. Any dense family whose FFN the layout data finds can have one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, count
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Decisions, Made, ModelFacts, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery import groups, reform, shim
+from moetool.surgery import forms, groups, places, reform, shim
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
-from moetool.surgery.spec import whole
+from moetool.surgery.spec import Stored, whole
 
 _WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
 
@@ -44,22 +46,21 @@ def plan(
         )
     kind.check(ground)
     kind.key.check(ground, kind.choices, kind.verb.top_k)
-    group, build = kind.group(ground), Builder()
+    group, build = _beside(ground, kind.group(ground)), Builder()
     names, into = ground.names(), dict[str, Into]()
     places: list[Place] = ["before", *range(ground.count), "after"]
     for place in places:
         gone = _gone(ground, group, place)
         for name in names.get(place, ()):
             if name not in gone:
-                stored = ground.source.tensors[name]
-                build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+                into |= _copy(build, ground.source.tensors[name])
         if not isinstance(place, int) or place not in ground.layers:
             continue
         for block in ground.blocks:
             spot = Spot(ground, group, place, block, settings.seed, tuple(others))
             _router(build, kind, spot)
             into |= kind.write(build, spot)
-    config = groups.config_of(sources[0].config, (group,)) | {"auto_map": dict(shim.AUTO_MAP)}
+    config = _config(ground, group)
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
     made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
     facts = _facts(ground, group, made)
@@ -79,13 +80,79 @@ def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
     assemble.check_alike(sources)
 
 
+def _beside(ground: Ground, group: Group) -> Group:
+    """The group, under a name that is free beside those that SRC has already. UsageError where it
+    cannot stand beside them.
+    """
+    here = [g for g in ground.at.groups if set(g.layers) & set(group.layers)]
+    taken = _taken(ground, group, here)
+    if group.name in taken and group.name == groups.FIRST:
+        numbered = (f"{groups.FIRST}_{n}" for n in count(2))
+        group = replace(group, name=next(n for n in numbered if n not in taken))
+    modules = _modules(ground, group)
+    for other in here:
+        both = modules & _modules(ground, other)
+        fits = other.site == group.site and not places.named(group.site).alone
+        if both and not (fits and groups.add_up([group, other])):
+            raise UsageError(
+                f"the group {other.name!r} of SRC stands there already",
+                expected="a site, layers or a name without one, or experts beside the FFN",
+                found=f"{group.form} experts at the site {group.site}, layers {_shown(group)}, "
+                f"called {group.name!r}",
+                hint="see `moetool inspect SRC`",
+            )
+    if both := taken & {group.name, group.router}:
+        raise UsageError(
+            f"something is called {both.pop()!r} there already",
+            expected="a name of its own",
+            found=f"--name {group.name}",
+            hint=f"another name, none of {', '.join(sorted(taken))}",
+        )
+    return group
+
+
+def _taken(ground: Ground, group: Group, here: Sequence[Group]) -> set[str]:
+    """Names inside the modules that get a group: their own, and those of groups there."""
+    taken = {n for g in here if g.site == group.site for n in (g.name, g.router)}
+    for module in (ground.module(group.layers[0], block) for block in ground.blocks):
+        inside = (n for n in ground.source.tensors if n.startswith(f"{module}."))
+        taken |= {n.removeprefix(f"{module}.").partition(".")[0] for n in inside}
+    return taken
+
+
+def _modules(ground: Ground, group: Group) -> set[str]:
+    blocks = places.named(group.site).blocks(ground.at.layout)
+    return {block.module for block in blocks}
+
+
+def _shown(group: Group) -> str:
+    return ", ".join(map(str, group.layers))
+
+
+def _copy(build: Builder, stored: Stored) -> dict[str, Into]:
+    """A tensor of SRC as it lies; what holds an expert of its groups stays in its form."""
+    build.copy(whole(stored), whole(build.target(stored.name, stored.dtype, stored.shape)))
+    held = stored.parts
+    if held is None or not forms.named(held.form).in_groups:
+        return {}
+    return {stored.name: Into(held.form, held.params, kept=True)}
+
+
+def _config(ground: Ground, group: Group) -> JsonObject:
+    """Of SRC, with one group more."""
+    said = ground.source.config
+    base = groups.base_of(said) if groups.is_ours(said) else said
+    return groups.config_of(base, (*ground.at.groups, group)) | {"auto_map": dict(shim.AUTO_MAP)}
+
+
 def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
     """The FFN's own tensors in a layer whose experts stand in its stead."""
     if group.base != "gone" or not isinstance(place, int) or place not in ground.layers:
         return set()
     linears = [*chain.from_iterable(block.linears for block in ground.blocks)]
-    biases = (ground.bias(one, place) for one in linears)
-    own = (ground.stored(one, place) for one in linears)
+    gone = [one for one in linears if group.has(one.name)]
+    biases = (ground.bias(one, place) for one in gone)
+    own = (ground.stored(one, place) for one in gone)
     return {one.name for one in (*own, *biases) if one is not None}
 
 

@@ -57,7 +57,7 @@ class ExpertGroup(nn.ModuleList):
         self.first = int(group.base == "member")  # the number that the first expert has in a route
         super().__init__(self.one(group, linears) for _ in range(group.experts))
 
-    def one(self, group: Group, linears: FfnLinears) -> Expert:
+    def one(self, group: Group, linears: FfnLinears) -> GrownPart:
         """An expert."""
         return Expert(
             ((name, self.part(group.params, linears, name)) for name in linears.names),

@@ -72,5 +72,5 @@ class Scorer(GrownPart):
 
     def _unsound(self) -> Iterator[str]:
         for name, held in self.named_parameters():
-            if not held.is_meta and not bool(torch.isfinite(held).all()):
+            if not held.is_meta and not bool(torch.isfinite(held.detach()).all()):
                 yield name

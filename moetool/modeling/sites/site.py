@@ -12,7 +12,7 @@ from moetool.modeling import experts, laws, routes
 from moetool.modeling.block import FfnLinears, Grouped, grown
 from moetool.surgery import places
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import BASES, Group
 from moetool.surgery.layout import Layout
 
 _RESTORE = "restore the config.json that came with the model"
@@ -25,6 +25,8 @@ class GroupSite:
 
     name: ClassVar[str] = ""
     kind: ClassVar[type[Grouped]]
+    forms: ClassVar[tuple[str, ...]] = ()  # that can stand there; all, where none is said
+    bases: ClassVar[tuple[str, ...]] = BASES
 
     def install(self, model: nn.Module, layout: Layout, groups: Sequence[Group]) -> None:
         """Put groups of this site into a stock model. MoetoolError where the family has no such
@@ -33,12 +35,10 @@ class GroupSite:
         blocks, layers = places.named(self.name).blocks(layout), stack(model, layout)
         for number in sorted(set().union(*(group.layers for group in groups))):
             if number >= len(layers):
-                raise MoetoolError(
+                raise wrong(
                     "a group of experts in a layer that is not there",
-                    file="config.json",
-                    expected=f"layers 0 to {len(layers) - 1}",
-                    found=number,
-                    hint=_RESTORE,
+                    f"layers 0 to {len(layers) - 1}",
+                    str(number),
                 )
             here = [group for group in groups if number in group.layers]
             for block in blocks:
@@ -49,24 +49,51 @@ class GroupSite:
         """Make of a stock module one with these groups: its class becomes `kind`, routers and
         experts are added, and what these replace goes.
         """
-        linears = linears_of(module, block)
+        many = len(groups) > 1 and places.named(self.name).alone
+        if many or isinstance(module, Grouped):
+            raise wrong(f"two groups in one module, {block.module}", "one", "two")
+        linears = self.linears(module, block)
         module.__class__ = grown(self.kind, type(module))
         assert isinstance(module, Grouped)
         module.linears = linears
         module.held = tuple((group, laws.named(group.route.law)(group.route)) for group in groups)
         for group in groups:
-            if taken := next((n for n in (group.router, group.name) if hasattr(module, n)), None):
-                raise MoetoolError(
-                    f"a group called {group.name!r}, where the {self.name} has a {taken!r} of its "
-                    "own",
-                    file="config.json",
-                    hint=_RESTORE,
-                )
+            self.check(module, group)
             module.add_module(group.router, routes.named(group.route.key)(group, linears.hidden))
-            module.add_module(group.name, experts.named(group)(group, linears))
-        if all(group.base == "gone" for group in groups):
-            for name in linears.names:
+            module.add_module(group.name, self.experts(group, linears))
+        for group in groups:
+            for name in filter(group.has, linears.names) if group.base == "gone" else ():
                 delattr(module, name)
+
+    def linears(self, module: nn.Module, block: FfnBlock) -> FfnLinears:
+        """What a module's own linears are called, and their shapes."""
+        return linears_of(module, block)
+
+    def experts(self, group: Group, linears: FfnLinears) -> nn.Module:
+        """The experts of a group, built."""
+        return experts.named(group)(group, linears)
+
+    def check(self, module: Grouped, group: Group) -> None:
+        """Refuse a group that cannot stand there."""
+        if taken := next((n for n in (group.router, group.name) if hasattr(module, n)), None):
+            raise wrong(
+                f"a group called {group.name!r}, where the {self.name} has a {taken!r} of its own",
+                "another name",
+                group.name,
+            )
+        if self.forms and group.form not in self.forms:
+            raise wrong(
+                f"{group.form} experts at the site {self.name}", ", ".join(self.forms), group.form
+            )
+        if group.base not in self.bases:
+            raise wrong(
+                f"base {group.base!r} at the site {self.name}", ", ".join(self.bases), group.base
+            )
+
+
+def wrong(what: str, expected: str, found: str) -> MoetoolError:
+    """What to say of a group that a config has wrongly."""
+    return MoetoolError(what, file="config.json", expected=expected, found=found, hint=_RESTORE)
 
 
 def stack(model: nn.Module, layout: Layout) -> nn.ModuleList:

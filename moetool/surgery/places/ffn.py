@@ -11,6 +11,8 @@ class FfnPlace(GroupPlace):
     """the FFN"""
 
     name = "ffn"
+    noun = "FFN"
+    alone = False
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
         return (FfnBlock.of(layout),)

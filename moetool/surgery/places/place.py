@@ -14,6 +14,8 @@ class GroupPlace:
     """
 
     name: ClassVar[str] = ""
+    noun: ClassVar[str] = ""  # what stands there
+    alone: ClassVar[bool] = True  # whether a module of it can have one group at most
 
     @classmethod
     def about(cls) -> str:

@@ -13,6 +13,7 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground
 from moetool.methods.upcycle.keys.masked import Masked, MaskedKey, choosing, table
+from moetool.surgery import places
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import words
 from moetool.surgery.route import MODALITY
@@ -109,4 +110,5 @@ class ModalityKey(MaskedKey):
         alone = group.route.options["allowed"][0] == [1] + [0] * group.experts
         if made.level != "exact" or group.base != "member" or not alone:
             return made
-        return replace(made, why=f"{made.why}; text has the FFN alone, for good")
+        noun = places.named(group.site).noun
+        return replace(made, why=f"{made.why}; text has the {noun} alone, for good")

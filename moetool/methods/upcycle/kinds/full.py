@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from moetool.data import JsonObject
 from moetool.methods.contract import Builder, Certificate
 from moetool.methods.upcycle import assemble
-from moetool.methods.upcycle.ground import Spot
+from moetool.methods.upcycle.attending import Attending
+from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
-from moetool.surgery.groups import MODEL_TYPE, Group
+from moetool.surgery.groups import FIRST_SITE, MODEL_TYPE, Group
 from moetool.surgery.reform import FORMS, Into
 from moetool.surgery.route import ROUTED
 
@@ -23,20 +25,34 @@ class FullKind(ExpertKind):
 
     name = "full"
     base = "gone"
+    Options: ClassVar[type] = Attending
+    own: Attending
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
+    sites = ("ffn", "attention", "norms")
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
-        return said.form in FORMS and (said.target == MODEL_TYPE or said.key != ROUTED)
+        elsewhere = said.site in cls.sites and said.site != FIRST_SITE
+        own = said.target == MODEL_TYPE or said.key != ROUTED or elsewhere
+        return said.form in FORMS and own
 
     @property
     def spelled(self) -> str:
+        if self.verb.site != FIRST_SITE:
+            return f"--site {self.verb.site}"
         return f"--key {self.key.name}" if self.key.name != ROUTED else f"--target {MODEL_TYPE}"
 
     @property
     def stands(self) -> str:
         return "member" if self.key.keeps else self.base
+
+    def told(self) -> None:
+        super().told()
+        self.own.told(self.verb)
+
+    def params(self, ground: Ground) -> JsonObject:
+        return self.own.params(ground)
 
     def origin(self, sources: int) -> Sequence[int]:
         """Source of each expert."""
@@ -45,6 +61,8 @@ class FullKind(ExpertKind):
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         origin = self.origin(1 + len(spot.others))
         for expert, linear in spot.each():
+            if not spot.group.has(linear.name):
+                continue
             number = origin[expert]
             ground = (spot.ground, *spot.others)[number]
             replace(spot, ground=ground).copy(build, expert, linear, number)

@@ -23,13 +23,14 @@ from moetool.methods.upcycle.options import AUTO, Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word, words
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import MODEL_TYPE, Group
+from moetool.surgery.groups import FIRST, MODEL_TYPE, Group
 from moetool.surgery.reform import Into
 from moetool.surgery.route import Route
 from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
-_COMMON = ("experts", "top_k", "layers", "target", "router", "key", "law", "form", "for_", "site")
+_ROUTED = ("experts", "top_k", "layers", "router", "key", "law")
+_COMMON = (*_ROUTED, "target", "form", "for_", "site", "name")
 
 
 class ExpertKind(Word):
@@ -122,22 +123,25 @@ class ExpertKind(Word):
         return self.verb.experts + (self.stands == "member")
 
     def _at_site(self) -> None:
-        if self.verb.site not in self.sites:
-            raise UsageError(
-                f"no experts of this form stand at the site {self.verb.site}",
-                expected=f"{self.spelled} with --site {', '.join(self.sites)}",
-                found=f"{self.spelled} --site {self.verb.site}",
-                hint="`moetool methods show upcycle` says what goes with it",
-            )
+        if self.verb.site in self.sites:
+            return
+        fitting = [f"--form {n}" for n, k in self.known().items() if self.verb.site in k.sites]
+        raise UsageError(
+            f"no experts of this form stand at the site {self.verb.site}",
+            expected=f"--site {', '.join(self.sites)}",
+            found=f"{self.spelled if self.name else 'no --form'} --site {self.verb.site}",
+            hint=f"with --site {self.verb.site} go {', '.join(fitting)}",
+        )
 
     def _native(self) -> None:
         self._at_site()
-        if self.verb.law != AUTO:
+        asked = (("law", AUTO), ("name", ""))
+        for name in (n for n, usual in asked if getattr(self.verb, n) != usual):
             raise UsageError(
-                "--law is the target's own where a stock class holds the experts",
+                f"--{name} is no matter where a stock class holds the experts",
                 expected=f"--form {', '.join(self.known())}",
-                found=f"--law {self.verb.law} alone",
-                hint="leave out --law",
+                found=f"--{name} {getattr(self.verb, name)} alone",
+                hint=f"leave out --{name}",
             )
 
     @property
@@ -173,6 +177,7 @@ class ExpertKind(Word):
             base=self.stands,
             params=self.params(ground),
             site=said.site,
+            name=said.name or FIRST,
             route=Route(self.key.name, self.combine.name, top_k, options=options),
         )
 

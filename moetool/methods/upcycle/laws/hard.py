@@ -23,4 +23,4 @@ class HardWord(RouteLaw):
             )
 
     def certificate(self, group: Group) -> Certificate:
-        return exact("one of them runs")
+        return exact(group, "one of them runs")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from moetool.data import JsonObject
 from moetool.methods.contract import Certificate
 from moetool.methods.upcycle.word import Word
+from moetool.surgery import places
 from moetool.surgery.groups import Group
 
 
@@ -35,13 +36,12 @@ class RouteLaw(Word):
     def certificate(self, group: Group) -> Certificate:
         """How experts that all start as the FFN, in its place, relate to it."""
         if self.sums:
-            return exact("the combine weights sum to one")
+            return exact(group, "the combine weights sum to one")
         why = f"under --law {self.name} the weights of the chosen experts do not sum to one"
         return Certificate("none", why, None)
 
 
-def exact(why: str) -> Certificate:
+def exact(group: Group, why: str) -> Certificate:
     """Whatever the router says."""
-    return Certificate(
-        "exact", f"every expert starts as the FFN and {why}, whatever the router says"
-    )
+    starts = f"every expert starts as the {places.named(group.site).noun}"
+    return Certificate("exact", f"{starts} and {why}, whatever the router says")

@@ -15,5 +15,5 @@ class SoftmaxWord(RouteLaw):
     def certificate(self, group: Group) -> Certificate:
         rows = group.route.options.get("allowed") or [[1] * group.choices]
         if all(sum(row) == group.route.top_k for row in rows):
-            return exact("all of them run")
+            return exact(group, "all of them run")
         return super().certificate(group)

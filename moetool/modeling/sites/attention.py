@@ -1,0 +1,154 @@
+"""The attention of a layer: experts are its projections, whole.
+
+`mix: projections` (the usual): each token is projected by its own experts, and what they make of
+all tokens goes through one stock attention with one cache (Mixture-of-Transformers, arXiv
+2411.04996; Mono-InternVL-1.5, arXiv 2507.12566). `mix: outputs`: every expert attends by itself,
+and their outputs are weighted for each token (BAM, arXiv 2408.08274): one stock attention again,
+with the heads of all experts beside each other; its cache holds the keys and values of them all,
+or once where experts share these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moetool.modeling.block import FfnLinears, Grouped, Picked, Swapped
+from moetool.modeling.experts.full import FullExperts
+from moetool.modeling.experts.group import Expert
+from moetool.modeling.sites.site import GroupSite, wrong
+from moetool.surgery.groups import MIXES, Group
+from moetool.surgery.strict import Kinds
+
+
+class GroupedAttention(Grouped):
+    """An attention module with one group of experts."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class, with projections of each token's experts."""
+        group, law = self.held[0]
+        picked = self.picked(group, law, hidden_states.reshape(-1, hidden_states.shape[-1]))
+        swapped = (
+            _Heads(self, group, picked.dense(group.choices, hidden_states)).swapped()
+            if group.params.get("mix") == "outputs"
+            else {name: partial(self.mixed, name, picked) for name in self.linears.names}
+        )
+        return self.stock.forward(Swapped(self, swapped), hidden_states, *args, **kwargs)
+
+    def part(self, choice: int, name: str) -> nn.Module:
+        """A projection of the expert behind a choice: of `member` groups the first is the module's
+        own, and so are those that experts do not have.
+        """
+        group, own = self.held[0][0], getattr(self, name, None)
+        number = choice - (group.base == "member")
+        if number < 0 or not group.has(name):
+            assert own is not None
+            return own  # type: ignore[no-any-return]
+        return self.get_submodule(group.expert(number, name))
+
+    def mixed(self, name: str, picked: Picked, x: Tensor) -> Tensor:
+        """A projection of x [..., in], of each token by its own experts."""
+        rows = picked.rows(x.reshape(-1, x.shape[-1]))
+        made = picked.each(rows, lambda choice, mine: self.part(choice, name)(mine))
+        return picked.back(picked.weighted(made)).view(*x.shape[:-1], -1)
+
+
+class _Heads:
+    """The heads of all experts as those of one attention. Experts of their own keys and values lie
+    one after the other; where they share these, the queries of all experts that look at one key
+    head lie beside each other, as grouped-query attention has them.
+    """
+
+    def __init__(self, block: GroupedAttention, group: Group, weight: Tensor) -> None:
+        self.block, self.experts, self.weight = block, group.choices, weight
+        lie, size = block.linears, int(getattr(block, "head_dim"))  # noqa: B009
+        query, key = lie.names[0], lie.names[1]
+        self.size, self.pairs = size, lie.shapes[key][0] // size
+        self.each = lie.shapes[query][0] // size // self.pairs
+        self.shares = not group.has(key)
+
+    def swapped(self) -> Mapping[str, Any]:
+        """What the stock forward sees."""
+        query, key, value = self.block.linears.into
+        made: dict[str, Any] = {query: self.queries, self.block.linears.out: self.out}
+        made["num_key_value_groups"] = self.each * (self.experts if self.shares else 1)
+        if not self.shares:
+            made |= {name: partial(self.beside, name) for name in (key, value)}
+        return made
+
+    def beside(self, name: str, x: Tensor) -> Tensor:
+        """A projection by every expert [..., experts * out]."""
+        return torch.cat([self.block.part(e, name)(x) for e in range(self.experts)], -1)
+
+    def queries(self, x: Tensor) -> Tensor:
+        made = self.beside(self.block.linears.names[0], x)
+        return self._turned(made, self.experts, self.pairs) if self.shares else made
+
+    def _turned(self, made: Tensor, first: int, second: int) -> Tensor:
+        """[..., first, second, heads of a pair] -> [..., second, first, heads of a pair]."""
+        lie: Tensor = made.view(*made.shape[:-1], first, second, self.each * self.size)
+        return lie.transpose(-3, -2).reshape(made.shape)
+
+    def out(self, x: Tensor) -> Tensor:
+        """What all heads gave [..., experts * in] -> the weighted sum of the experts' outputs."""
+        if self.shares:
+            x = self._turned(x, self.pairs, self.experts)
+        parts = x.view(*x.shape[:-1], self.experts, -1).unbind(-2)
+        weights = self.weight.view(*x.shape[:-1], self.experts, 1).unbind(-2)
+        made: list[Tensor] = []
+        for expert, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            made.append(self.block.part(expert, self.block.linears.out)(part) * weight)
+        return torch.stack(made).sum(0)
+
+
+class AttentionExperts(FullExperts):
+    """Projections of their own. params: mix, and with `outputs` targets, those that they have."""
+
+    knows: ClassVar[Kinds] = {"mix": MIXES, "targets": list}
+
+    def one(self, group: Group, linears: FfnLinears) -> Expert:
+        own = filter(group.has, linears.names)
+        return Expert(((name, self.part(group.params, linears, name)) for name in own), {})
+
+
+class AttentionSite(GroupSite):
+    """One group of whole projections."""
+
+    name = "attention"
+    kind = GroupedAttention
+    forms = ("full",)
+    bases = ("member", "gone")
+
+    def experts(self, group: Group, linears: FfnLinears) -> nn.Module:
+        return AttentionExperts(group, linears)
+
+    def check(self, module: Grouped, group: Group) -> None:
+        super().check(module, group)
+        names, outputs = module.linears.names, group.params.get("mix") == "outputs"
+        shared = [name for name in names if not group.has(name)]
+        if shared and (not outputs or shared != [*names[1:3]]):
+            raise wrong(
+                "`targets` of experts at the site attention",
+                f"{names[0]}, {names[-1]}, with mix outputs",
+                str(group.params["targets"]),
+            )
+        if outputs:
+            _check_heads(module)
+
+
+def _check_heads(module: Grouped) -> None:
+    """Refuse an attention that cannot have the heads of several beside each other."""
+    lie, size = module.linears, getattr(module, "head_dim", None)
+    wide = lie.shapes[lie.names[0]][0]
+    norms = [n for n, p in module.named_parameters() if p.dim() == 1 and p.numel() == wide]
+    norms = [n for n in norms if n.rpartition(".")[0] not in lie.names]
+    if len(lie.names) != 4 or not isinstance(size, int) or norms:
+        raise wrong(
+            "experts whose outputs are mixed, at an attention whose heads do not stand alone",
+            "q, k, v and o, and no norm over all heads",
+            ", ".join((*lie.names, *norms)),
+        )
