@@ -7,19 +7,14 @@ import json
 import struct
 from pathlib import Path
 
-import numpy as np
-
 from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
-from moetool.kernels import codec
 from moetool.methods.certificates import LEVELS
-from moetool.surgery import complete, forms
+from moetool.surgery import complete, forms, sound
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.containers import gguf
-from moetool.surgery.spec import FLOATS, Stored, whole
 
-_NAN = {"U8": (255,), "F8_E8M0": (255,), "F8_E4M3": (127, 255)}  # bytes that are no scale
 _STEP = {"method": str, "options": dict, "seed": int, "max_shard": int, "tables": dict}
 _RECORD = {
     **_STEP,
@@ -126,7 +121,7 @@ def check_parts(checkpoint: Checkpoint) -> None:
         if matrix.parts is None or forms.named(matrix.parts.form).container != "safetensors":
             continue
         for part in matrix.parts.tensors:
-            wrong = _wrong(checkpoint, part, matrix)
+            wrong = sound.flaw(checkpoint, part, matrix)
             if wrong:
                 raise VerificationFailed(
                     "a part of a packed matrix was changed",
@@ -136,22 +131,6 @@ def check_parts(checkpoint: Checkpoint) -> None:
                     found=wrong[1],
                     hint="make the output again",
                 )
-
-
-def _wrong(checkpoint: Checkpoint, part: Stored, matrix: Stored) -> tuple[str, str] | None:
-    """What a part should be and is, where it cannot be right."""
-    word = part.name.rpartition(".")[2]
-    if word == "weight_shape":
-        data = checkpoint.content(part)
-        said = list(struct.unpack(f"<{len(data) // 8}q", data))
-        return None if said == list(matrix.shape) else (str(list(matrix.shape)), str(said))
-    good = True
-    if part.dtype in FLOATS:
-        values = codec.as_float64(checkpoint.read(whole(part)), part.dtype)
-        good = bool(np.isfinite(values).all())
-    elif "scale" in word and part.dtype in _NAN:
-        good = not any(bytes((b,)) in checkpoint.content(part) for b in _NAN[part.dtype])
-    return None if good else ("finite scales", "NaN or inf")
 
 
 def check_names(checkpoint: Checkpoint) -> int:

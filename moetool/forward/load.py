@@ -10,7 +10,7 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import stock
-from moetool.surgery import clients, forms, groups, source
+from moetool.surgery import clients, forms, groups, sound, source
 from moetool.surgery.active import Matching
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.forms.bitsandbytes import KEY, METHOD
@@ -18,6 +18,7 @@ from moetool.surgery.spec import whole
 
 _LOADER = "transformers5"
 _PACKED, _UNPACKED = "use", "load"
+_STRAIGHT = "ste"  # the gradient goes straight through rounding
 
 
 def load(
@@ -26,6 +27,7 @@ def load(
     dtype: Any = "auto",
     device_map: Any = None,
     unpack: str = "use",
+    train: str = "",
     **options: Any,
 ) -> Any:
     """The model at `path` (a folder, or org/name on the Hub) in its stock transformers class.
@@ -38,15 +40,22 @@ def load(
     `unpack` says when ternary experts leave their two bits a weight: at each `use` (small), or once
     at `load` (fast, with as much memory as experts in full).
 
+    `train="ste"` is for training ternary experts: each holds its weights in full beside (float32;
+    those of the FFN where it was rounded from them), computes with these rounded, and passes the
+    gradient on to them (MoTE, BitNet). `save_pretrained` writes packed codes again, with which a
+    model computes what the trained one does; the weights in full are not kept.
+
     Raises MoetoolError for what is no checkpoint, for a package that is missing, and for forms that
     no loader here reads.
     """
     folder = str(source.locate(str(path)))
     how = {"dtype": _dtype(dtype), "device_map": device_map, **options}
     if _has_groups(folder):
-        return _with_groups(folder, unpack, how)
+        return _with_groups(folder, unpack, train, how)
     if unpack != _PACKED:
         raise _nothing_to_unpack(unpack, folder)
+    if train:
+        raise _nothing_to_train(train, folder)
     opened = Checkpoint.open(folder)
     packed = _packed_experts(opened)
     _require(opened)
@@ -63,12 +72,16 @@ def _has_groups(folder: str) -> bool:
     return path.is_file() and groups.is_ours(read_json(path, what="model config"))
 
 
-def _with_groups(folder: str, unpack: str, how: JsonObject) -> Any:
+def _with_groups(folder: str, unpack: str, train: str, how: JsonObject) -> Any:
     """A model with groups of experts in its derived class, every tensor in its place."""
+    from moetool.modeling.block import blocks
     from moetool.modeling.piece import GrownPart
 
     if unpack not in (_PACKED, _UNPACKED):
         raise _nothing_to_unpack(unpack, folder)
+    if train not in ("", _STRAIGHT) or (train and unpack == _UNPACKED):
+        raise _nothing_to_train(train, folder)
+    sound.check(Checkpoint.open(folder))
     raw = read_json(Path(folder) / "config.json", what="model config")
     with stock.quietly():
         made, info = stock.model_class(raw).from_pretrained(
@@ -82,7 +95,25 @@ def _with_groups(folder: str, unpack: str, how: JsonObject) -> Any:
     for module in made.modules() if unpack == _UNPACKED else ():
         if isinstance(module, GrownPart):
             module.unpack(made.dtype)
+    if train and not any([*map(_hold_masters, blocks(made))]):
+        raise _nothing_to_train(train, folder)
     return made
+
+
+def _hold_masters(block: Any) -> bool:
+    """Of all its groups; whether one trains weights in full now."""
+    every = [getattr(block, group.name) for group, _ in block.held]
+    return True in [experts.hold_masters(block) for experts in every]
+
+
+def _nothing_to_train(said: str, folder: str) -> MoetoolError:
+    return MoetoolError(
+        f"train={said!r} means nothing for this model",
+        file=folder,
+        expected=f"nothing, or for ternary experts that stay packed {_STRAIGHT}",
+        found=said,
+        hint="leave it out: all other experts are trained as they are",
+    )
 
 
 def _nothing_to_unpack(said: str, folder: str) -> MoetoolError:

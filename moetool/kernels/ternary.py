@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,15 +63,55 @@ def absmean(matrix: Tensor, group: int = 0) -> Ternary:
     that store it so hold it exactly.
     """
     wide = matrix.float()
-    rows = wide.reshape(*wide.shape[:-1], -1, group) if group else wide
-    size = rows.abs()
-    mean = size.mean(-1, keepdim=True) if group else size.mean()
-    mean = mean.clamp(min=1e-5)
-    codes = (rows * (1.0 / mean)).round_().clamp_(-1, 1)
-    scale = mean.half().float()
+    rows, (codes, scale) = _rows(wide, group), _absmean(wide, group)
     if matrix.is_meta:
         return Ternary(codes.to(torch.int8).reshape(wide.shape), scale, 0.0, False)
     lost = (codes * scale - rows).norm() / wide.norm().clamp(min=1e-38)
     shape = (wide.shape[0], -1) if group else (1,)
     small = codes.to(torch.int8).reshape(wide.shape)
     return Ternary(small, scale.reshape(shape), float(lost), False)
+
+
+def _rows(matrix: Tensor, group: int) -> Tensor:
+    """[out, in], or with a group [out, in / group, group]: what shares a scale, last."""
+    return matrix.reshape(len(matrix), -1, group) if group else matrix
+
+
+def _absmean(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes in float32 and scales, so shaped that codes times scales is the matrix in `_rows`."""
+    rows = _rows(matrix, group)
+    size = rows.abs()
+    mean = size.mean(-1, keepdim=True) if group else size.mean()
+    mean = mean.clamp(min=1e-5)
+    return (rows * (1.0 / mean)).round_().clamp_(-1, 1), mean.half().float()
+
+
+class _Straight(torch.autograd.Function):
+    """A matrix rounded on the way there, as it is on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, group: int) -> Tensor:
+        codes, scale = _absmean(master.float(), group)
+        return (codes * scale).view(master.shape).to(master.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def straight(master: Tensor, group: int = 0) -> Tensor:
+    """The values of `absmean` for a matrix [out, in] that is trained in full: its gradient is that
+    of the rounded one (straight-through; transformers' WeightQuant).
+    """
+    made: Tensor = _Straight.apply(master, group)  # type: ignore[no-untyped-call]
+    return made
+
+
+def master(codes: Tensor, scale: Tensor, group: int = 0) -> Tensor:
+    """A matrix [out, in] in float32 that `absmean` rounds to these codes and scales (which are
+    exact in float16): where a code is not 0, larger by what its zeros take from the mean.
+    """
+    rows = _rows(codes.float(), group)
+    shares = rows.abs().mean(-1, keepdim=True) if group else rows.abs().mean()
+    made = rows * (scale[..., None] if group else scale) / shares.clamp(min=1e-38)
+    return made.view(codes.shape)

@@ -44,6 +44,12 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Also the file that says to those without moetool what they need."""
         self.config.auto_map = dict(shim.AUTO_MAP)
+        parts = [(n, m) for n, m in self.named_modules() if isinstance(m, GrownPart)]
+        if any(m.trains_masters for _, m in parts):
+            state = dict(kwargs.get("state_dict") or self.state_dict())
+            for name, module in parts:
+                module.written(state, f"{name}.")
+            kwargs["state_dict"] = state
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             (Path(save_directory) / shim.FILE).write_text(shim.TEXT)

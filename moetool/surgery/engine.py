@@ -225,7 +225,7 @@ def _compute(job: Job, number: int, task: Task, handle: int, tell: Tell) -> None
 def _threads(jobs: Sequence[Job]) -> AbstractContextManager[None]:
     """One thread of torch for each worker, where nothing but forms of matrices is computed."""
     done = {task.op for task in chain.from_iterable(job.tasks for job in jobs)}
-    return threads.single() if done == {"reform"} else nullcontext()
+    return threads.single() if done and done <= {"reform", "repeat"} else nullcontext()
 
 
 def run_local(

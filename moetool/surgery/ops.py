@@ -121,6 +121,11 @@ def _reform(call: Call) -> Iterator[Tensor]:
     yield from call.inputs
 
 
+def _repeat(call: Call) -> Iterator[Tensor]:
+    """One matrix for all outputs; what encodes them does it once."""
+    yield from (call.inputs[0] for _ in call.shapes)
+
+
 def _fill(call: Call) -> Iterator[np.ndarray]:
     import numpy as np
 
@@ -209,6 +214,7 @@ OPS = {
         Op("affine_sum", _affine_sum, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),
         Op("reform", _reform, "torch", 4.0, reads=2.0),
+        Op("repeat", _repeat, "torch", 4.0, reads=2.0),
         Op("turn", _turn, "torch", 4.0, reads=2.0),
         Op("listed", _listed, "numpy", 4.0),
         Op("fill", _fill, "numpy", 4.0),

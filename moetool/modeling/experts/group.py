@@ -83,6 +83,10 @@ class ExpertGroup(nn.ModuleList):
         made: Tensor = expert(block.ffn(rows, dict(expert.named_children())))
         return made
 
+    def hold_masters(self, block: GroupedBlock) -> bool:
+        """Train rounded weights through weights in full, from here on; whether it has any."""
+        return False
+
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         """The weights [out, in] of an FFN in full that computes what this expert does, by linear."""
         raise NotImplementedError

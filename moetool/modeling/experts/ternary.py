@@ -4,7 +4,7 @@ one matrix at a time is unpacked, or multiplied with as it lies.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.kernels import two_bits
+from moetool.kernels import ternary, two_bits
 from moetool.modeling.block import FfnLinears, GroupedBlock
 from moetool.modeling.experts.group import ExpertGroup, dense_of
 from moetool.modeling.piece import GrownPart
@@ -37,6 +37,7 @@ class TernaryLinear(GrownPart):
         self.weight_scale = nn.Parameter(torch.empty(scales, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out)) if name in linears.biased else None
         self._weight: Tensor | None = None
+        self.master: nn.Parameter | None = None
 
     def reset(self) -> None:
         from transformers import initialization as init
@@ -59,7 +60,43 @@ class TernaryLinear(GrownPart):
             )
         self._weight = self.dense().detach().to(dtype)
 
+    def hold_master(self, given: Tensor | None) -> None:
+        """Weights in full, in float32, of which the forward sees the rounded ones: `given` [out,
+        in], where these round to what is packed, or else some that do.
+        """
+        codes = two_bits.unpacked(self.weight_packed, torch.float32)
+        made = ternary.master(codes, self.weight_scale.detach(), self.group)
+        if given is not None:
+            rounded, own = ternary.absmean(given.detach().float(), self.group), self.weight_scale
+            if torch.equal(rounded.codes.float(), codes) and torch.equal(rounded.scale, own):
+                made = given.detach().float().clone()
+        self.weight_scale.requires_grad_(False)
+        self.master = nn.Parameter(made)
+
+    @property
+    def trains_masters(self) -> bool:  # type: ignore[override]
+        return self.master is not None
+
+    def written(self, state: dict[str, Any], at: str) -> None:
+        if (held := state.pop(f"{at}master", None)) is not None:
+            made = ternary.absmean(held, self.group)
+            state[f"{at}weight_packed"] = two_bits.packed(made.codes)
+            state[f"{at}weight_scale"] = made.scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What `written` left of it brings new masters, if it is all there is."""
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        if self.trains_masters and f"{prefix}master" not in state_dict:
+            missing: list[str] = args[2]
+            if f"{prefix}weight_packed" in state_dict and f"{prefix}master" in missing:
+                missing.remove(f"{prefix}master")
+                self.hold_master(None)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.master is not None:
+            x = two_bits.rounded(x) if self.rounds else x
+            held = ternary.straight(self.master, self.group)
+            return functional.linear(x, held.to(x.dtype), self.bias)
         if self.group or self._weight is not None:
             held = self.dense() if self._weight is None else self._weight
             x = two_bits.rounded(x) if self.rounds else x
@@ -69,6 +106,8 @@ class TernaryLinear(GrownPart):
 
     def dense(self) -> Tensor:
         """[out, in], float32."""
+        if self.master is not None:
+            return ternary.straight(self.master, self.group)
         codes = two_bits.unpacked(self.weight_packed, torch.float32)
         if not self.group:
             return codes * self.weight_scale
@@ -93,3 +132,14 @@ class TernaryExperts(ExpertGroup):
 
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         return dense_of(self[expert], block.linears.names)
+
+    def hold_masters(self, block: GroupedBlock) -> bool:
+        for expert in self:
+            for name, part in expert.named_children():
+                own = getattr(block, name, None)
+                weight = None if own is None else own.weight
+                if weight is not None and block.linears.transposed:
+                    weight = weight.T
+                assert isinstance(part, TernaryLinear)
+                part.hold_master(weight)
+        return True

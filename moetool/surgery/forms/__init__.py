@@ -274,6 +274,8 @@ def encoded(
         yield from made
         return
     lying = iter(shapes)
+    last: tuple[Any, Params | None] = (None, None)
+    parts: Sequence[Tensor] = ()
     for entry in how:
         matrix = next(made)
         if entry is None:
@@ -284,8 +286,10 @@ def encoded(
         wanted = list(islice(lying, entry["parts"]))
         if matrix.is_meta:  # to shift bits without memory, torch imports sympy and its compiler
             yield from (matrix.new_empty(shape) for shape in wanted)
-        else:
-            yield from _parts(matrix, beside, entry)
+            continue
+        if beside or last[0] is not matrix or last[1] != entry:  # the same again is not rounded
+            parts, last = _parts(matrix, beside, entry), (matrix, entry)
+        yield from parts
 
 
 def _parts(matrix: Tensor, beside: Sequence[Tensor], entry: Params) -> Sequence[Tensor]:

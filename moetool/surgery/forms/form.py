@@ -186,6 +186,14 @@ class Form:
         """
         return None
 
+    def whole_numbers(self, part: str) -> bool:
+        """Whether a part of this name holds whole numbers of which some cannot be right."""
+        return False
+
+    def flaw(self, part: Stored, data: bytes, matrix: Stored) -> tuple[str, str] | None:
+        """What such a part must hold and what it does, where it cannot be right."""
+        return None
+
     def misfit(self, target: Target, params: Params) -> str:
         """Why a matrix of this shape cannot be stored so, for people; empty where it can."""
         return "" if self.fits(target, params) else f"{self.name} does not hold such a tensor"

@@ -46,6 +46,24 @@ class SparseForm(OverBase):
     def said(self, site: Site, base: Stored, change: Sequence[Stored]) -> Params:
         return {"keep": site.group.params["keep"]}
 
+    def whole_numbers(self, part: str) -> bool:
+        return part.endswith(self.suffixes[:2])
+
+    def flaw(self, part: Stored, data: bytes, matrix: Stored) -> tuple[str, str] | None:
+        import numpy as np
+
+        assert matrix.parts is not None
+        numbers = np.frombuffer(data, np.int16 if part.dtype == "I16" else np.int32)
+        params = matrix.parts.params
+        most = sides(matrix.shape, params["transposed"])[1] - 1
+        right = numbers.min(initial=0) >= 0 and numbers.max(initial=0) <= most
+        wanted = f"columns 0 to {most}"
+        if part.name.endswith(self.suffixes[0]):
+            count = kept(params["keep"], matrix.shape)
+            right = [*numbers[[0, -1]]] == [0, count] and bool((np.diff(numbers) >= 0).all())
+            wanted = f"ascending numbers from 0 to {count}"
+        return None if right else (wanted, f"{numbers.min()} to {numbers.max()}")
+
     def added(self, parts: Sequence[Tensor], params: Params, width: int) -> Tensor:
         from moetool.kernels import delta
 

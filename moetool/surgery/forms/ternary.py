@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CODES = 4  # a byte
+_LOW = 0b01010101  # the lower bit of each
 PARTS = ("weight_packed", "weight_scale")
 
 
@@ -62,6 +63,16 @@ class TernaryForm(InGroups):
             return packed
         out, into = packed[0], packed[1] * CODES
         return (into, out) if parts.params["transposed"] else (out, into)
+
+    def whole_numbers(self, part: str) -> bool:
+        return part.endswith(PARTS[0])
+
+    def flaw(self, part: Stored, data: bytes, matrix: Stored) -> tuple[str, str] | None:
+        import numpy as np
+
+        codes = np.frombuffer(data, np.uint8)
+        undefined = codes & codes >> 1 & _LOW  # both bits of a code
+        return ("codes 0, 1 and 2", "code 3, which stands for nothing") if undefined.any() else None
 
     def decode(self, parts: Sequence[Tensor], params: Params) -> Tensor:
         import torch

@@ -13,6 +13,7 @@ from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery.reform import Into
+from moetool.surgery.spec import Piece, whole
 
 CODES = 4  # a byte, along the input
 INT8 = "int8"
@@ -75,11 +76,19 @@ class TernaryKind(ExpertKind):
         return said | ({"output_scale": True} if own.exact else {})
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
-        ground, into = spot.ground, dict[str, Into]()
+        into, places = dict[str, Into](), dict[str, list[Piece]]()
         for expert, linear in spot.each():
-            params = {"group": self.own.scale_group, "transposed": linear.transposed}
-            into[spot.copy(build, expert, linear)] = Into(self.name, params)
-            if self.own.exact and linear is ground.block.last:
+            stored, params = spot.ground.stored(linear, spot.layer), {"group": self.own.scale_group}
+            name = spot.name(expert, linear, "weight")
+            places.setdefault(linear.name, []).append(
+                whole(build.target(name, stored.dtype, stored.shape))
+            )
+            into[name] = Into(self.name, params | {"transposed": linear.transposed})
+            spot.copy_bias(build, expert, linear)
+            if self.own.exact and linear is spot.block.last:
                 scale = f"{spot.module}.{spot.group.expert(expert, part='output_scale')}"
                 build.zeros(build.target(scale, "F32", (1,)))
+        for linear in spot.block.linears:  # rounded once for all experts
+            matrix = whole(spot.ground.stored(linear, spot.layer))
+            build.task("repeat", [matrix], places[linear.name])
         return into
