@@ -236,7 +236,7 @@ class Times:
 
 def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
     """Every shard that is not there yet, on threads or a cluster."""
-    plan, sources = prepared.plan, prepared.sources
+    plan, sources, said = prepared.plan, prepared.sources, prepared.options.common
     todo = [s for s in plan.shards if not writer.is_done(s)]
     found = _look(prepared, todo, caller)
     total = sum(s.size for s in plan.shards)
@@ -247,10 +247,11 @@ def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
         todo,
         str(writer.staging),
         engine.How(
-            prepared.options.common.device,
+            said.device,
             prepared.jobs,
-            watch=not prepared.options.common.strict,
-            clone=prepared.options.common.clone,
+            watch=not said.strict,
+            clone=said.clone,
+            finished=tuple(s for s in plan.shards if s not in todo),
         ),
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from moetool import atomic
 from moetool.errors import MoetoolError, Stopped
-from moetool.surgery import clone, ops, threads
+from moetool.surgery import between, clone, ops, threads
 from moetool.surgery.checkpoint import Checkpoint, Extent, read_range
 from moetool.surgery.mover import Copy, Mover, write_at
 from moetool.surgery.plan import Plan, Shard, elements
@@ -52,13 +52,19 @@ class Job:
 @dataclass(frozen=True)
 class How:
     """How shards are made. `threads` are dealt out by size, at least one a shard; `watch`: look for
-    NaN and inf in what is copied; `clone`: share blocks where the file system can.
+    NaN and inf in what is copied; `clone`: share blocks where the file system can, with those of
+    `finished` shards in the same folder too.
     """
 
     device: str = "cpu"
     threads: int = 1
     watch: bool = False
     clone: bool = True
+    finished: tuple[Shard, ...] = ()
+
+    def part(self, share: float) -> How:
+        """For a shard that is this share of the work."""
+        return replace(self, threads=max(1, round(self.threads * share)))
 
 
 def jobs_of(
@@ -70,28 +76,33 @@ def jobs_of(
 ) -> Iterator[Job]:
     """The work of the given shards."""
     everything = sum(s.size for s in shards) or 1
-    for shard in shards:
-        header = plan.header(shard)
-        starts = {name: len(header) + start for name, (start, _) in shard.offsets.items()}
-        dtypes = {name: plan.targets[name].dtype for name in shard.offsets}
-        tasks = [plan.tasks[i] for i in shard.tasks]
-        computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
-        used = sorted(set(chain.from_iterable(map(ops.tables_of, computed))))
-        yield Job(
-            os.path.join(folder, shard.name + atomic.SUFFIX),
-            header,
-            len(header) + shard.size,
-            tuple(_copies(tasks, sources, starts, dtypes)),
-            computed,
-            dtypes,
-            starts,
-            tuple(_ranges(t, sources) for t in computed),
-            {k: plan.tables[k] for k in used},
-            how.device,
-            max(1, round(how.threads * shard.size / everything)),
-            how.watch,
-            how.clone,
-        )
+    jobs = (_job(plan, sources, s, folder, how.part(s.size / everything)) for s in shards)
+    there = [_job(plan, sources, s, folder, how) for s in how.finished]
+    yield from between.linked(list(jobs), there) if there else jobs
+
+
+def _job(plan: Plan, sources: Sequence[Checkpoint], shard: Shard, folder: str, how: How) -> Job:
+    header = plan.header(shard)
+    starts = {name: len(header) + start for name, (start, _) in shard.offsets.items()}
+    dtypes = {name: plan.targets[name].dtype for name in shard.offsets}
+    tasks = [plan.tasks[i] for i in shard.tasks]
+    computed = tuple(t for t in tasks if ops.OPS[t.op].run is not None)
+    used = sorted(set(chain.from_iterable(map(ops.tables_of, computed))))
+    return Job(
+        os.path.join(folder, shard.name + atomic.SUFFIX),
+        header,
+        len(header) + shard.size,
+        tuple(_copies(tasks, sources, starts, dtypes)),
+        computed,
+        dtypes,
+        starts,
+        tuple(_ranges(t, sources) for t in computed),
+        {k: plan.tables[k] for k in used},
+        how.device,
+        how.threads,
+        how.watch,
+        how.clone,
+    )
 
 
 def _ranges(task: Task, sources: Sequence[Checkpoint]) -> tuple[tuple[Extent, str], ...]:
@@ -146,17 +157,20 @@ def _copies(
 
 
 def make_shard(
-    job: Job, tell: Tell | None = None, stop: Callable[[], bool] = lambda: False
+    job: Job,
+    tell: Tell | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    turns: between.Turns | None = None,
 ) -> list[Suspect]:
     """Write one shard under its temporary name; returns ranges with NaN or inf. Runs in a thread
-    or in a Ray worker.
+    or in a Ray worker. `turns`: who has written what others share.
     """
     tell = tell or (lambda count: None)
     handle = os.open(job.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         write_at(handle, job.header, 0)
         os.ftruncate(handle, job.size)  # `zeros` need no work: a hole reads as zeros
-        found = _copy_all(job, handle, tell, stop)
+        found = _copy_all(job, handle, _During(tell, stop, turns or between.Turns()))
         for number, task in enumerate(job.tasks):
             if stop():
                 raise Stopped("stopped")
@@ -169,36 +183,56 @@ def make_shard(
 def _steps(copy: Copy) -> Iterator[Copy]:
     """A move in steps, between which somebody may say stop."""
     for i in range(0, copy.count, _STEP):
-        count = min(_STEP, copy.count - i)
-        yield replace(copy, start=copy.start + i, to=copy.to + i, count=count)
+        yield copy.part(i, min(_STEP, copy.count - i))
 
 
-def _copy_all(job: Job, handle: int, tell: Tell, stop: Callable[[], bool]) -> list[Suspect]:
-    firsts = [c for c in job.copies if c.first]
+@dataclass(frozen=True)
+class _During:
+    """Who hears of a shard while it is made, can stop it, and waits for it."""
+
+    tell: Tell
+    stop: Callable[[], bool]
+    turns: between.Turns
+
+
+def _copy_all(job: Job, handle: int, during: _During) -> list[Suspect]:
+    own = [c for c in job.copies if c.first and not c.elsewhere]
+    shared = [c for c in job.copies if c.elsewhere]
     again = [c for c in job.copies if not c.first]  # when what they repeat already stands there
-    donors = clone.Donors(firsts) if job.clone else None
+    files = sorted({c.elsewhere.file for c in shared if c.elsewhere})
+    donors = clone.Donors(own + shared) if job.clone else None
     opened = {path: os.open(path, os.O_RDONLY) for path in sorted({c.path for c in job.copies})}
-    mover = Mover(handle, watch=job.watch, donors=donors)
+    others: dict[str, int] = {}
+    mover = Mover(handle, watch=job.watch, donors=donors, others=others)
 
     def one(move: Copy) -> None:
-        if stop():
+        if during.stop():
             raise Stopped("stopped")
         mover.move(opened[move.path], move)
-        tell(move.count)
+        during.tell(move.count)
 
     try:
-        for copies in (firsts, again):
-            moves = list(chain.from_iterable(map(_steps, copies)))
-            if job.threads > 1 and len(moves) > 1:
-                with ThreadPoolExecutor(job.threads) as pool:
-                    list(pool.map(one, moves))
-            else:
-                for move in moves:
-                    one(move)
+        _all(own, one, job.threads)
+        during.turns.written(job.path)
+        for file in files:
+            during.turns.wait(file, during.stop)
+            others[file] = between.opened(file)
+        _all(shared, one, job.threads)
+        _all(between.cut(again, shared), one, job.threads)
     finally:
-        for source in opened.values():
+        for source in (*opened.values(), *others.values()):
             os.close(source)
     return mover.suspects
+
+
+def _all(copies: Sequence[Copy], one: Callable[[Copy], None], workers: int) -> None:
+    moves = list(chain.from_iterable(map(_steps, copies)))
+    if workers > 1 and len(moves) > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, moves))
+        return
+    for move in moves:
+        one(move)
 
 
 def computed(job: Job, number: int, task: Task) -> Iterator[tuple[Piece, Any]]:
@@ -239,7 +273,8 @@ def run_local(
     """Make every job on threads; `done` gives a finished shard its name at once. The first failure
     stops the others.
     """
-    failed = threading.Event()
+    failed, jobs = threading.Event(), between.linked(jobs, ())
+    turns = between.Turns(jobs)
 
     def stopping() -> bool:
         return stop.is_set() or failed.is_set()
@@ -248,7 +283,7 @@ def run_local(
         if stopping():
             raise Stopped("stopped")
         try:
-            done(job, make_shard(job, tell, stopping))
+            done(job, make_shard(job, tell, stopping, turns))
         except BaseException:
             failed.set()  # at once: the next job of this thread must not begin
             raise

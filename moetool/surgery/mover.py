@@ -8,8 +8,9 @@ import errno
 import os
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError
 from moetool.surgery import clone, ops, scan
@@ -25,10 +26,17 @@ _NO_RANGE_COPY = {
 }
 
 
+class Place(NamedTuple):
+    """From where on bytes stand in a file."""
+
+    file: str
+    start: int
+
+
 @dataclass(frozen=True)
 class Copy:
     """A byte move, absolute positions. `first`: no other move of the job reads these bytes (so
-    they are looked at once).
+    they are looked at once). `elsewhere`: where they stand beside their source, to be shared.
     """
 
     path: str
@@ -37,6 +45,13 @@ class Copy:
     count: int
     dtype: str
     first: bool = True
+    elsewhere: Place | None = None
+
+    def part(self, at: int, count: int) -> Copy:
+        """`count` bytes of it, from `at` on."""
+        there = self.elsewhere and Place(self.elsewhere.file, self.elsewhere.start + at)
+        start, to = self.start + at, self.to + at
+        return replace(self, start=start, to=to, count=count, elsewhere=there)
 
 
 class Mover:
@@ -49,15 +64,22 @@ class Mover:
     faster way does the rest. The bytes are the same.
 
     With `donors` (what of the sources already stands in the target) blocks are shared first, with
-    the target's own or with the source's, until the file system refuses.
+    the target's own, with those of other shards (`others`, open) or with the source's, until the
+    file system refuses.
     """
 
     _TIMED = 8 << 20
 
     def __init__(
-        self, target: int, *, watch: bool = False, donors: clone.Donors | None = None
+        self,
+        target: int,
+        *,
+        watch: bool = False,
+        donors: clone.Donors | None = None,
+        others: Mapping[str, int] | None = None,
     ) -> None:
         self._target, self._watch, self._donors = target, watch, donors
+        self._others = {} if others is None else others
         self._refused: set[int] = set()  # files that share no blocks with the target
         self._rates: dict[bool, float] = (
             {} if hasattr(os, "copy_file_range") else {True: 0.0, False: 1.0}
@@ -96,9 +118,8 @@ class Mover:
 
     def _cloned(self, source: int, copy: Copy, donors: clone.Donors) -> bool:
         """Whether the blocks of a move could be shared; what is no whole block is copied then."""
-        place = None if copy.first else donors.find(copy)
-        for file, start in ((self._target, place), (source, copy.start)):
-            if start is None or file in self._refused:
+        for file, start in self._places(source, copy, donors):
+            if file in self._refused:
                 continue
             first, count = clone.blocks_of(start, copy.to, copy.count)
             if not count:
@@ -110,6 +131,15 @@ class Mover:
                 return True
             self._refused.add(file)
         return False
+
+    def _places(self, source: int, copy: Copy, donors: clone.Donors) -> Iterator[tuple[int, int]]:
+        """Open files in which the bytes of a move stand, and where."""
+        place = None if copy.first else donors.find(copy)
+        if place is not None:
+            yield self._target, place
+        if copy.elsewhere is not None:
+            yield self._others[copy.elsewhere.file], copy.elsewhere.start
+        yield source, copy.start
 
     def _edge(self, source: int, copy: Copy, at: int, count: int) -> None:
         """A part of a move that is less than a block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 from conftest import tree
 
 import moetool as api
-from moetool.errors import MoetoolError
-from moetool.surgery import clone
+from moetool import atomic
+from moetool.errors import MoetoolError, Stopped
+from moetool.surgery import between, clone
 from moetool.surgery.clone import BLOCK, Donors, blocks_of
 from moetool.surgery.mover import Copy
 
@@ -68,6 +70,60 @@ def test_the_bytes_are_the_same(
     assert layout == "fused" or sum(shared) >= again > 0
 
 
+def test_shards_share_with_those_before_them(
+    models: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte of an FFN is written once, whichever shards its copies lie in; a run that goes on
+    shares with what the one before left.
+    """
+    shared: list[int] = []
+
+    def counted(source: int, target: int, start: int, to: int, count: int) -> bool:
+        shared.append(count)
+        return pretend(source, target, start, to, count)
+
+    source = str(models("llama", hidden_size=128, intermediate_size=128))
+    options = {"experts": 4, "top_k": 2, "max_shard_size": 200_000, "jobs": 3}
+    api.upcycle(source, str(tmp_path / "plain"), clone=False, **options)
+    monkeypatch.setattr(clone, "clone", counted)
+    api.upcycle(source, str(tmp_path / "cloned"), **options)
+    assert shards(tmp_path / "cloned") == shards(tmp_path / "plain")
+    planned = api.plan(source, str(tmp_path / "x"), experts=4, top_k=2, max_shard_size=200_000)
+    again = 3 * sum(t.size for n, t in planned.targets.items() if ".experts.0." in n)
+    assert len(planned.shards) > 5 and sum(shared) >= again
+    before, staging = sum(shared), tmp_path / ".resumed.moetool"
+    killed = itertools.count()
+
+    def stop(*args: object) -> bool:
+        if next(killed) == 6:
+            raise OSError("killed")
+        return pretend(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(clone, "clone", stop)
+    with pytest.raises(MoetoolError, match="killed"):
+        api.upcycle(source, str(tmp_path / "resumed"), **(options | {"jobs": 1}))
+    assert list(staging.glob("*.safetensors")), "something was finished"
+    monkeypatch.setattr(clone, "clone", counted)
+    api.upcycle(source, str(tmp_path / "resumed"), **options)
+    assert shards(tmp_path / "resumed") == shards(tmp_path / "plain") and sum(shared) > before
+
+
+def test_who_waits_for_a_shard_that_fails_is_told_to_stop() -> None:
+    class Job:
+        path, copies, clone = "/x/a" + atomic.SUFFIX, (), True
+
+    turns = between.Turns([Job()])
+    with pytest.raises(Stopped):
+        turns.wait("/x/a", lambda: True)
+    turns.written("/x/a" + atomic.SUFFIX)
+    turns.wait("/x/a", lambda: False)
+    turns.wait("/x/from-before", lambda: False)
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return {name: seal for name, seal in tree(folder).items() if "safetensors" in name}
+
+
 def test_data_begins_at_a_block(models: Made, tmp_path: Path) -> None:
     """Equal tensors then lie alike, and outputs can be shared with what is made of them."""
     from safetensors import safe_open
@@ -117,6 +173,9 @@ def test_copies_take_no_disk(btrfs: Path, models: Made, tmp_path: Path) -> None:
     assert tree(btrfs / "out")["model.safetensors"] == tree(tmp_path / "out")["model.safetensors"]
     size = sum(f.stat().st_size for f in source.iterdir())
     assert used(btrfs / "out") <= 1.3 * size
+    api.upcycle(str(source), str(btrfs / "parts"), experts=8, max_shard_size=5_000_000)
+    assert len(list((btrfs / "parts").glob("*.safetensors"))) > 8, "no FFN's copies are together"
+    assert used(btrfs / "parts") <= 1.3 * size
     api.upcycle(str(source), str(btrfs / "full"), experts=8, clone=False)
     assert used(btrfs / "full") > 3 * size
 
