@@ -1,5 +1,5 @@
-"""Bytes that several shards hold are written in one of them, and shared by the others where the file
-system can: copies of an FFN that do not fit into one shard take no disk either.
+"""Bytes that several shards hold are written in one of them, and shared by the others where the
+file system can: copies of an FFN that do not fit into one shard take no disk either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from moetool import atomic
 from moetool.errors import Stopped
 from moetool.surgery import clone
-from moetool.surgery.mover import Copy, Place
+from moetool.surgery.mover import Copy, Standing
 
 
 class Shared(Protocol):
@@ -42,7 +42,7 @@ class _Run(NamedTuple):
     to: int
 
 
-class _Standing:
+class _Known:
     """What of the sources stands in which shard."""
 
     def __init__(self) -> None:
@@ -57,10 +57,12 @@ class _Standing:
         while at < end:
             run = next((r for r in runs[number : number + 2] if r.stop > at), None)
             known = run is not None and run.start <= at
-            stop = min(end, (run.stop if known else run.start) if run else end)
+            stop = end
+            if run is not None:
+                stop = min(end, run.stop if known else run.start)
             part = move.part(at - move.start, stop - at)
             if run is not None and known:
-                place = Place(run.file, run.to + at - run.start)
+                place = Standing(run.file, run.to + at - run.start)
                 alike = clone.blocks_of(place.start, part.to, part.count)[1]
                 part = replace(part, elsewhere=place if alike else None)
                 number += 1
@@ -77,12 +79,12 @@ class _Standing:
 
 
 def linked(jobs: Sequence[Work], there: Sequence[Shared]) -> list[Work]:
-    """The same jobs, told what of their bytes stands in `there`, which is finished, or will stand in
-    an earlier one of them; as they are where no blocks can be shared.
+    """The same jobs, told what of their bytes stands in `there`, which is finished, or will stand
+    in an earlier one of them; as they are where no blocks can be shared.
     """
     if not any(job.clone for job in jobs) or not clone.works_in(Path(jobs[0].path).parent):
         return list(jobs)
-    standing, told = _Standing(), []
+    standing, told = _Known(), []
     for job in there:
         standing.add(_firsts(job), final(job.path))
     for job in jobs:

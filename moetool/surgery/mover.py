@@ -26,7 +26,7 @@ _NO_RANGE_COPY = {
 }
 
 
-class Place(NamedTuple):
+class Standing(NamedTuple):
     """From where on bytes stand in a file."""
 
     file: str
@@ -45,11 +45,11 @@ class Copy:
     count: int
     dtype: str
     first: bool = True
-    elsewhere: Place | None = None
+    elsewhere: Standing | None = None
 
     def part(self, at: int, count: int) -> Copy:
         """`count` bytes of it, from `at` on."""
-        there = self.elsewhere and Place(self.elsewhere.file, self.elsewhere.start + at)
+        there = self.elsewhere and Standing(self.elsewhere.file, self.elsewhere.start + at)
         start, to = self.start + at, self.to + at
         return replace(self, start=start, to=to, count=count, elsewhere=there)
 

@@ -1,4 +1,4 @@
-"""How experts should lie, single or stacked, to be read by the clients that were named, or by most."""
+"""How experts should lie, single or stacked: as the clients of --for read them, or most do."""
 
 from __future__ import annotations
 
