@@ -199,7 +199,9 @@ class Linears:
         if block is None:
             return None
         shared = {
-            r: weights[lin.key].float() for r, lin in self.shared.items() if lin.key in weights
+            r: weights[lin.key].to(block.router.device, torch.float32)
+            for r, lin in self.shared.items()
+            if lin.key in weights
         }
         for expert, roles in self.experts.items():
             if any(linear.key in weights for linear in roles.values()):

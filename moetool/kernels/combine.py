@@ -35,7 +35,7 @@ def reindex(ids: Tensor, to: Sequence[int], experts: int) -> Tensor:
     """
     if ids.is_meta:
         return torch.empty_like(ids)
-    made = torch.tensor(to, dtype=ids.dtype)[ids.long()]
+    made = torch.tensor(to, dtype=ids.dtype, device=ids.device)[ids.long()]
     for slot in range(1, made.shape[1]):
         for _ in range(experts):
             clash = (made[:, :slot] == made[:, slot : slot + 1]).any(1)

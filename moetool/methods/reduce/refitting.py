@@ -182,9 +182,9 @@ def refitted(
     stored = _as_stored(asked, layer, made.down)
     tensors = {beside.solved_name(layer, j, "down"): t for j, t in enumerate(stored)}
     turned = asked.mixture.orientation(layer)["transposed"]
-    dtype, own = new.experts.down.dtype, asked.mixture.pieces(layer, 0)["down"].name
+    old, own = new.experts.down, asked.mixture.pieces(layer, 0)["down"].name
     kept = [reform.held(asked.mixture.source.tensor(own), t, asked.options.form) for t in stored]
-    rounded = torch.stack([(t.T if turned else t).to(dtype) for t in kept])
+    rounded = torch.stack([(t.T if turned else t).to(old) for t in kept])
     solved = replace(new, experts=replace(new.experts, down=rounded))
     out = parts.out if parts is not None else {}
     apart = {

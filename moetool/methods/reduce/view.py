@@ -104,7 +104,7 @@ class View:
                 tensor=f"layer {self.layer}",
                 hint="make them again: `moetool profile ... --sample 2048`",
             )
-        return torch.from_numpy(np.array(self.seen.x)).float()
+        return torch.from_numpy(np.array(self.seen.x)).float().to(self.eye.device)
 
     def some(self, most: int) -> torch.Tensor:
         """At most `most` tokens of the sample, evenly spaced."""

@@ -45,7 +45,7 @@ def _dense(view: View) -> dict[str, np.ndarray]:
 
 def logit_cosine(view: View) -> np.ndarray:
     """Cosine of the experts' router logits over the sample [experts, experts] (M-SMoE, REAM)."""
-    logits = view.sampled.double().numpy() @ view.rows.T
+    logits = view.sampled.double().cpu().numpy() @ view.rows.T
     unit = logits / np.maximum(np.linalg.norm(logits, axis=0), 1e-30)
     return np.asarray(unit.T @ unit)
 
@@ -82,4 +82,4 @@ def cross_cosine(first: View, second: View) -> np.ndarray:
         inner = (unit @ unit.transpose(1, 2)).sum(0).double()
         total = inner if total is None else total + inner
     assert total is not None
-    return np.asarray((total / len(x)).numpy())
+    return np.asarray((total / len(x)).cpu().numpy())

@@ -67,15 +67,18 @@ def _combined(
     """One merged expert, float64."""
     group = decision.groups[number]
     members = [merge.permuted(_parts(block, e), decision.orders.get(e)) for e in group]
-    seen = _covariances(stats, group) if rule.how.get("whiten") else ()
+    seen = _covariances(stats, group, members[0]["down"]) if rule.how.get("whiten") else ()
     return merge.combined(members, decision.weight(number), rule.how, *seen)
 
 
 def _covariances(
-    stats: LayerStats | None, group: tuple[int, ...]
+    stats: LayerStats | None, group: tuple[int, ...], like: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of what gate_up and down see, where the matrices are."""
     assert stats is not None
-    return [torch.from_numpy(stats.in_cov)], [torch.from_numpy(stats.mid_cov[e]) for e in group]
+    inner, inside = stats.in_cov, [stats.mid_cov[e] for e in group]
+    here = [torch.from_numpy(c).to(like.device) for c in (inner, *inside)]
+    return here[:1], here[1:]
 
 
 def _parts(block: Block, expert: int) -> dict[str, torch.Tensor]:

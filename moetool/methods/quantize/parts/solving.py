@@ -179,12 +179,12 @@ class Rounder:
         if not units:
             return
         hessians = torch.stack([self.grams.gram(u.lead) for u in units])
-        tokens = torch.tensor([self.grams.tokens(u.lead) for u in units])
+        tokens = torch.tensor([self.grams.tokens(u.lead) for u in units]).to(hessians.device)
         damping = self.own["damping"] or gptq.damping_for(tokens, hessians.shape[-1])
         if units[0].parts[0].linear.expert is not None:
             hessians = gptq.shrunk(hessians, tokens)
         grid = _grid(units[0])
-        self._keep(units, gptq.solve(_weights(units), hessians, grid, damping=damping))
+        self._keep(units, gptq.solve(_weights(units).to(hessians), hessians, grid, damping=damping))
         for unit in units:
             first = unit.parts[0].linear
             few = self.grams.tokens(unit.lead) < first.shape[1]
