@@ -308,14 +308,11 @@ def staged(prepared: Prepared, writer: Writer) -> Checkpoint:
 
 def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) -> Report:
     """Where deciding takes long, its seconds count, and each stage has its own."""
+    told = (*prepared.made.warnings, *written.findings, *found.warnings)
+    left = companions.left_behind(prepared.sources[0].folder)
     report = Report.of(
         summary(prepared),
-        warnings=(
-            *prepared.made.warnings,
-            *written.findings,
-            *found.warnings,
-            *filter(None, [companions.left_behind(prepared.sources[0].folder)]),
-        ),
+        warnings=(*told, *filter(None, [left])),
         resumed_shards=written.resumed,
         seconds=round(times.made, 3),
         ray_nodes=written.nodes,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from moetool.data import JsonObject
 from moetool.errors import UsageError, VerificationFailed
 from moetool.evaluate import ranges
-from moetool.surgery import identity
+from moetool.surgery import containers, identity
 from moetool.surgery.checkpoint import Checkpoint, read_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def check(prepared: Prepared, out: Path) -> None:
 def _companions(prepared: Prepared, out: Path) -> Change | None:
     """The files that travel with the weights."""
     base = prepared.sources[0]
-    for name in base.travelling():
+    alone = containers.of(prepared.plan.container).is_model
+    for name in base.travelling() if alone else ():
         mine, theirs = out / name, Path(base.folder) / name
         own = name in prepared.made.files or name == "README.md"
         if not own and not (mine.is_file() and filecmp.cmp(mine, theirs, shallow=False)):

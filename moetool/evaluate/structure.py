@@ -12,8 +12,9 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
 from moetool.methods.certificates import LEVELS
 from moetool.surgery import complete, forms, sound
-from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.containers import gguf
+from moetool.surgery.checkpoint import Checkpoint, read_json
+from moetool.surgery.containers import gguf, peft
+from moetool.surgery.headers import WeightFiles
 
 _STEP = {"method": str, "options": dict, "seed": int, "max_shard": int, "tables": dict}
 _RECORD = {
@@ -92,25 +93,36 @@ def check_structure(checkpoint: Checkpoint, record: JsonObject) -> JsonObject:
 
 def opened(folder: str | Path) -> Checkpoint:
     """The checkpoint. VerificationFailed where it cannot be read by a config that was changed."""
+    at = Path(folder)
     try:
+        if (at / peft.CONFIG).is_file() and not (at / "config.json").exists():
+            config = read_json(at / peft.CONFIG, what="adapter config")
+            return Checkpoint.seen(str(at), config, WeightFiles.read(at, [peft.WEIGHTS]))
         return Checkpoint.open(folder)
     except MoetoolError:
-        if (Path(folder) / "moetool.json").exists() and (Path(folder) / "config.json").exists():
+        if (at / "moetool.json").exists() and (at / "config.json").exists():
             check_config(str(folder), recorded(str(folder)))
         raise
 
 
 def check_config(folder: str, record: JsonObject) -> None:
     """The config is the one that was written. Raises VerificationFailed."""
-    config = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
+    path = _config(Path(folder))
+    config = hashlib.sha256(path.read_bytes()).hexdigest()
     if config != record["config_sha256"]:
         raise VerificationFailed(
-            "config.json was changed",
-            file=f"{folder}/config.json",
+            f"{path.name} was changed",
+            file=path,
             expected=record["config_sha256"],
             found=config,
             hint="restore it, or make the output again",
         )
+
+
+def _config(folder: Path) -> Path:
+    """The file that made the folder whole."""
+    names = ("config.json", peft.CONFIG)
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def check_parts(checkpoint: Checkpoint) -> None:
@@ -134,7 +146,11 @@ def check_parts(checkpoint: Checkpoint) -> None:
 
 
 def check_names(checkpoint: Checkpoint) -> int:
-    """Compare names and shapes with the family's layout; returns how many slots were compared."""
+    """Compare names and shapes with the family's layout; returns how many slots were compared (none
+    of an adapter, whose names are its base's).
+    """
+    if _config(Path(checkpoint.folder)).name == peft.CONFIG:
+        return 0
     compared = complete.compare(checkpoint)
     if compared.fault is not None:
         fault = compared.fault

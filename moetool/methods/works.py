@@ -11,7 +11,7 @@ from itertools import chain
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Line, Made, Method
 from moetool.methods.options import Served
-from moetool.surgery import clients, forms, spellings
+from moetool.surgery import clients, containers, forms, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Assigned, Judged, Traits
 from moetool.surgery.forms.form import float_of
@@ -42,7 +42,9 @@ def traits(made: Made, folder: str) -> Traits:
 
 
 def of(made: Made, folder: str) -> tuple[Judged, ...]:
-    """What every client makes of a plan's output."""
+    """What every client makes of a plan's output; nothing where that is no model by itself."""
+    if not containers.of(made.plan.container).is_model:
+        return ()
     return clients.judged(traits(made, folder), made.scheme or _scheme(made.plan))
 
 

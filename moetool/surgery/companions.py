@@ -26,6 +26,7 @@ OWN = {
     "experts.jsonl",
     "model.safetensors.index.json",
     shim.FILE,
+    "adapter_config.json",
 }
 _KNOWN = re.compile(
     r"""tokenizer[\w.-]*\.json | special_tokens_map\.json | added_tokens\.json | tekken\.json

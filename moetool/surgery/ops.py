@@ -102,6 +102,13 @@ def _transpose(call: Call) -> Iterator[Tensor]:
     yield call.inputs[0].transpose(-1, -2).contiguous()
 
 
+def _columns(call: Call) -> Iterator[Tensor]:
+    """Matrices with as many rows, side by side."""
+    import torch
+
+    yield torch.cat(list(call.inputs), -1)
+
+
 def _turn(call: Call) -> Iterator[Tensor]:
     """The same values in the order in which llama.cpp has them."""
     from moetool.kernels import turn
@@ -213,6 +220,7 @@ OPS = {
         Op("affine", _affine, "torch", 4.0),
         Op("affine_sum", _affine_sum, "torch", 4.0),
         Op("transpose", _transpose, "torch", 2.0),
+        Op("columns", _columns, "torch", 4.0),
         Op("reform", _reform, "torch", 4.0, reads=2.0),
         Op("repeat", _repeat, "torch", 4.0, reads=2.0),
         Op("turn", _turn, "torch", 4.0, reads=2.0),

@@ -19,7 +19,7 @@ from typing import Any
 from moetool import atomic
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, Unfit
-from moetool.surgery import clone, companions
+from moetool.surgery import clone, companions, containers
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.place import (
     check_replaceable,
@@ -51,13 +51,18 @@ class Writer:
         self.sources, self.sync, self.cloned = sources, sync, cloned
         self._lock: int | None = None
 
+    @property
+    def _config(self) -> str:
+        """The file that makes the folder whole."""
+        return containers.of(self.plan.container).config
+
     def finished(self) -> bool:
         """Whether the target already is the whole result of this very plan (a run that was killed
         after its last rename).
         """
         if (
             self.overwrite
-            or not (self.out / "config.json").is_file()
+            or not (self.out / self._config).is_file()
             or not (self.out / "moetool.json").is_file()
         ):
             return False
@@ -201,13 +206,14 @@ class Writer:
                 file=self.staging / missing[0],
                 hint="run the same command again",
             )
-        for name, source in sorted(travelling.items()):
+        alone = containers.of(self.plan.container).is_model
+        for name, source in sorted(travelling.items()) if alone else ():
             atomic.copy(source, self.staging / name)
         everything = dict(files)
         everything |= {name: as_json(data) for name, data in self.plan.beside().items()}
         for name, data in sorted(everything.items()):
             atomic.write(self.staging / name, data)
-        atomic.write(self.staging / "config.json", as_json(config))
+        atomic.write(self.staging / self._config, as_json(config))
         os.unlink(self.staging / STATE)
         for folder in (self.out, atomic.aside(self.out)):
             if folder.is_dir() and any(folder.iterdir()):

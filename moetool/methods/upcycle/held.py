@@ -37,21 +37,13 @@ class HeldGroup:
     @classmethod
     def of(cls, source: Checkpoint) -> HeldGroup:
         """MoetoolError for a model without groups, and for groups that no class has."""
-        if not groups.is_ours(source.config):
-            raise MoetoolError(
-                "this model has no groups of experts",
-                file=source.folder,
-                expected=f"model type {groups.MODEL_TYPE}",
-                found=source.config.get("model_type"),
-                hint="every client that knows its class loads it as it is",
-            )
-        at = text_model(source.config)
+        at = text_model(own(source).config)
         (group,) = at.groups if len(at.groups) == 1 else (None,)
         _check(source, group)
         assert group is not None
         base = text_model(groups.base_of(source.config))
-        own = {n: t for n, t in source.tensors.items() if _of_base(base, at, n)}
-        dense = replace(source, config=groups.base_of(source.config), tensors=own)
+        bare = {n: t for n, t in source.tensors.items() if _of_base(base, at, n)}
+        dense = replace(source, config=groups.base_of(source.config), tensors=bare)
         block = FfnBlock.of(base.layout)
         return cls(source, dense, at, group, block)
 
@@ -149,6 +141,19 @@ class HeldGroup:
         width = self.ffn.width
         shared = self.group.base == "beside"
         return Shape(self.group.layers, self.group.experts, self.top_k, width, width, shared, 1.0)
+
+
+def own(source: Checkpoint) -> Checkpoint:
+    """The same; MoetoolError for a model without groups."""
+    if groups.is_ours(source.config):
+        return source
+    raise MoetoolError(
+        "this model has no groups of experts",
+        file=source.folder,
+        expected=f"model type {groups.MODEL_TYPE}",
+        found=source.config.get("model_type"),
+        hint="every client that knows its class loads it as it is",
+    )
 
 
 def _check(source: Checkpoint, group: Group | None) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import ClassVar
 
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import (
     Builder,
     Certificate,
@@ -23,9 +24,10 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
+from moetool.methods.upcycle import to_peft
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
-from moetool.methods.upcycle.held import HeldGroup
+from moetool.methods.upcycle.held import HeldGroup, own
 from moetool.methods.upcycle.targets import Conversion, Spelling, Tried, Wish, named, refusals
 from moetool.methods.upcycle.trunk import Trunk
 from moetool.surgery import clients, groups, reform
@@ -49,8 +51,44 @@ class Materializing(Served):
         "auto",
         "model type to write, or auto (of those that are exact the one that works in most clients)",
         WHAT,
-        metavar="FAMILY",
+        metavar="FAMILY|peft",
     )
+    base: str = option(
+        "",
+        "with --target peft: what the adapter calls its base; as the record of the model calls it",
+        metavar="NAME",
+    )
+    request_gates: str = option(
+        "",
+        "with --target peft: the weights of the experts for one request, where each linear adds "
+        "its experts up; written as one adapter",
+        metavar="0.2,0.8,...",
+    )
+
+    def __post_init__(self) -> None:
+        if self.target != to_peft.TARGET and (self.base or self.request_gates):
+            raise UsageError(
+                "--base and --request-gates are of an adapter",
+                expected="--target peft",
+                found=f"--target {self.target}",
+                hint="add --target peft, or leave them out",
+            )
+        self.gates()
+
+    def gates(self) -> list[float]:
+        """The numbers of --request-gates. UsageError for what is none."""
+        try:
+            found = [float(word) for word in self.request_gates.split(",") if word]
+        except ValueError:
+            found = [nan]
+        if not all(map(isfinite, found)):
+            raise UsageError(
+                "--request-gates are no numbers",
+                expected="the weight of each expert: 0.2,0.8,0,0",
+                found=self.request_gates,
+                hint="commas stand between them",
+            )
+        return found
 
 
 class Materialize(Method):
@@ -68,11 +106,14 @@ class Materialize(Method):
         "moetool materialize OWN NATIVE",
         "moetool materialize OWN NATIVE --target qwen2_moe",
         "moetool materialize OWN NATIVE --for vllm --dry-run",
+        "moetool materialize OWN ADAPTER --target peft --base org/name",
     )
     options: Materializing
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """The experts' output scales, which become part of their down_proj."""
+        if self.options.target == to_peft.TARGET:
+            return Decisions()
         held = HeldGroup.of(sources[0])
         scales = {
             name: float(sources[0].numbers(whole(sources[0].tensor(name)))[0])
@@ -82,6 +123,8 @@ class Materialize(Method):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every expert in full; all else moves byte for byte, by the names of the new family."""
+        if self.options.target == to_peft.TARGET:
+            return to_peft.plan(own(sources[0]), self.options.base, self.options.gates())
         held = HeldGroup.of(sources[0])
         chosen = self._chosen(held)
         scales: dict[str, float] = decisions.chosen.get("scales", {})

@@ -43,6 +43,8 @@ class Container:
     """A file format for tensors. A file of this folder holds one subclass with a `name`."""
 
     name: ClassVar[str] = ""
+    config: ClassVar[str] = "config.json"  # the file that makes a folder of these whole
+    is_model: ClassVar[bool] = True  # whether it loads by itself, with tokenizer and all
 
     def lay(self, number: int, count: int, tensors: Sequence[Target], tasks: list[int]) -> Shard:
         """File `number` of `count`, with these tensors."""

@@ -1,0 +1,217 @@
+"""Low-rank experts that all tokens run with the same weight, as one adapter of PEFT: a folder that
+every client of PEFT reads, on top of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, product
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetool import strict_json
+from moetool.data import JsonObject
+from moetool.errors import MoetoolError, UsageError
+from moetool.methods.contract import Builder, Certificate, Made, ModelFacts
+from moetool.surgery import groups, places
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import Group
+from moetool.surgery.layout import Layout
+from moetool.surgery.plan import Outputs, Plan
+from moetool.surgery.spec import Piece, Stored, whole
+from moetool.surgery.text_model import TextModel, text_model
+
+if TYPE_CHECKING:
+    from moetool.surgery.ffn import FfnLinear
+
+TARGET = "peft"
+FORM, LINEAR = "lora", "linear"
+# Under these laws the one expert that there is has the weight 1.
+ONE = ("renormalised", "hard", "softmax", "soft")
+DROPPED = "it is the base's, or a router that chooses among one"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One linear of the base with what is added to it: its module as transformers has it, the A
+    and B of each expert, and by what each is multiplied.
+    """
+
+    module: str
+    layer: int
+    linear: FfnLinear
+    parts: Sequence[tuple[Stored, Stored]]
+    weights: Sequence[float]
+    scale: float  # alpha / rank
+
+    @property
+    def rank(self) -> int:
+        """Of all experts together."""
+        return sum(a.shape[0] for a, _ in self.parts)
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * self.rank
+
+    def write(self, build: Builder) -> None:
+        """Plan lora_A [rank, in] and lora_B [out, rank]."""
+        (a, b), stem = self.parts[0], f"base_model.model.{self.module}"
+        down = build.target(f"{stem}.lora_A.weight", a.dtype, (self.rank, a.shape[1]))
+        up = whole(build.target(f"{stem}.lora_B.weight", b.dtype, (b.shape[0], self.rank)))
+        begun = 0
+        for (one, _), weight in zip(self.parts, self.weights, strict=True):
+            piece = Piece(down.name, one.shape, begun * one.shape[1])
+            begun += one.shape[0]
+            if weight == 1.0:
+                build.copy(whole(one), piece)
+            else:
+                build.task("affine", [whole(one)], [piece], scale=weight)
+        if len(self.parts) == 1:
+            build.copy(whole(b), up)
+        else:
+            build.task("columns", [whole(other) for _, other in self.parts], [up])
+
+
+def plan(source: Checkpoint, base: str, gates: Sequence[float]) -> Made:
+    """The adapter. MoetoolError, with the reason, for groups that are no fixed change of linears.
+    `base`: what it calls its base; `gates`: weights of the experts for one request.
+    """
+    at = text_model(source.config)
+    adapted = [*chain.from_iterable(_adapted(source, at, g, gates) for g in at.groups)]
+    modules = [one.module for one in adapted]
+    if len(set(modules)) != len(modules):
+        raise _refused(source, "two groups change the same linear, each by itself")
+    build = Builder()
+    for one in adapted:
+        one.write(build)
+    name = base or _base(source)
+    config = _config(source, adapted, name)
+    wanted = Outputs(config, build.targets, build.tasks, _dropped(source, build), {"name": TARGET})
+    made = Plan.build([source.fingerprint()], wanted, max_shard=1 << 62)
+    why = "one change of each linear, whatever the token: PEFT adds the same"
+    told = () if name else ("the adapter names no base: say it with --base NAME",)
+    certificate, facts = Certificate("exact", why), _facts(adapted, made)
+    return Made(made, certificate, config, {}, facts, told)
+
+
+def _adapted(
+    source: Checkpoint, at: TextModel, group: Group, gates: Sequence[float]
+) -> Iterator[Adapted]:
+    """The linears that a group changes, in the order of layers."""
+    weights, base = _weights(source, group, gates), groups.base_of(source.config)
+    stack = Layout.load(str(base["model_type"])).stack or ""
+    blocks = places.named(group.site).blocks(text_model(base).layout)
+    for layer, block in product(group.layers, blocks):
+        module = f"{stack}.{layer}.{block.module.partition('{layer}.')[2]}"
+        for linear in block.linears:
+            if not group.has(linear.name):
+                continue
+            held = at.name(block.module, layer=layer)
+            kept = [expert for expert, weight in enumerate(weights) if weight]
+            stems = [f"{held}.{group.expert(expert, linear.name)}" for expert in kept]
+            parts = [(source.part(f"{s}.lora_A"), source.part(f"{s}.lora_B")) for s in stems]
+            scale = group.params["alpha"] / group.params["rank"]
+            some, name = [weights[e] for e in kept], f"{module}.{linear.name}"
+            yield Adapted(name, layer, linear, parts, some, scale)
+
+
+def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[float]:
+    """What each expert's change is multiplied by, for every token. MoetoolError where that is not
+    one number.
+    """
+    where = f"group {group.name!r}"
+    if group.form != FORM:
+        raise _refused(
+            source, f"{where} holds {group.form} experts, and PEFT's adapters are low-rank"
+        )
+    if group.base != "under" or group.scale != 1.0 or group.tower != "text":
+        raise _refused(source, f"{where} is more than a change of the text model's own linears")
+    if gates:
+        return _gated(source, group, gates)
+    if group.experts == 1 and group.route.law in ONE:
+        return [1.0]
+    raise _refused(
+        source,
+        f"{where} chooses among {group.experts} experts for each token, by what goes into their "
+        "block; PEFT adds one change for all tokens, and its X-LoRA weighs them by the last "
+        "hidden state of a whole pass before",
+    )
+
+
+def _gated(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[float]:
+    """The weights of one request. Changes of a linear add up; those of a whole FFN do not."""
+    if group.site != LINEAR and group.experts > 1:
+        raise _refused(
+            source,
+            f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
+            "linear: no one change of its matrices is their sum",
+        )
+    if len(gates) != group.experts or not any(gates):
+        raise UsageError(
+            f"--request-gates does not fit the experts of group {group.name!r}",
+            expected=f"{group.experts} numbers, not all zero",
+            found=", ".join(f"{gate:g}" for gate in gates),
+            hint="give the weight of each expert: 0.2,0.8,0,0",
+        )
+    return list(gates)
+
+
+def _config(source: Checkpoint, adapted: Sequence[Adapted], base: str) -> JsonObject:
+    """adapter_config.json, as PEFT writes it."""
+    first, modules = adapted[0], [one.module for one in adapted]
+    other = [one for one in adapted if (one.rank, one.alpha) != (first.rank, first.alpha)]
+    names = list(dict.fromkeys(m.rpartition(".")[2] for m in modules))
+    tails = tuple(f".{name}.weight" for name in names)
+    alone = sum(n.endswith(tails) and ".experts." not in n for n in source.tensors) == len(modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": names if alone else modules,
+        "rank_pattern": {one.module: one.rank for one in other},
+        "alpha_pattern": {one.module: one.alpha for one in other},
+        "bias": "none",
+        "fan_in_fan_out": first.linear.transposed,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def _base(source: Checkpoint) -> str:
+    """What the model was made from, as its config or its record calls it."""
+    said = source.config.get("_name_or_path")
+    path = Path(source.folder) / "moetool.json"
+    if not said and path.is_file():
+        made = strict_json.load(path, "record of moetool", file_names=True).get("sources") or [{}]
+        said = made[0].get("name")
+    return str(said or "")
+
+
+def _dropped(source: Checkpoint, build: Builder) -> dict[str, str]:
+    """All that the adapter is not."""
+    used = {piece.name for piece in chain.from_iterable(task.inputs for task in build.tasks)}
+    return dict.fromkeys((n for n in source.stored if n not in used), DROPPED)
+
+
+def _facts(adapted: Sequence[Adapted], made: Plan) -> ModelFacts:
+    ranks = sorted({one.rank for one in adapted})
+    layers = sorted({one.layer for one in adapted})
+    count = sum(prod(target.shape) for target in made.targets.values())
+    lie = f"LoRA of rank {' and '.join(map(str, ranks))} on {len(adapted)} linears"
+    return ModelFacts(groups.MODEL_TYPE, TARGET, tuple(layers), 0, 0, 0, lie, count, count)
+
+
+def _refused(source: Checkpoint, why: str) -> MoetoolError:
+    return MoetoolError(
+        f"no adapter of PEFT computes this: {why}",
+        file=source.folder,
+        expected="low-rank experts that all tokens run with one weight",
+        hint="`moetool materialize` without --target writes experts in full, where a class has such",
+    )
