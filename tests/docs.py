@@ -140,8 +140,8 @@ def readers(asked: Spelled, moe: bool) -> str:
 
 
 def works() -> str:
-    """Conversions of a family's default config, and families with experts as prune and merge keep
-    them: what each client makes of them.
+    """Conversions of a family's default config, and families as prune, merge and quantize keep
+    them, those with experts first: what each client makes of them.
     """
     from moetool.methods.upcycle import usual
     from moetool.surgery import clients
@@ -149,8 +149,9 @@ def works() -> str:
 
     rows = [[f"{p.source} to {p.target}", *map(state, usual.of_pair(p))] for p in known()]
     tried = chain.from_iterable(c.models.families for c in clients.clients().values())
-    moe = [name for name in dict.fromkeys(tried) if kinds().get(name) == "moe"]
-    rows += [[name, *map(state, usual.of_family(name))] for name in sorted(moe)]
+    kept = (name for name in dict.fromkeys(tried) if name in kinds())
+    order = sorted(kept, key=lambda name: (kinds()[name] != "moe", name))
+    rows += [[name, *map(state, usual.of_family(name))] for name in order]
     return markdown(["written", *clients.clients()], rows)
 
 
@@ -164,7 +165,7 @@ def breaks() -> str:
     from moetool.methods.upcycle import usual
 
     found: dict[tuple[str, str, str, str], list[str]] = {}
-    for family in sorted(n for n, kind in kinds().items() if kind == "moe"):
+    for family in sorted(kinds()):
         for told in usual.told(family):
             found.setdefault((told.client, told.of, told.state, told.why), []).append(family)
     rows = ([c, of, ", ".join(names), is_, why] for (c, of, is_, why), names in found.items())

@@ -31,6 +31,7 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
     """
     matching = Matching.of(checkpoint.config, checkpoint.tensors)
     family, at, top_k = matching.family, matching.text, matching.top_k
+    hidden = at.field("hidden") if at else None
     layers: dict[int, _Layer] = defaultdict(_Layer)
     unknown: list[str] = []
     for stored in checkpoint.tensors.values():
@@ -38,7 +39,7 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
         if found is None:
             unknown.append(stored.name)
         elif found.layer is not None:
-            _note(layers[found.layer], found, stored)
+            _note(layers[found.layer], found, stored, hidden)
     rows = [_row(number, layers[number]) for number in sorted(layers)]
     total = forms.count(checkpoint.tensors.values())
     return {
@@ -51,7 +52,7 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
         "active_parameters": total - sum(n.routed.idle(top_k) for n in layers.values()),
         **_files(checkpoint),
         "top_k": top_k if any(r["experts"] for r in rows) else None,
-        "hidden": at.field("hidden") if at else None,
+        "hidden": hidden,
         "vocab": at.field("vocab") if at else None,
         "tied": [n for n in (family.tied if family else {}) if n not in checkpoint.tensors],
         "law": (at.layout.overlay.law.as_json() or None) if at else None,
@@ -85,7 +86,7 @@ def _files(checkpoint: Checkpoint) -> JsonObject:
     }
 
 
-def _note(layer: _Layer, found: Matched, stored: Stored) -> None:
+def _note(layer: _Layer, found: Matched, stored: Stored, hidden: int | None) -> None:
     role, shape = found.slot.role or "", stored.shape or (0,)  # a number alone has no width
     layer.tensors.append(stored)
     layer.routed.add(stored, found)
@@ -93,7 +94,7 @@ def _note(layer: _Layer, found: Matched, stored: Stored) -> None:
         if found.expert is not None:
             layer.expert_width = shape[-1]
         elif len(shape) == 3:
-            layer.expert_width = shape[2]
+            layer.expert_width = shape[1] if shape[2] == hidden else shape[2]
     elif role in ("ffn.down", "ffn.fc2"):
         layer.ffn = shape[-1]
     elif role == "shared.down":

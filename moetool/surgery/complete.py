@@ -157,7 +157,18 @@ def _answer(checkpoint: Checkpoint, at: TextModel, needed: Needed) -> Fault | No
         return Fault(MISSING, checkpoint.folder, name, list(shape or ()) or "present", "nothing")
     if shape is None or _packed(checkpoint, stored) or _adjusted(at, needed):
         return None
-    return _shaped(checkpoint, stored, shape)
+    fault = _shaped(checkpoint, stored, shape)
+    if fault is None or not (at.layout.overlay.turns_stacks and _is_stack(needed)):
+        return fault
+    turned = (*shape[:-2], shape[-1], shape[-2])
+    return fault if _shaped(checkpoint, stored, turned) else None
+
+
+def _is_stack(needed: Needed) -> bool:
+    """Whether it holds a matrix of every expert."""
+    return str(needed.slot.role) in ("expert.gate_up", "expert.down") and (
+        "{expert}" not in needed.slot.name
+    )
 
 
 def _shaped(checkpoint: Checkpoint, stored: Stored, wanted: Shape) -> Fault | None:

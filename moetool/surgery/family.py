@@ -117,8 +117,10 @@ class StackedExperts:
 @dataclass(frozen=True)
 class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json). `fixed`: config fields
-    that a conversion sets; `gate_up`: how the two lie in one tensor; `returns_logits`: whether the
-    block's forward gives (output, router logits); `adjusts_width`: the config's flag under which
+    that a conversion sets; `gate_up`: how the two lie in one tensor; `turns_stacks`: whether files
+    on the Hub hold stacked experts as [experts, in, out], the other way round than transformers 5
+    saves them; it reads both, told apart by their shape; `returns_logits`: whether the block's
+    forward gives (output, router logits); `adjusts_width`: the config's flag under which
     the class computes the width of an FFN from more than its field; `linears`: transposed where
     the class's linears are Conv1D, whose weights are [in, out]; `adds_residual`: whether the FFN's
     forward takes the residual and adds it; `said`: config fields that transformers 5 leaves out and
@@ -130,6 +132,7 @@ class Overlay:
     shared: SharedExpert | None = None
     fixed: JsonObject = field(default_factory=dict)
     gate_up: str = "concatenated"
+    turns_stacks: bool = False
     returns_logits: bool = False
     adjusts_width: str = ""
     linears: str = ""

@@ -14,7 +14,7 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import changes, forms
 from moetool.surgery.call import Call, Tables
@@ -56,24 +56,35 @@ def _draw(call: Call) -> Iterator[np.ndarray]:
 
 
 def _neurons(call: Call) -> Iterator[Tensor]:
+    yield from _cut(call, call.inputs[0], call.params)
+
+
+def _slabs(call: Call) -> Iterator[Tensor]:
+    """What `neurons` makes of each input, beside each other in one matrix [in, out]."""
+    import torch
+
+    cut = [_cut(call, m, own) for m, own in zip(call.inputs, call.params["each"], strict=True)]
+    yield from (torch.cat(matrices).T.contiguous() for matrices in zip(*cut, strict=True))
+
+
+def _cut(call: Call, matrix: Tensor, own: JsonMapping) -> Iterator[Tensor]:
+    """One matrix for each result. `own`: what makes copies of this one differ."""
     from moetool.kernels import carve
 
     order = call.tables[call.params["order"]] if call.params.get("order") else None
     share = carve.Share(
         call.params["axis"], call.params.get("parts", 1), order, call.params.get("first", 0)
     )
-    redraw = call.params.get("redraw") or {}
+    redraw = own.get("redraw") or {}
     change = carve.Variation(
-        call.params.get("permute"),
-        (call.params.get("noise") or {}).get("sigma"),
+        own.get("permute"),
+        (own.get("noise") or {}).get("sigma"),
         redraw.get("ratio"),
         redraw.get("same"),
-        call.params.get("seed", 0),
-        call.params.get("name", ""),
+        own.get("seed", 0),
+        own.get("name", ""),
     )
-    yield from carve.experts(
-        call.inputs[0], len(call.shapes), share, change, call.params.get("scale", 1.0)
-    )
+    yield from carve.experts(matrix, len(call.shapes), share, change, call.params.get("scale", 1.0))
 
 
 def _combine(call: Call) -> Iterator[Tensor]:
@@ -216,6 +227,7 @@ OPS = {
         Op("zeros", None, "nothing"),
         Op("draw", _draw, "numpy", 12.0),
         Op("neurons", _neurons, "torch", 6.0, reads=2.0),
+        Op("slabs", _slabs, "torch", 8.0, reads=2.0),
         Op("combine", _combine, "torch", 4.0),
         Op("affine", _affine, "torch", 4.0),
         Op("affine_sum", _affine_sum, "torch", 4.0),

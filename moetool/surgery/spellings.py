@@ -17,6 +17,7 @@ from moetool.errors import MoetoolError
 from moetool.surgery.text_model import TextModel, any_text_model
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # they stand beside `rope_scaling`, not in it
+_TIED = "tie_word_embeddings"
 _OLD_TYPES = {"mrope": "default", "su": "longrope"}  # words of before, for the same
 
 
@@ -31,6 +32,8 @@ def completed(config: JsonObject) -> JsonObject:
         said = said.get(part) or {}
     _check(said)
     wanted = _rope(said) | (dict(_of_family(at)) if at else {})
+    if _TIED in wanted:  # the whole model's word, and no other
+        wanted[_TIED] = bool(config.get(_TIED))
     more = {k: v for k, v in wanted.items() if k not in said or (said[k] is None and v is not None)}
     return _put(config, path, said | more) if more else config
 

@@ -76,6 +76,10 @@ ALL = dict.fromkeys(clients.clients(), "works")
         ("glm4_moe", {}, {"llama.cpp": "refuses"}),
         ("glm4_moe", {"container": "gguf"}, {}),
         ("glm4_moe", {"tie_word_embeddings": True}, {"llama.cpp": "refuses", "vllm": "wrong"}),
+        ("glm4_moe", {"num_experts_per_tok": 1}, {"llama.cpp": "refuses", "mlx": "wrong"}),
+        ("glm4_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}, {"llama.cpp": "refuses"}),
+        ("glm4_moe", {"num_experts_per_tok": 1, "idle": True}, {"llama.cpp": "refuses"}),
+        ("mixtral", {"num_experts_per_tok": 1}, {}),
         ("dots1", {}, {"llama.cpp": "refuses"}),
         (
             "dots1",

@@ -76,7 +76,11 @@ def test_the_text_part_is_completed_where_it_lies() -> None:
     inner = {"model_type": "qwen3_vl_moe_text", "rope_parameters": MROPE | {"rope_theta": 5e6}}
     config = {"model_type": "qwen3_vl_moe", "text_config": inner, "vision_config": {"depth": 2}}
     made = completed(config)
-    assert made == config | {"text_config": inner | {"rope_theta": 5e6, "rope_scaling": MROPE}}
+    asked = {"norm_topk_prob": True, "tie_word_embeddings": False, "num_experts": 60}
+    rotary = {"rope_theta": 5e6, "rope_scaling": MROPE}
+    assert made == config | {"text_config": inner | rotary | asked}
+    tied = completed(config | {"tie_word_embeddings": True})["text_config"]
+    assert tied["tie_word_embeddings"] is True
     assert list(made) == list(config) and "rope_theta" not in made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple
 
 from moetool.errors import MoetoolError
@@ -17,6 +18,7 @@ from moetool.surgery.family import SharedExpert
 from moetool.surgery.spec import FLOATS, Piece, Target, rows, whole
 
 MATRICES = ("gate", "up", "down")
+_BESIDE = {"gate_up": ("gate", "up"), "down": ("down",)}  # in one matrix of a stack
 # A shared expert's switch is to be sigmoid(0) = 1/2. llama.cpp computes the sigmoid of x as
 # silu(x) / x, which is no number at 0: so the switch is not zero, but so small that 1/2 stays
 # exact in float32. float16 has no such number: there it is the smallest that it has, and the
@@ -135,10 +137,14 @@ def write_moe(
                 hint="all sources must be fine-tunes of one model",
             )
     width = ffns[0].width // layer.split
-    places = _places(build, chosen, layer, width, ffns[0])
-    for matrix in MATRICES:
-        for number, first, outs in _runs(layer, places[matrix]):
-            _experts(build, matrix, getattr(ffns[number], matrix), outs, first, layer)
+    turned = _turns(chosen, layer, width, ffns[0].hidden)
+    places = (_turned if turned else _places)(build, chosen, layer, width, ffns[0])
+    for role, found in places.items():
+        for number, first, outs in _runs(layer, found):
+            if turned:
+                _turn(build, ffns[number], role, outs, first, layer)
+            else:
+                _experts(build, role, getattr(ffns[number], role), outs, first, layer)
     _router(build, chosen, layer, ffns[0])
     if chosen.target.overlay.shared:
         _shared(build, chosen, layer, ffns[0])
@@ -159,14 +165,18 @@ def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenEx
     """Plan all tensors of a MoE layer whose experts and router are given; the FFN becomes the
     shared expert where the layer has one.
     """
-    places = _places(build, chosen, layer, given.experts[0].width, given.experts[0])
-    for number, ffn in enumerate(given.experts):
-        for matrix in MATRICES:
-            piece, out, scale = getattr(ffn, matrix), places[matrix][number], given.scales[number]
-            if matrix == "down" and scale != 1.0:
-                build.task("affine", [piece], [out], scale=scale)
+    first = given.experts[0]
+    turned = _turns(chosen, layer, first.width, first.hidden)
+    places = (_turned if turned else _places)(build, chosen, layer, first.width, first)
+    for number, (ffn, scale) in enumerate(zip(given.experts, given.scales, strict=True)):
+        for role, found in places.items():
+            out, factor = found[number], scale if role == "down" else 1.0
+            if turned:
+                _slabs(build, ffn, role, [out], scale=factor)
+            elif factor != 1.0:
+                build.task("affine", [getattr(ffn, role)], [out], scale=factor)
             else:
-                build.copy(piece, out)
+                build.copy(getattr(ffn, role), out)
     build.copy(given.router, whole(_routed(build, chosen, layer, given.ffn)))
     if chosen.target.overlay.shared:
         _shared(build, chosen, layer, given.ffn)
@@ -211,6 +221,45 @@ def _places(
         "up": [Piece(both.name, shapes["up"], (2 * e + 1) * slab) for e in range(layer.experts)],
         "down": [Piece(down.name, shapes["down"], e * slab) for e in range(layer.experts)],
     }
+
+
+def _turns(chosen: Conversion, layer: Layer, width: int, hidden: int) -> bool:
+    """Whether stacks are written [experts, in, out], as the Hub has this family's: every client
+    reads those. Not where transformers 5 could not tell, which looks at the shape.
+    """
+    turns = layer.fused and chosen.target.overlay.turns_stacks
+    return turns and hidden not in (width, 2 * width)
+
+
+def _turned(
+    build: Builder, chosen: Conversion, layer: Layer, width: int, ffn: Ffn
+) -> dict[str, list[Piece]]:
+    """Announce stacks [experts, in, out]; returns where each expert's gate_up and down go."""
+    names, places = chosen.target.fused(), {}
+    for role, shape in (("gate_up", (ffn.hidden, 2 * width)), ("down", (width, ffn.hidden))):
+        name = _name(chosen, names[role], layer.number)
+        target = build.target(name, ffn.dtype, (layer.experts, *shape))
+        slabs = range(0, layer.experts * prod(shape), prod(shape))
+        places[role] = [Piece(target.name, shape, offset) for offset in slabs]
+    return places
+
+
+def _turn(build: Builder, ffn: Ffn, role: str, outs: list[Piece], first: int, layer: Layer) -> None:
+    """A run of experts in stacks [experts, in, out]."""
+    if role == "down" and layer.shared:
+        for out in outs:
+            build.task("zeros", [], [out])
+        return
+    each = [layer.diversify.params(layer.number, m, layer.seed) for m in _BESIDE[role]]
+    cut = {"parts": layer.split, "order": layer.order, "first": first}
+    scale = layer.scale if role == "down" else 1.0
+    _slabs(build, ffn, role, outs, each=each, scale=scale, **cut)
+
+
+def _slabs(build: Builder, ffn: Ffn, role: str, outs: list[Piece], **params: Any) -> None:
+    matrices = [getattr(ffn, m) for m in _BESIDE[role]]
+    params = {"axis": int(role == "down"), "each": [{} for _ in matrices]} | params
+    build.task("slabs", matrices, outs, **params)
 
 
 class Run(NamedTuple):

@@ -4,7 +4,7 @@ what its config says. Read off the output itself, whatever verb writes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery.pair import rope
+from moetool.surgery.spec import Stored, Target
 from moetool.surgery.text_model import TextModel, text_model
 
 _SILU = ("silu", "swish", None)
@@ -46,18 +47,20 @@ class Looked(NamedTuple):
     text: JsonObject  # defaults filled in
     own: JsonObject  # as the file says it
     lie: str
+    turned: bool = False  # stacks of experts lie [experts, in, out]
 
 
 def traits(
     config: JsonObject,
-    names: Iterable[str],
+    names: Iterable[str] | Mapping[str, Stored | Target],
     *,
     folder: str = "",
     container: str = "",
     idle: bool = False,
 ) -> Traits:
-    """Of a config and the names of its tensors. `container`: what kind of file, where it is not
-    safetensors; `idle`: whether every routed expert puts out zero, so that routing does not count.
+    """Of a config and its tensors; names alone where none are there yet: then they lie as moetool
+    writes them. `container`: what kind of file, where it is not safetensors; `idle`: whether every
+    routed expert puts out zero, so that routing does not count.
     """
     family = str(config.get("model_type"))
     try:
@@ -66,7 +69,7 @@ def traits(
         return Traits(family, folder=folder)
     own = _inside(config, at.path)
     lie = "own" if container else _lie(at, tuple(names))
-    seen = Looked(at, at.text, own, lie)
+    seen = Looked(at, at.text, own, lie, _turned(at, names))
     facts = {name: read(seen) for name, read in _READ.items()}
     facts |= {"container": container or "safetensors", "idle": idle}
     return Traits(family, facts, frozenset(own), folder)
@@ -97,6 +100,16 @@ def _there(at: TextModel, template: str, layer: int, names: Collection[str]) -> 
     """Whether a matrix is there, in whatever parts."""
     stem = at.name(template, layer=layer, expert=0).removesuffix(".weight")
     return any(name.startswith(stem) for name in names)
+
+
+def _turned(at: TextModel, names: Iterable[str] | Mapping[str, Stored | Target]) -> bool:
+    """Whether stacks lie as the Hub's of a family whose files may lie in two ways."""
+    slot, hidden = at.layout.role("expert.down"), at.field("hidden")
+    if not at.layout.overlay.turns_stacks or slot is None or not isinstance(names, Mapping):
+        return at.layout.overlay.turns_stacks
+    found = (names.get(at.name(slot.name, layer=layer)) for layer in at.moe_layers())
+    shapes = [down.shape[-2:] for down in found if down is not None]
+    return any(into != hidden and out == hidden for into, out in shapes)
 
 
 def _window(seen: Looked) -> bool:
@@ -150,6 +163,7 @@ def _renormalised(seen: Looked) -> bool:
 
 _READ: dict[str, Callable[[Looked], Fact]] = {
     "layout": lambda s: s.lie,
+    "turned": lambda s: s.turned,
     "silu": lambda s: s.text.get("hidden_act", s.text.get("hidden_activation")) in _SILU,
     "window": _window,
     "rope": lambda s: str(rope(s.at.layout, s.at.config).get("rope_type", "default")),
@@ -159,6 +173,7 @@ _READ: dict[str, Callable[[Looked], Fact]] = {
     "grouped": _grouped,
     "tied": lambda s: bool(s.text.get("tie_word_embeddings")),
     "renormalised": _renormalised,
+    "single": lambda s: s.at.field("top_k") == 1,
     "without_shared": _without_shared,
     "qkv_bias": lambda s: s.text.get("qkv_bias") is not False,
     "dense_layers": _dense_layers,
@@ -167,6 +182,7 @@ _READ: dict[str, Callable[[Looked], Fact]] = {
 FACTS = (*_READ, "container", "idle")
 _WORDS: dict[tuple[str, Fact], str] = {
     ("layout", "fused"): "stacked experts",
+    ("turned", False): "stacked experts as transformers 5 saves them, [experts, out, in]",
     ("silu", False): "an activation other than SiLU",
     ("window", True): "a sliding window",
     ("rope_spelling", "new"): "rope_parameters alone in the config",
@@ -175,6 +191,7 @@ _WORDS: dict[tuple[str, Fact], str] = {
     ("grouped", True): "grouped heads",
     ("tied", True): "a tied head",
     ("renormalised", True): "norm_topk_prob",
+    ("single", True): "one expert a token",
     ("without_shared", True): "no shared expert",
     ("qkv_bias", False): "no biases of q, k and v",
     ("dense_layers", True): "layers without experts",
