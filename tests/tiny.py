@@ -350,6 +350,9 @@ OTHER: dict[str, tuple[str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {**COMMON, "num_hidden_layers": 2, "ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
+    "gemma2": ("Gemma2ForCausalLM", {**COMMON, "head_dim": 24, "query_pre_attn_scalar": 24}),
+    "gemma3_text": ("Gemma3ForCausalLM", {**COMMON, "head_dim": 24, "query_pre_attn_scalar": 24}),
+    "starcoder2": ("Starcoder2ForCausalLM", COMMON),
 }
 
 

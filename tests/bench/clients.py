@@ -53,9 +53,15 @@ def kind(cell: dict[str, str]) -> tuple[str, bool]:
 
 
 def brief(cell: dict[str, str]) -> str:
-    """`ok`, `WRONG 0.69`, `FAIL: its words`."""
+    """`ok`, `ok to 1e-04`, `WRONG 0.69`, `FAIL: its words`."""
     what = cell["shown"].partition(": ")[2]
-    told = {"works": "ok", "untested": "untested", "wrong": f"**WRONG** {what}"}
+    gap = cell["shown"].removeprefix("equal (").removesuffix(")")
+    near = cell["state"] != "works" or float(gap) <= asking.NEAR
+    told = {
+        "works": "ok" if near else f"ok to {gap}",
+        "untested": "untested",
+        "wrong": f"**WRONG** {what}",
+    }
     return told.get(cell["state"]) or f"FAIL {short(what)}"
 
 

