@@ -37,6 +37,7 @@ FIRST = "experts"  # the usual name of a group
 FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")
 MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
+PART = "part"  # the form of experts that are parts of what is there
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
 _KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
     "params": dict,

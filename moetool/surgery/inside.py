@@ -25,6 +25,7 @@ class ExpertTensor(NamedTuple):
 
 _SQUARE, _ROW = ("hidden", "hidden"), ("hidden",)
 HELD: Mapping[str, tuple[ExpertTensor, ...]] = {
+    "part": (),  # heads of an attention (MoH, arXiv 2410.11842)
     # h + up(act(down h)), h the FFN's output or its input (PESC, arXiv 2401.02731; LaVIN)
     "adapter": (
         ExpertTensor("adapter_down.weight", ("dim", "hidden"), zero=False),

@@ -95,6 +95,7 @@ KEYS: Mapping[str, RouteWord] = {
     ROUTED: RouteWord((_WEIGHT,), biased=True),
     MODALITY: RouteWord((_MASKED,), {"allowed": list, "ids": list}, {"routers": ("one", "each")}),
     "always": RouteWord(),
+    "query": RouteWord(),
 }
 LAWS: Mapping[str, RouteWord] = {
     "hard": RouteWord(),

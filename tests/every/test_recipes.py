@@ -77,6 +77,8 @@ NAMES = {
     "mofme",
     "mote-int4",
     "mot",
+    "moh",
+    "uoe",
     "mono-internvl-1.5",
 }
 REDUCED = ("prune", "merge")
@@ -166,7 +168,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 52 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 54 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -38,6 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "top-1": {"site": "attention", "experts": 3, "top_k": 1},
     "mixed": MIX | {"site": "attention"},
     "shared-kv": MIX | {"site": "attention", "attention_shared_kv": True},
+    "heads": {"site": "heads", "key": "query"},
+    "routed": {"site": "heads", "law": "renormalised", "router": "zero", "shared_heads": 1},
 }
 
 
@@ -62,8 +64,8 @@ def test_exact_at_birth_and_written_again_as_it_was(
     model, stock = loaded(out), loaded(source)
     ids = torch.cat((IDS[:1], MIXED.expand(1, -1)), 1)
     assert apart(logits(model, ids), logits(stock, ids)) <= 1e-5
-    shaken(model, ".experts.")
-    assert apart(logits(model, ids), logits(stock, ids)) > 1e-3
+    shaken(model, ".router." if "router" in WAYS[way] else ".experts.")
+    assert (apart(logits(model, ids), logits(stock, ids)) > 1e-3) == (way != "heads")
     model.save_pretrained(tmp_path / "again")
     again = loaded(tmp_path / "again")
     assert torch.equal(logits(again, ids), logits(model, ids))
@@ -71,7 +73,7 @@ def test_exact_at_birth_and_written_again_as_it_was(
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
         n: (t.dtype, t.shape) for n, t in after.items()
     }
-    same = [n for n in before if ".experts." not in n]
+    same = [n for n in before if ".experts." not in n and ".router." not in n]
     assert all(torch.equal(before[n], after[n]) for n in same)
 
 
@@ -111,7 +113,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         model(input_ids=MIXED, labels=MIXED).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     plain, again = found
-    assert plain.keys() == again.keys() and any(".experts." in n for n in plain)
+    new = ".router." if way == "routed" else ".experts."
+    assert plain.keys() == again.keys() and any(new in n for n in plain) == (way != "heads")
     assert all(torch.allclose(plain[n], again[n], atol=1e-6) for n in plain)
 
 
@@ -297,3 +300,37 @@ def test_materialize_refuses_other_sites(models: Models, tmp_path: Path) -> None
     written(models("llama"), tmp_path / "out", **WAYS["mixed"])
     with pytest.raises(MoetoolError, match="the site attention"):
         moetool.materialize(str(tmp_path / "out"), str(tmp_path / "native"))
+
+
+@pytest.mark.parametrize("key", ["query", "token"])
+def test_heads_are_chosen_by_their_queries_or_by_a_router(
+    key: str, models: Models, tmp_path: Path
+) -> None:
+    options = {"site": "heads", "key": key, "shared_heads": 1, "active_heads": 2}
+    report = written(models("llama"), tmp_path / "out", router="normal:0.5", **options)
+    assert report["certificate"]["level"] == "none"
+    model = loaded(tmp_path / "out")
+    block: Any = next(iter(blocks(model)))
+    heads, size = model.config.num_attention_heads, block.head_dim
+    x = torch.randn(7, block.linears.hidden, generator=torch.Generator().manual_seed(1))
+    queries = block.q_proj(x)
+    gates = block.gates(*block.held[0], x, queries)
+    scores = queries.view(7, heads, size)[:, 1:].double().norm(dim=-1)
+    if key == "token":
+        scores = x.double() @ block.router.weight.double().T
+    want = torch.zeros(7, heads - 1).scatter_(1, scores.topk(2, -1).indices, 1.0)
+    assert torch.equal(gates, torch.cat((torch.ones(7, 1), want), 1))
+    flat = torch.ones(1, 7, size), torch.zeros(1, 7, size)  # no rotation
+    with torch.no_grad():
+        mask = torch.full((7, 7), -torch.inf).triu(1)[None, None]
+        made, _ = block(x[None], position_embeddings=flat, attention_mask=mask)
+    weight = {n: p.detach().double() for n, p in block.named_parameters()}
+    want_out = torch.zeros_like(x.double())
+    out, pairs = weight["o_proj.weight"], model.config.num_key_value_heads
+    for head in range(heads):
+        alone = torch.zeros_like(out)
+        mine = slice(head * size, (head + 1) * size)
+        alone[:, mine] = out[:, mine]
+        one = weight | {"o_proj.weight": alone}
+        want_out += gates[:, head, None].double() * attention(one, "", x.double(), heads, pairs)
+    assert apart(made[0].double(), want_out) <= 2e-6

@@ -113,7 +113,8 @@ def _beside(ground: Ground, group: Group) -> Group:
 
 def _taken(ground: Ground, group: Group, here: Sequence[Group]) -> set[str]:
     """Names inside the modules that get a group: their own, and those of groups there."""
-    taken = {n for g in here if g.site == group.site for n in (g.name, g.router)}
+    near = [g for g in here if g.site == group.site]
+    taken = {g.name for g in near} | {g.router for g in near}
     for module in (ground.module(group.layers[0], block) for block in ground.blocks):
         inside = (n for n in ground.source.tensors if n.startswith(f"{module}."))
         taken |= {n.removeprefix(f"{module}.").partition(".")[0] for n in inside}

@@ -33,9 +33,9 @@ class FullKind(ExpertKind):
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
-        elsewhere = said.site in cls.sites and said.site != FIRST_SITE
-        own = said.target == MODEL_TYPE or said.key != ROUTED or elsewhere
-        return said.form in FORMS and own
+        if said.form not in FORMS or said.site not in cls.sites:
+            return False
+        return said.target == MODEL_TYPE or said.key != ROUTED or said.site != FIRST_SITE
 
     @property
     def spelled(self) -> str:
