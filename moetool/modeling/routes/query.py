@@ -11,8 +11,8 @@ from moetool.modeling.signals import Heard
 
 
 class QueryScorer(Scorer):
-    """No tensors: a head's score is the length of its query, before it is rotated, over the standard
-    deviation among heads (MoH-LLaMA, arXiv 2410.11842).
+    """No tensors: a head's score is the length of its query, before it is rotated, over the
+    standard deviation among heads (MoH-LLaMA, arXiv 2410.11842).
     """
 
     name: ClassVar[str] = "query"
