@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 Tensor = torch.Tensor
 
@@ -13,22 +14,31 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Scores:
     """What a router said in one forward pass: logits [tokens, choices], and what was chosen of
-    them [tokens, k]; `part`: the number of the router that each token has [tokens], where there
-    are several.
+    them [tokens, k], -1 for nobody; `shares`: what makes of the logits what
+    each choice has (None: a softmax; not computed in the layer, which may run again without it);
+    `part`: the number of the router that each token has [tokens], where there are several;
+    `likely`: logits by which each token alone foresees who takes it [tokens, choices].
     """
 
     logits: Tensor
     chosen: Tensor
+    shares: Callable[[Tensor], Tensor] | None = None
     part: Tensor | None = None
+    likely: Tensor | None = None
 
 
 def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor | None:
     """choices * sum over e of f_e P_e: f_e the part of all choices that fell on e, P_e its mean
     probability (Fedus et al., arXiv 2101.03961). 1 where tokens spread evenly, whatever k is; each
     router of its own tokens, and among what they may use (MoIIE, arXiv 2508.09779), the mean of
-    these; None where no token had a choice. `kept`: which tokens count [tokens], bool.
+    these; None where no token had a choice. Where tokens foresee who takes them: the binary
+    cross-entropy of that (MoMa, arXiv 2407.21770). `kept`: which tokens count [tokens], bool.
     """
-    shares, allowed = scores.logits.float().softmax(-1), ~scores.logits.isneginf()
+    if scores.likely is not None:
+        return _foreseen(scores.likely, scores.chosen, scores.logits, kept)
+    share = scores.shares or _softmax
+    shares = share(scores.logits)
+    allowed = ~scores.logits.isneginf()
     part = scores.chosen.new_zeros(len(shares)) if scores.part is None else scores.part
     part = part.to(shares.device)
     if kept is not None:
@@ -37,6 +47,21 @@ def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor | None:
     each = [_even(shares[at], scores.chosen[at], allowed[at]) for at in mine]
     found = [one for one in each if one is not None]
     return torch.stack(found).mean() if found else None
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.float().softmax(-1)
+
+
+def _foreseen(likely: Tensor, chosen: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor:
+    """How wrong tokens are about who takes them, among those that may."""
+    count = logits.shape[-1]
+    taken = functional.one_hot(chosen + 1, count + 1).sum(1)[:, 1:]
+    may = ~logits.isneginf()
+    if kept is not None:
+        may = may & kept.to(may.device)[:, None]
+    wrong = functional.binary_cross_entropy_with_logits
+    return wrong(likely.float()[may], taken.float()[may])
 
 
 def _even(shares: Tensor, chosen: Tensor, allowed: Tensor) -> Tensor | None:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moetool.modeling.balance import Scores
-from moetool.modeling.signals import Heard
+from moetool.modeling.laws.law import Beside
+from moetool.modeling.signals import KEPT, Heard
 
 if TYPE_CHECKING:
     from moetool.modeling.laws.law import Choices, CombineLaw
@@ -59,8 +60,8 @@ class RowsOf(NamedTuple):
 class Picked:
     """Tokens in the order of the experts they go to. `token`: which token each row is [rows], None
     for a single token; `weight`: of each row [rows, 1], None where all are 1; `runs`: of the
-    experts that have tokens; `tokens` and `k`: how many there are, and how many rows each has;
-    `sums`: whether the weights of a token sum to one.
+    experts that have tokens; `tokens` and `k`: how many there are, and how many rows each has at
+    most; `sums`: whether the weights of a token sum to one.
     """
 
     token: Tensor | None
@@ -72,20 +73,25 @@ class Picked:
 
     @classmethod
     def of(cls, chosen: Choices, choices: int, sums: bool = False) -> Picked:
-        """Sort them."""
+        """Sort them; an expert of -1 is nobody."""
         (tokens, k), flat = chosen.expert.shape, chosen.expert.flatten()
-        weight = None if chosen.weight is None else chosen.weight.view(-1, 1)
+        weight = None if chosen.weight is None else chosen.weight.reshape(-1, 1)
         if tokens == 1:
-            runs = tuple(RowsOf(e, n, n + 1) for n, e in enumerate(flat.tolist()))
+            if weight is not None and chosen.drops:
+                weight = weight[flat >= 0]
+            here = [e for e in flat.tolist() if e >= 0]
+            runs = tuple(RowsOf(e, n, n + 1) for n, e in enumerate(here))
             return cls(None, weight, runs, tokens, k, sums)
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=choices).tolist()
+        counts = torch.bincount(flat + chosen.drops, minlength=choices + chosen.drops).tolist()
+        if chosen.drops:
+            order = order[counts.pop(0) :]
         weight = None if weight is None else weight[order]
         return cls(order // k if k > 1 else order, weight, _runs(counts), tokens, k, sums)
 
     def rows(self, x: Tensor) -> Tensor:
         """Of x [tokens, width], in order."""
-        return x.expand(self.k, -1) if self.token is None else x[self.token]
+        return x.expand(len(self.runs), -1) if self.token is None else x[self.token]
 
     def take(self, x: Tensor, run: RowsOf) -> Tensor:
         """Of x [tokens, width], those of one expert."""
@@ -113,7 +119,7 @@ class Picked:
     def back(self, rows: Tensor) -> Tensor:
         """Sums of each token's rows [tokens, width]."""
         if self.token is None:
-            return rows if self.k == 1 else rows.sum(0, keepdim=True)
+            return rows if len(rows) == 1 else rows.sum(0, keepdim=True)
         zeros = rows.new_zeros(self.tokens, rows.shape[-1])
         return zeros.index_add(0, self.token, rows)
 
@@ -128,8 +134,8 @@ class Picked:
 
     def shares(self, like: Tensor) -> Tensor:
         """The sum of the weights of each token [tokens, 1]."""
-        rows = like.new_ones(self.tokens * self.k, 1) if self.weight is None else self.weight
-        return self.back(rows)
+        rows = self.runs[-1].last if self.runs else 0
+        return self.back(like.new_ones(rows, 1) if self.weight is None else self.weight)
 
 
 def _runs(counts: list[int]) -> tuple[RowsOf, ...]:
@@ -157,14 +163,21 @@ class Grouped(nn.Module):
         """Those of its groups, in order."""
         return (getattr(self, group.router) for group, _ in self.held)
 
+    def readers(self) -> Iterator[Any]:
+        """Routers and laws, which may look at signals."""
+        yield from self.routers()
+        yield from (law for _, law in self.held)
+
     def picked(self, group: Group, law: CombineLaw, x: Tensor) -> Picked:
         """Who works on the tokens x [tokens, hidden], by the group's route."""
         router = getattr(self, group.router)
         router.check()
-        scores = router(x, self.heard)
-        chosen = law.choose(scores)
+        scores, likely = router(x, self.heard), router.likely(x)
+        kept = self.heard.find(KEPT, len(x)) if KEPT in law.reads else None
+        chosen = law.choose(scores, Beside(self.training, kept, likely))
         if self.seen is not None and group.router_tensors:
-            self.seen.append(Scores(scores, chosen.expert, router.groups(self.heard, len(x))))
+            part = router.groups(self.heard, len(x))
+            self.seen.append(Scores(scores, chosen.expert, law.shares, part, likely))
         return Picked.of(chosen, scores.shape[-1], law.sums)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -190,7 +203,10 @@ class GroupedBlock(Grouped):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor) -> Tensor:
         """What one group gives."""
-        made: Tensor = getattr(self, group.name).run(self, x, self.picked(group, law, x))
+        picked = self.picked(group, law, x)
+        if not picked.runs:  # nobody
+            return torch.zeros_like(x)
+        made: Tensor = getattr(self, group.name).run(self, x, picked)
         return made if group.scale == 1.0 else made * group.scale
 
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:

@@ -40,9 +40,7 @@ class Heard:
     def read(self, name: str) -> Tensor:
         """UsageError where nobody said it, or it was said of another call: layers run alone."""
         found = self.values.get(name)
-        # a layer that gradient checkpointing runs again belongs to the call
-        again = self.over and torch._C._current_graph_task_id() != -1
-        if found is None or (self.over and not again):
+        if found is None or not self._live:
             raise UsageError(
                 f"a layer by itself does not know the {name} of its tokens",
                 expected="a forward of the whole model",
@@ -50,6 +48,19 @@ class Heard:
                 hint=f"run the model, or say it: moetool.modeling.signals.say(layer, {name}=...)",
             )
         return found
+
+    def find(self, name: str, tokens: int) -> Tensor | None:
+        """A signal of each token [tokens], where it is said."""
+        found = self.values.get(name)
+        fits = found is not None and found.numel() == tokens
+        return found.reshape(-1) if found is not None and fits and self._live else None
+
+    @property
+    def _live(self) -> bool:
+        """Whether the call has not ended; a layer that gradient checkpointing runs again belongs
+        to it.
+        """
+        return not self.over or torch._C._current_graph_task_id() != -1
 
     def of_tokens(self, name: str, tokens: int) -> Tensor:
         """A signal of each token [tokens]."""
@@ -72,8 +83,8 @@ class Hears(Protocol):
 
     heard: Heard
 
-    def routers(self) -> Iterator[Any]:
-        """Those of its groups."""
+    def readers(self) -> Iterator[Any]:
+        """Routers and laws of its groups."""
         ...
 
 
@@ -156,8 +167,8 @@ def say(layer: torch.nn.Module, **given: Tensor) -> None:
 
 
 def wanted_by(blocks: Iterable[Hears]) -> list[Any]:
-    """Routers that look at signals."""
-    return [r for r in chain.from_iterable(b.routers() for b in blocks) if r.reads]
+    """Routers and laws that look at signals."""
+    return [r for r in chain.from_iterable(b.readers() for b in blocks) if r.reads]
 
 
 def _values(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import NamedTuple
 
 from moetool.data import JsonObject
@@ -55,6 +56,11 @@ class Route:
         needs, knows = {**key.needs, **law.needs}, {**key.knows, **law.knows}
         what = f"a route by {self.key} of law {self.law}"
         strict.check(self.options, needs, knows, what)
+        for name, kind in {**needs, **knows}.items():
+            if kind is float and self.options.get(name, 1) <= 0:
+                raise _unfit(f"`{name}` of {what}", "above 0", self.options[name])
+        if self.options.get("threshold", 0) > 1:
+            raise _unfit(f"`threshold` of {what}", "at most 1", self.options["threshold"])
         if self.bias and not key.biased:
             raise _unfit(f"{what} with a bias", "none", "bias")
         if "allowed" in self.options:
@@ -98,10 +104,21 @@ KEYS: Mapping[str, RouteWord] = {
     "query": RouteWord(),
 }
 LAWS: Mapping[str, RouteWord] = {
+    "expert_choice": RouteWord(
+        (
+            RouterTensor("auxiliary_in", ("auxiliary", "hidden"), "auxiliary"),
+            RouterTensor("auxiliary_out", ("choices", "auxiliary"), "auxiliary"),
+        ),
+        {"capacity": float},
+        {"score": ("softmax", "sigmoid"), "renormalise": bool, "noise": bool, "auxiliary": int},
+    ),
+    "gumbel": RouteWord((), {"temperature": float}, {"threshold": float}),
     "hard": RouteWord(),
     "renormalised": RouteWord(),
     "soft": RouteWord(),
+    "sigmoid": RouteWord((), {}, {"renormalise": bool}),
     "softmax": RouteWord(),
+    "top_p": RouteWord((), {"threshold": float}, {"renormalise": bool}),
 }
 
 
@@ -109,6 +126,8 @@ def reached(route: Route, experts: int) -> int:
     """Experts that work on a token, on average."""
     if route.law == "soft":
         return experts
+    if "capacity" in route.options:
+        return min(ceil(float(route.options["capacity"])), experts)
     return min(route.top_k, experts)
 
 

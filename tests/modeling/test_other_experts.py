@@ -253,7 +253,7 @@ def test_each_modality_is_balanced_by_itself() -> None:
     image = [[low, low, 9.0, -9.0]] * 4
     part = torch.tensor([0] * 4 + [1] * 4)
     chosen = torch.tensor([0, 1, 0, 1, 2, 2, 2, 2])[:, None]
-    found = balance.of_layer(Scores(torch.tensor(text + image), chosen, part))
+    found = balance.of_layer(Scores(torch.tensor(text + image), chosen, part=part))
     assert float(found) == pytest.approx((1 + 2) / 2)
     alone = Scores(torch.tensor([[0.0, low], [low, 0.0]]), torch.tensor([[0], [1]]))
     assert balance.of_layer(replace(alone, part=torch.tensor([0, 1]))) is None

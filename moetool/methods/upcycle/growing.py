@@ -79,7 +79,6 @@ def way(told: Split) -> ExpertKind:
     options: Growing = told.options
     if not options.top_k:
         usual = key.most(told.acting.top_k, options.experts)
-        most = options.experts if law.all_run else min(usual, options.experts)
-        options = replace(options, top_k=most)
+        options = replace(options, top_k=law.most(usual, options.experts))
     made: ExpertKind = told.acting(options, told.own, key(own_key), law(own_law))
     return made

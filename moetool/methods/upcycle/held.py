@@ -21,6 +21,8 @@ from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model
 
 SCALE = "output_scale"
+# Laws that a class may have; the last one, trained to the end, is the best expert alone.
+_LAWS = ("renormalised", "hard", "softmax", "soft", "gumbel")
 HALVES = ("BF16", "F16")
 
 
@@ -165,6 +167,8 @@ def _check(source: Checkpoint, group: Group | None) -> None:
             wrong = f"experts at the site {group.site}"
         elif route.key != ROUTED:
             wrong = f"a route that looks at {route.key}"
+        elif route.law not in _LAWS:
+            wrong = f"the law {route.law}"
         elif route.bias:
             wrong = "a router with a bias"
         elif group.form in HELD:

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moetool.modeling.laws.law import Choices, CombineLaw
+from moetool.modeling.laws.law import USUAL, Beside, Choices, CombineLaw
+from moetool.surgery.route import Route
 
 
 class HardLaw(CombineLaw):
@@ -14,9 +15,9 @@ class HardLaw(CombineLaw):
 
     name: ClassVar[str] = "hard"
 
-    def __init__(self, route: object) -> None:
-        super().__init__(route)  # type: ignore[arg-type]
-        self.sums = self.top_k == 1  # type: ignore[misc]
+    def __init__(self, route: Route) -> None:
+        super().__init__(route)
+        self.sums = self.top_k == 1
 
-    def choose(self, scores: Tensor) -> Choices:
+    def choose(self, scores: Tensor, asked: Beside = USUAL) -> Choices:
         return Choices(scores.topk(self.top_k, -1).indices, None)

@@ -6,16 +6,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moetool.modeling.laws.law import Choices, CombineLaw
+from moetool.modeling.laws.law import USUAL, Beside, Choices, CombineLaw
 
 
 class RenormalisedLaw(CombineLaw):
     """Softmax over the chosen scores alone, which is the same."""
 
     name: ClassVar[str] = "renormalised"
-    sums: ClassVar[bool] = True
+    sums = True
 
-    def choose(self, scores: Tensor) -> Choices:
+    def choose(self, scores: Tensor, asked: Beside = USUAL) -> Choices:
         best, expert = scores.float().topk(self.top_k, -1)
         if self.top_k == 1:  # a share of itself
             return Choices(expert, None)

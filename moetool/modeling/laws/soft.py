@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moetool.modeling.laws.law import Choices, CombineLaw
+from moetool.modeling.laws.law import USUAL, Beside, Choices, CombineLaw
 
 
 class SoftLaw(CombineLaw):
     """`top_k` of the route says nothing here."""
 
     name: ClassVar[str] = "soft"
-    sums: ClassVar[bool] = True
+    sums = True
 
-    def choose(self, scores: Tensor) -> Choices:
+    def choose(self, scores: Tensor, asked: Beside = USUAL) -> Choices:
         every = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
         return Choices(every, scores.float().softmax(-1).to(scores.dtype))

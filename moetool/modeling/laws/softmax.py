@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moetool.modeling.laws.law import Choices, CombineLaw
+from moetool.modeling.laws.law import USUAL, Beside, Choices, CombineLaw
 
 
 class SoftmaxLaw(CombineLaw):
@@ -14,6 +14,6 @@ class SoftmaxLaw(CombineLaw):
 
     name: ClassVar[str] = "softmax"
 
-    def choose(self, scores: Tensor) -> Choices:
+    def choose(self, scores: Tensor, asked: Beside = USUAL) -> Choices:
         weight, expert = scores.float().softmax(-1).topk(self.top_k, -1)
         return Choices(expert, weight.to(scores.dtype))

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moetool.errors import MoetoolError
 from moetool.modeling.piece import GrownPart
@@ -53,6 +54,17 @@ class Scorer(GrownPart):
     def held(self, name: str) -> Tensor | None:
         """One of its tensors, None where this router has it not."""
         return self._parameters.get(name)
+
+    def likely(self, x: Tensor) -> Tensor | None:
+        """x [tokens, hidden] -> the score by which each token alone foresees that an expert takes
+        it [tokens, choices]: what a law that looks at all tokens is to be learned by (MoMa, arXiv
+        2407.21770). None where the router has no such part.
+        """
+        into, out = self.held("auxiliary_in"), self.held("auxiliary_out")
+        if into is None or out is None:
+            return None
+        middle = functional.silu(functional.linear(x.detach(), into))
+        return functional.linear(middle, out)
 
     def groups(self, heard: Heard, tokens: int) -> Tensor | None:
         """Which balance each token counts in [tokens]; None: all in one."""

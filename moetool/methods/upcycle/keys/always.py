@@ -13,6 +13,8 @@ class AlwaysKey(RouteKey):
     """
 
     name = "always"
+    apart = False
+    laws = ("hard", "soft")
 
     @classmethod
     def law(cls, usual: str, base: str) -> str:

@@ -11,9 +11,10 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate
 from moetool.methods.upcycle.ground import Ground, Spot
+from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import FIRST_SITE, Group
 from moetool.surgery.route import RouterTensor
 from moetool.surgery.spec import whole
 
@@ -21,12 +22,15 @@ from moetool.surgery.spec import whole
 class RouteKey(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `top_k`: experts of a token where nothing is said (0: as the form has it); `keeps`: whether the
-    FFN itself is the first choice where experts are whole copies of it; `sites`: where it is.
+    FFN itself is the first choice where experts are whole copies of it; `sites`: where it is;
+    `apart`: whether each token has scores of its own; `laws`: those that it goes with (empty: all).
     """
 
     top_k: ClassVar[int] = 0
     keeps: ClassVar[bool] = False
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
+    apart: ClassVar[bool] = True
+    laws: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
@@ -41,7 +45,7 @@ class RouteKey(Word):
         """Experts of a token, where nothing is said and a form has so many."""
         return cls.top_k or top_k
 
-    def told(self, site: str, law: str) -> None:
+    def told(self, site: str, law: RouteLaw) -> None:
         """Refuse a place or a law that it does not go with."""
         if site not in self.sites:
             raise UsageError(
@@ -49,6 +53,22 @@ class RouteKey(Word):
                 expected=f"--site {' or '.join(self.sites)}",
                 found=f"--key {self.name} at {site}",
                 hint="leave out --key",
+            )
+        if law.apart and site != FIRST_SITE:
+            raise UsageError(
+                f"--law {law.name} leaves tokens without an expert, and {site} needs one",
+                expected=f"--site {FIRST_SITE}, or another --law",
+                found=f"--law {law.name} --site {site}",
+                hint="leave out --law",
+            )
+        wrong = law.apart and not self.apart
+        if wrong or (self.laws and law.name not in self.laws):
+            goes = f"--law {' or '.join(self.laws)}" if self.laws else "another --law"
+            raise UsageError(
+                f"--law {law.name} chooses by what --key {self.name} does not tell apart",
+                expected=f"--key {self.name} with {goes}",
+                found=f"--key {self.name} --law {law.name}",
+                hint="leave out --law",
             )
 
     def check(self, ground: Ground, choices: int, top_k: int) -> None:

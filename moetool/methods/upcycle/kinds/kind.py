@@ -109,7 +109,7 @@ class ExpertKind(Word):
                 hint="leave out --target; `moetool materialize` writes a native model of it, "
                 "where that is exact",
             )
-        self.key.told(self.verb.site, self.combine.name)
+        self.key.told(self.verb.site, self.combine)
         self.combine.told(self.stands, self.verb.top_k)
 
     @property

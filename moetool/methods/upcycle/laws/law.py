@@ -5,10 +5,12 @@ Nothing heavy is imported here: `--help` reads all laws.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moetool.data import JsonObject
 from moetool.methods.contract import Certificate
+from moetool.methods.options import option
 from moetool.methods.upcycle.word import Word
 from moetool.surgery import places
 from moetool.surgery.groups import Group
@@ -17,14 +19,20 @@ from moetool.surgery.groups import Group
 class RouteLaw(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `sums`: whether the weights of a token always sum to one; `all_run`: whether every expert may
-    run for a token, where nothing is said.
+    run for a token, where nothing is said; `apart`: whether it looks at each token's own scores.
     """
 
-    sums: ClassVar[bool] = False
+    sums: bool = False
     all_run: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
 
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
+
+    @classmethod
+    def most(cls, top_k: int, experts: int) -> int:
+        """Experts of a token, where nothing is said and so many are usual."""
+        return experts if cls.all_run else min(top_k, experts)
 
     def told(self, base: str, top_k: int) -> None:
         """Refuse what does not go together."""
@@ -39,6 +47,13 @@ class RouteLaw(Word):
             return exact(group, "the combine weights sum to one")
         why = f"under --law {self.name} the weights of the chosen experts do not sum to one"
         return Certificate("none", why, None)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The option of laws whose weights may sum to anything."""
+
+    renormalise: bool = option(False, "divide the weights of a token by their sum")
 
 
 def exact(group: Group, why: str) -> Certificate:

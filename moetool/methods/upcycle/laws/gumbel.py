@@ -1,0 +1,66 @@
+"""Dense while it learns, one expert in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moetool.data import JsonObject
+from moetool.errors import UsageError
+from moetool.methods.contract import Certificate
+from moetool.methods.options import option
+from moetool.methods.upcycle.laws.law import RouteLaw, exact
+from moetool.surgery.groups import Group
+
+
+@dataclass(frozen=True)
+class Gumbel:
+    """The options of the law."""
+
+    temperature: float = option(
+        1.0, "of the softmax in training; a lower one is nearer to one expert", minimum=0
+    )
+    least_weight: float = option(
+        0.02, "in training an expert below this weight is left out", unit="share", metavar="SHARE"
+    )
+
+
+class GumbelWord(RouteLaw):
+    """Dense in training, by a softmax with Gumbel noise, and otherwise the best one alone with the
+    weight 1: EvoMoE, arXiv 2112.14397. The temperature is lowered while it is trained
+    (moetool.modeling.anneal.anneal).
+    """
+
+    name = "gumbel"
+    Options: ClassVar[type] = Gumbel
+    own: Gumbel
+
+    @classmethod
+    def most(cls, top_k: int, experts: int) -> int:
+        return 1
+
+    def told(self, base: str, top_k: int) -> None:
+        if top_k != 1:
+            raise UsageError(
+                "--law gumbel ends with one expert a token",
+                expected="--top-k 1",
+                found=f"--top-k {top_k}",
+                hint="leave out --top-k",
+            )
+        if not self.own.temperature:
+            raise UsageError(
+                "--temperature 0 has no softmax",
+                expected="a number above 0",
+                found="--temperature 0",
+                hint="for example --temperature 0.3",
+            )
+
+    def options(self, hidden: int) -> JsonObject:
+        own = self.own
+        more = {"threshold": own.least_weight} if own.least_weight else {}
+        return {"temperature": own.temperature, **more}
+
+    def certificate(self, group: Group) -> Certificate:
+        return exact(
+            group, "one of them runs where nothing is trained (in training, shares of several)"
+        )
