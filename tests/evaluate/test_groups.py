@@ -30,7 +30,7 @@ def ids_of(folder: Path, rows: list[list[int]]) -> Path:
     "options",
     [
         {"form": "ternary", "top_k": 1},
-        {"form": "modality", "experts": 1, "top_k": 1, "modality_ids": "7"},
+        {"key": "modality", "experts": 1, "top_k": 1, "modality_ids": "7"},
     ],
 )
 def test_eval_is_the_whole_models_own(

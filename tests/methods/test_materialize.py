@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import gguf
 import pytest
 import tiny
 import torch
-from methods.upcycled import apart, own_logits, trained
+from methods.upcycled import IDS, apart, own_logits, trained
+from safetensors.torch import load_file, save_file
 
 import moetool
 from moetool.errors import MoetoolError
@@ -56,7 +58,7 @@ def test_the_native_model_computes_the_same(
         ("llama", "glm4_moe", {"form": "lora"}, "softmax that sums to one"),
         ("llama", "mixtral", {"form": "ternary"}, "no shared expert"),
         ("gpt2", "auto", {"form": "lora"}, "gpt2"),
-        ("llama", "auto", {"form": "null"}, "null"),
+        ("llama", "auto", {"form": "null"}, "add nothing"),
         ("llama", "auto", {"form": "adapter", "adapter_dim": 8}, "adapter experts"),
         ("llama", "auto", {"form": "film"}, "film experts"),
         ("llama", "gpt_oss", {"form": "lora"}, "gpt_oss"),
@@ -138,3 +140,55 @@ def test_activations_in_int8_are_said(models: Models, tmp_path: Path) -> None:
 def test_a_native_model_is_none_of_it(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(MoetoolError, match="no groups of experts"):
         moetool.materialize(str(llama), str(tmp_path / "native"))
+
+
+def test_groups_that_add_nothing_are_left_out(models: Models, tmp_path: Path) -> None:
+    source, own, native = models("llama"), tmp_path / "own", tmp_path / "native"
+    two, plain = tmp_path / "two", tmp_path / "plain"
+    trained(source, own, experts=2, form="lora", rank=4)
+    moetool.upcycle(str(own), str(two), experts=2, form="null", layers="1,2")
+    report = moetool.materialize(str(two), str(native), target="mixtral")
+    assert report["certificate"]["level"] == "exact"
+    assert apart(tiny.logits(native), own_logits(two)) < 1e-5
+    assert "model.layers.2.mlp.experts_2_router.weight" in report["dropped_tensors"]
+    moetool.verify(str(native), against=[str(two)], load=False)
+    with pytest.raises(MoetoolError, match=r"without group experts \(lora, ffn\) every token"):
+        moetool.materialize(str(two), str(plain), target="base")
+    moetool.upcycle(str(source), str(tmp_path / "null"), experts=2, form="null")
+    moetool.materialize(str(tmp_path / "null"), str(plain), target="base")
+    assert same_tensors(plain, source)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """By name and value, and the config but for how it was spelled."""
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    same = mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    kinds = {json.loads((f / "config.json").read_text())["model_type"] for f in (one, other)}
+    return same and len(kinds) == 1
+
+
+@pytest.mark.parametrize("site", ["ffn", "attention"])
+def test_text_goes_on_without_the_experts_of_images(
+    site: str, models: Models, tmp_path: Path
+) -> None:
+    """Bit for bit, whatever became of them."""
+    source, own, plain = models("llama"), tmp_path / "own", tmp_path / "plain"
+    said = {"key": "modality", "modality_ids": "7", "experts": 1, "top_k": 1, "site": site}
+    moetool.upcycle(str(source), str(own), **said)
+    (file,) = own.glob("*.safetensors")
+    held = load_file(file)
+    changed = {n: t * 1.5 if ".experts." in n else t for n, t in held.items()}
+    save_file(changed, file, {"format": "pt"})
+    report = moetool.materialize(str(own), str(plain), target="base")
+    assert report["certificate"]["level"] == "exact_if" and "text" in report["certificate"]["why"]
+    assert same_tensors(plain, source) and (IDS != 7).all()
+    assert torch.equal(tiny.logits(plain), own_logits(own))
+    moetool.verify(str(plain), against=[str(own)])
+
+
+def test_which_of_several_groups_no_class_has(models: Models, tmp_path: Path) -> None:
+    own, two = tmp_path / "own", tmp_path / "two"
+    moetool.upcycle(str(models("llama")), str(own), experts=2, form="lora", rank=4)
+    moetool.upcycle(str(own), str(two), experts=2, form="ternary", layers="1", top_k=1)
+    with pytest.raises(MoetoolError, match=r"experts \(lora, ffn\), experts_2 \(ternary, ffn\)"):
+        moetool.materialize(str(two), str(tmp_path / "native"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from moetool.errors import MoetoolError
+from moetool.methods.upcycle import bare
 from moetool.methods.upcycle.config import Shape
 from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.experts import Ffn, GivenExperts, Layer
@@ -35,19 +36,16 @@ class HeldGroup:
     at: TextModel
     group: Group
     block: FfnBlock
+    left: tuple[Group, ...] = ()  # groups that add nothing
 
     @classmethod
     def of(cls, source: Checkpoint) -> HeldGroup:
         """MoetoolError for a model without groups, and for groups that no class has."""
         at = text_model(own(source).config)
-        (group,) = at.groups if len(at.groups) == 1 else (None,)
-        _check(source, group)
-        assert group is not None
-        base = text_model(groups.base_of(source.config))
-        bare = {n: t for n, t in source.tensors.items() if _of_base(base, at, n)}
-        dense = replace(source, config=groups.base_of(source.config), tensors=bare)
-        block = FfnBlock.of(base.layout)
-        return cls(source, dense, at, group, block)
+        left = tuple(filter(bare.adds_nothing, at.groups))
+        group = _only(source, [one for one in at.groups if one not in left])
+        block = FfnBlock.of(text_model(groups.base_of(source.config)).layout)
+        return cls(source, bare.base_of(source), at, group, block, left)
 
     @property
     def ffn(self) -> Ffn:
@@ -158,34 +156,49 @@ def own(source: Checkpoint) -> Checkpoint:
     )
 
 
-def _check(source: Checkpoint, group: Group | None) -> None:
-    """Refuse groups that no class has, whatever the family."""
-    wrong = "more than one group of experts" if group is None else ""
-    if group is not None:
-        route = group.route
-        if group.site != FIRST_SITE:
-            wrong = f"experts at the site {group.site}"
-        elif route.key != ROUTED:
-            wrong = f"a route that looks at {route.key}"
-        elif route.law not in _LAWS:
-            wrong = f"the law {route.law}"
-        elif route.bias:
-            wrong = "a router with a bias"
-        elif group.form in HELD:
-            wrong = f"{group.form} experts, which are no FFN in full"
-        elif group.base == "member" or group.form == EMPTY:
-            wrong = f"{group.form} experts whose FFN is {group.base}"
-        elif group.scale != 1.0:
-            wrong = f"a factor of {group.scale:g} on the sum of experts"
-    if wrong:
-        raise MoetoolError(
-            f"no class has {wrong}",
-            file=source.folder,
-            expected="one group of experts, by token",
-            hint="it runs with `import moetool`, as it is",
+def _only(source: Checkpoint, held: Sequence[Group]) -> Group:
+    """The one group that does something. MoetoolError where no class has such, whatever the
+    family.
+    """
+    if not held:
+        raise _refused(
+            source,
+            "the groups of this model add nothing",
+            "--target base writes what computes the same without them",
         )
+    if len(held) > 1:
+        every = ", ".join(map(bare.named, held))
+        raise _refused(source, f"no class has more than one group of experts: {every}")
+    (group,) = held
+    if wrong := _wrong(group):
+        raise _refused(source, f"no class has {wrong} (group {bare.named(group)})")
+    return group
 
 
-def _of_base(base: TextModel, at: TextModel, name: str) -> bool:
-    """Whether a tensor is the base's own."""
-    return base.match(name) is not None or at.match(name) is None
+def _wrong(group: Group) -> str:
+    """What no class has of a group; empty where one may."""
+    route = group.route
+    if group.site != FIRST_SITE:
+        return f"experts at the site {group.site}"
+    if group.tower != "text":
+        return f"experts in the {group.tower} tower"
+    if route.key != ROUTED:
+        return f"a route that looks at {route.key}"
+    if route.law not in _LAWS:
+        return f"the law {route.law}"
+    if route.bias:
+        return "a router with a bias"
+    if group.form in HELD:
+        return f"{group.form} experts, which are no FFN in full"
+    if group.base == "member" or group.form == EMPTY:
+        return f"{group.form} experts whose FFN is {group.base}"
+    return f"a factor of {group.scale:g} on the sum of experts" if group.scale != 1.0 else ""
+
+
+def _refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:
+    return MoetoolError(
+        why,
+        file=source.folder,
+        expected="one group of experts, by token",
+        hint=hint or "it runs with `import moetool`, as it is",
+    )

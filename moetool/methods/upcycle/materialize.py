@@ -24,7 +24,7 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.methods.upcycle import to_peft
+from moetool.methods.upcycle import bare, to_peft
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
 from moetool.methods.upcycle.held import HeldGroup, own
@@ -49,9 +49,11 @@ class Materializing(Served):
 
     target: str = option(
         "auto",
-        "model type to write, or auto (of those that are exact the one that works in most clients)",
+        "model type to write, or auto (of those that are exact the one that works in most "
+        "clients); base: without the groups, where these add nothing or are not text's; peft: an "
+        "adapter folder",
         WHAT,
-        metavar="FAMILY|peft",
+        metavar="FAMILY|base|peft",
     )
     base: str = option(
         "",
@@ -112,7 +114,7 @@ class Materialize(Method):
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """The experts' output scales, which become part of their down_proj."""
-        if self.options.target == to_peft.TARGET:
+        if self.options.target in (to_peft.TARGET, bare.TARGET):
             return Decisions()
         held = HeldGroup.of(sources[0])
         scales = {
@@ -123,6 +125,8 @@ class Materialize(Method):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every expert in full; all else moves byte for byte, by the names of the new family."""
+        if self.options.target == bare.TARGET:
+            return bare.plan(own(sources[0]), settings)
         if self.options.target == to_peft.TARGET:
             return to_peft.plan(own(sources[0]), self.options.base, self.options.gates())
         held = HeldGroup.of(sources[0])
@@ -139,7 +143,12 @@ class Materialize(Method):
         trunk.write(build, "after")
         config = config_of(chosen, held.dense.config, held.shape(chosen))
         told = _with_law(config.value, chosen, held.group)
-        dropped = {**trunk.dropped, **dict.fromkeys(scales, "it is part of the expert's down_proj")}
+        left = bare.dropped(held.source, held.left)
+        dropped = {
+            **trunk.dropped,
+            **left,
+            **dict.fromkeys(scales, "it is part of the expert's down_proj"),
+        }
         wanted = Outputs(told, build.targets, build.tasks, dropped)
         plan = reform.plan(sources, wanted, max_shard=settings.max_shard, form="full")
         facts = _facts(held, chosen, plan)
