@@ -108,7 +108,7 @@ def _one(
 
 def _accept(method: Method, sources: tuple[Checkpoint, ...]) -> None:
     """Refuse sources with experts that no stock class holds, where a verb does not know them."""
-    held = next((s for s in sources if groups.is_ours(s.config)), None)
+    held = next((s for s in sources if groups.is_ours(s.config) and groups.read(s.config)), None)
     if held is not None and not method.reads_groups:
         raise MoetoolError(
             "this model has groups of experts that no stock class holds",

@@ -17,7 +17,6 @@ from moetool.forward.answers import LOGIT_BYTES, Sums
 from moetool.forward.batches import Batches
 from moetool.forward.profile import Calibration
 from moetool.progress import Progress, Stage, silent
-from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -94,8 +93,9 @@ def _walked(
     """A model through which all text has gone."""
     from moetool.forward.walk import Walk
     from moetool.forward.whole import WholeModel
+    from moetool.surgery.text_model import text_model
 
-    kind = WholeModel if groups.is_ours(checkpoint.config) else Walk
+    kind = WholeModel if text_model(checkpoint.config).groups else Walk
     walk = kind(checkpoint, batches, budget, tell=tell, stop=stop, name=f"eval {name}")
     walk.run()
     return walk

@@ -18,15 +18,12 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.forward import stock
+from moetool.surgery import groups, ragged
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.layout import Layout
 from moetool.surgery.spec import rows
 from moetool.surgery.text_model import text_model
-
-# Configs of checkpoints with other expert counts in each layer; the walk gives every block its own
-# weights, so the shell needs none of it.
-_RAGGED = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
 
 class Shell:
@@ -41,9 +38,8 @@ class Shell:
         self, source: Checkpoint, device: str = "cpu", only: tuple[int, Mixture] | None = None
     ) -> None:
         self.source, self.device, self._only = source, device, only
-        self.config = (
-            source.config if only is None else only[1].config_with(only[1].fields(only[0]))
-        )
+        given = source.config if only is None else only[1].config_with(only[1].fields(only[0]))
+        self.config = groups.stock_of(given)
         self.model = _build(source, self.config)
         self.stack, self.base = self._find_stack()
         self._places = self._map_names()
@@ -66,7 +62,7 @@ class Shell:
                 hint="`moetool materialize` writes one; `import moetool` runs this one whole",
             )
         count, modules = at.field("layers"), dict(self.model.named_modules())
-        name = Layout.load(str(self.source.config.get("model_type"))).stack or ""
+        name = Layout.load(str(self.config.get("model_type"))).stack or ""
         found = modules.get(name)
         if not isinstance(found, nn.ModuleList) or len(found) != count:
             raise MoetoolError(
@@ -238,9 +234,10 @@ def _trim() -> None:
 
 def _build(source: Checkpoint, given: JsonObject) -> Any:
     """The class of the checkpoint, with parameters on the meta device and real buffers (rotary
-    tables are computed, not stored).
+    tables are computed, not stored). Layers with other numbers of experts are built alike: the walk
+    gives every block its own weights.
     """
-    raw = {k: v for k, v in given.items() if k not in _RAGGED}
+    raw = ragged.without(given, text_model(given).path)
     if raw.get("quantization_config"):
         raise MoetoolError(
             "the checkpoint is quantized",

@@ -17,6 +17,7 @@ from transformers import configuration_utils
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import groups
+from moetool.surgery.layout import Layout
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig as Base
@@ -86,6 +87,8 @@ def derived(base: str) -> Any:
         "__module__": __name__,
         "__doc__": f"A {family.__name__} with groups of experts.",
     }
+    if Layout.load(base).kind == "moe":  # it says so itself
+        said = {n: v for n, v in said.items() if not isinstance(v, property)}
     made = type(f"Moe{family.__name__}", (family,), said)
     for name in _AUTO:
         _tell(getattr(transformers.models.auto, name), family, made)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from moetool.modeling import balance, signals
+from moetool.modeling import balance, ragged, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.generation import prepared, taking, told
 from moetool.modeling.install import install
@@ -86,6 +86,7 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
+        ragged.rebuild(self)
         install(self, groups.read(said), config.base_model_type)
         _observe_backbone(self)
         self.post_init()
@@ -147,6 +148,8 @@ def _observed(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """One forward pass, and where router logits are asked for, these and their loss."""
     held = [*blocks(self)]
+    if not held:
+        return ragged.scored(self, run, args, kwargs)
     heard = signals.note(held, args, kwargs)
     try:
         return _scored(self, held, run, args, kwargs)

@@ -13,7 +13,7 @@ from itertools import chain, product
 from typing import Any
 
 from moetool.errors import MoetoolError
-from moetool.surgery import grown
+from moetool.surgery import grown, ragged
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout, Needed, Shape
 from moetool.surgery.spec import Stored
@@ -216,7 +216,7 @@ def _stacked(checkpoint: Checkpoint, at: TextModel) -> Iterator[int | Fault]:
                 yield Fault(MISSING, checkpoint.folder, gap, f"experts of layer {layer}", "nothing")
             continue
         both, down = (checkpoint.tensors[n] for n in names)
-        own = text | (text.get("per_layer_config") or {}).get(str(layer), {})
+        own = text | ragged.overrides(text, layer)
         experts, width = (layout.evaluate(f, own) for f in (layout.fields["experts"], wide))
         height = None if width is None else 2 * width
         for stored, wanted in ((both, (experts, height, hidden)), (down, (experts, hidden, width))):

@@ -39,6 +39,8 @@ BASES = ("under", "beside", "member", "gone")
 MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
 PART = "part"  # the form of experts that are parts of what is there
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
+# What trainers ask of a mixture, where the base is none.
+_TRAINED = {"output_router_logits": False, "router_aux_loss_coef": 0.01}
 _KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
     "params": dict,
     "scale": float,
@@ -114,12 +116,16 @@ def linear_of(name: str) -> str:
 def config_of(base: JsonObject, groups: tuple[Group, ...]) -> JsonObject:
     """The config of a model of family `base` with these groups; its other fields stay."""
     said = {"version": VERSION, "groups": [g.as_json() for g in groups]}
-    told = {
-        "model_type": MODEL_TYPE,
-        "base_model_type": base.get("model_type"),
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.01,
-    }
+    return _config(base, said, _TRAINED)
+
+
+def ragged_config(base: JsonObject) -> JsonObject:
+    """The config of a mixture of experts whose layers have numbers of their own."""
+    return _config(base, {"version": VERSION, "ragged": True}, {})
+
+
+def _config(base: JsonObject, said: JsonObject, added: JsonObject) -> JsonObject:
+    told = {"model_type": MODEL_TYPE, "base_model_type": base.get("model_type"), **added}
     rest = {k: v for k, v in base.items() if k not in ("architectures", "model_type")}
     classes = {"architectures": [f"Moe{name}" for name in base.get("architectures") or ()]}
     return classes | told | rest | {MODEL_TYPE: said}
@@ -127,7 +133,8 @@ def config_of(base: JsonObject, groups: tuple[Group, ...]) -> JsonObject:
 
 def base_of(config: JsonObject) -> JsonObject:
     """The config of the family that a model stands on."""
-    ours = (MODEL_TYPE, "base_model_type", "output_router_logits", "router_aux_loss_coef")
+    added = () if is_ragged(config) else tuple(_TRAINED)
+    ours = (MODEL_TYPE, "base_model_type", *added)
     rest = {k: v for k, v in config.items() if k not in (*ours, "auto_map")}
     named = [n.removeprefix("Moe") for n in config.get("architectures") or ()]
     return rest | {"architectures": named, "model_type": config["base_model_type"]}
@@ -143,8 +150,21 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == MODEL_TYPE
 
 
+def is_ragged(config: Mapping[str, Any]) -> bool:
+    """Whether a model with groups of experts is one whose layers have numbers of their own."""
+    said = config.get(MODEL_TYPE)
+    return isinstance(said, Mapping) and said.get("ragged") is True
+
+
+def stock_of(config: JsonObject) -> JsonObject:
+    """The config of the stock family where a model adds nothing to it but numbers of experts by
+    layer; any other as it is.
+    """
+    return config if not is_ours(config) or read(config) else base_of(config)
+
+
 def read(config: JsonObject) -> tuple[Group, ...]:
-    """The groups of a config. MoetoolError for a version of the future, an unknown key (with the
+    """The groups of a config; none where it is ragged alone. MoetoolError for a version of the future, an unknown key (with the
     nearest known one), a value of the wrong kind, or two groups of one name.
     """
     said = config.get(MODEL_TYPE)
@@ -154,10 +174,13 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         )
     if said.get("version") is True or said.get("version") != VERSION:
         raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
-    _known(said, ("version", "groups"), "moetool")
-    if not isinstance(said.get("groups"), list) or not said["groups"]:
-        raise _wrong("a list of no groups", "at least one group", said.get("groups"))
-    groups = tuple(map(_group, said["groups"]))
+    _known(said, ("version", "groups", "ragged"), "moetool")
+    if type(said.get("ragged", False)) is not bool:
+        raise _wrong("`ragged` of moetool", "true or false", said["ragged"])
+    found = said.get("groups", [] if is_ragged(config) else None)
+    if not isinstance(found, list) or not (found or is_ragged(config)):
+        raise _wrong("a list of no groups", "at least one group", found)
+    groups = tuple(map(_group, found))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
         here = [g for g in groups if layer in g.layers]
         for site in {g.site for g in here}:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery import ragged
 from moetool.surgery.family import GroupSlot, Names, Overlay, Slot, StackedExperts, filled
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
@@ -240,7 +241,7 @@ class Layout:
 
     def _in_layer(self, slot: Slot, layer: int, text: JsonObject) -> Iterator[Needed]:
         """A slot's tensors in one layer; a ragged checkpoint has its own numbers in each."""
-        own = text | (text.get("per_layer_config") or {}).get(str(layer), {})
+        own = text | ragged.overrides(text, layer)
         name, shape = filled(_first(slot.name), layer=layer), self.shape(slot, own)
         if "{expert}" not in name:
             yield Needed(name, shape, slot)

@@ -5,6 +5,8 @@ without moetool there is an error and never random weights.
 
 from __future__ import annotations
 
+from moetool.data import JsonMapping
+
 FILE = "modeling_moetool.py"
 AUTO_MAP = {"AutoConfig": "modeling_moetool.MoetoolConfig"}
 TEXT = '''"""This model holds experts that no class of transformers has; moetool runs them.
@@ -23,3 +25,8 @@ except ImportError as problem:
 
 __all__ = ["MoetoolConfig"]
 '''
+
+
+def beside(config: JsonMapping) -> dict[str, bytes]:
+    """The file, for a config that names it."""
+    return {FILE: TEXT.encode()} if config.get("auto_map") == AUTO_MAP else {}

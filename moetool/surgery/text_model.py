@@ -12,7 +12,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import groups, grown
+from moetool.surgery import groups, grown, ragged
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -42,6 +42,15 @@ class TextModel:
     def moe_layers(self) -> list[int]:
         """Numbers of the layers that hold experts, as the config says."""
         return sorted(self.layout.moe_layers(self.config))
+
+    def own_counts(self) -> dict[int, int]:
+        """{layer: experts} of the layers that hold another number than the config says for all, in
+        a ragged model. MoetoolError where the config says it wrongly.
+        """
+        own, aliases = self.layout.fields.get("experts", ""), self.layout.aliases
+        names = [own, *(alias for alias, real in aliases.items() if real == own)]
+        known = names if self.layout.kind == "moe" else []
+        return ragged.read(self.text, self.moe_layers(), known)
 
     def name(self, template: str, **numbers: int | None) -> str:
         """A tensor's name in the file."""
@@ -85,6 +94,10 @@ def text_model(config: JsonObject) -> TextModel:
     if not groups.is_ours(config):
         return _native(config)
     held, at = groups.read(config), _native(groups.base_of(config))
+    if groups.is_ragged(config):
+        at.own_counts()  # refuses what it cannot hold
+    if not held:
+        return at
     layout = grown.grown(at.layout, held, at.field("layers") or 0)
     return replace(at, layout=layout, groups=held)
 

@@ -60,7 +60,7 @@ class Extend(Method):
         from moetool.methods.extend.choose import Copies
         from moetool.methods.extend.look import Usage, Used
         from moetool.methods.reduce.writing import Writing
-        from moetool.surgery import reform
+        from moetool.surgery import reform, shim
         from moetool.surgery.experts import Mixture
 
         mixture, router = Mixture.of(sources[0]), self.options.router
@@ -78,6 +78,7 @@ class Extend(Method):
             {},
             facts.of(writing, copies, cutter, plan, seen),
             (*seen.evidence.warnings, *reform.widened(sources, plan, self.options.form)),
+            shim.beside(plan.config),
         )
 
     def lines(self, summary: Summary) -> list[Line]:

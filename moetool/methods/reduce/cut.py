@@ -17,7 +17,7 @@ from moetool.methods.reduce import router_rows
 from moetool.methods.reduce.beside import solved_name
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Cluster, Maker, Writing
-from moetool.surgery import reform
+from moetool.surgery import groups, ragged, reform, shim
 from moetool.surgery.counted import Counted
 from moetool.surgery.experts import strays
 from moetool.surgery.plan import Outputs, Plan
@@ -113,17 +113,25 @@ class Cutter:
 
     def _config(self) -> JsonObject:
         changed = self.mixture.fields(self.uniform)
-        if self.uneven == "ragged":
-            own = self.mixture.layout.fields["experts"]
-            changed |= {
-                "per_layer_config": {
-                    str(n): {own: layer.count}
-                    for n, layer in sorted(self.decided.layers.items())
-                    if n in self.mixture.layers
-                },
-                "allow_global_per_layer_attribute_access": True,
-            }
-        return self.mixture.config_with(changed)
+        if self.uneven != "ragged":
+            return self.mixture.config_with(changed)
+        return self._ragged(changed)
+
+    def _ragged(self, changed: JsonObject) -> JsonObject:
+        """A config of moetool's own type: no stock class has layers of other counts."""
+        mixture = self.mixture
+        if mixture.text.get(ragged.KEY):
+            raise MoetoolError(
+                f"layers of {mixture.layout.model_type} have other settings of their own already",
+                file=mixture.source.folder,
+                field=ragged.KEY,
+                expected="a model whose layers are alike",
+                hint="--uneven zeroed, which loads everywhere",
+            )
+        counts = {n: self.decided.layers[n].count for n in mixture.layers}
+        own = ragged.fields(counts, self.uniform, mixture.layout.fields["experts"])
+        config = groups.ragged_config(mixture.config_with(changed | own))
+        return config | {"auto_map": dict(shim.AUTO_MAP)}
 
     def _layer(self, number: int) -> None:
         decision = self.decided.layers[number]

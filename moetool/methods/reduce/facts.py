@@ -11,6 +11,7 @@ from moetool.data import JsonMapping, JsonObject
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.protect import Peak
 from moetool.surgery.experts import Mixture
+from moetool.surgery.groups import MODEL_TYPE
 from moetool.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Reduced:
 
     @property
     def target_type(self) -> str:
-        return self.model_type
+        return MODEL_TYPE if self.counts == "ragged" else self.model_type
 
     @property
     def experts(self) -> int | list[int]:
@@ -155,7 +156,7 @@ class Reduced:
     def as_json(self) -> JsonObject:
         return {
             "source_type": self.model_type,
-            "target_type": self.model_type,
+            "target_type": self.target_type,
             "layers": list(self.layers),
             "top_k": self.top_k,
             "expert_width": self.expert_width,

@@ -126,7 +126,7 @@ _FORMS = {
     "ragged": [
         Line(
             "note",
-            "layers hold different numbers of experts (per_layer_config): stock transformers, vLLM and llama.cpp refuse this checkpoint; moetool eval reads it",
+            "layers hold different numbers of experts (per_layer_config): transformers loads it with moetool installed (import moetool); vLLM, llama.cpp and mlx-lm refuse it",
         )
     ],
     "factored": [

@@ -116,7 +116,7 @@ class Reduce(Several):
         from moetool.methods.reduce.decide import Chosen
         from moetool.methods.reduce.decided import ORDERS, Decided, experts_lists
         from moetool.methods.reduce.writing import Writing
-        from moetool.surgery import reform
+        from moetool.surgery import reform, shim
         from moetool.surgery.experts import Mixture
 
         mixture, tables = Mixture.of(sources[0]), decisions.tables
@@ -126,7 +126,8 @@ class Reduce(Several):
         written = self.way.writer(decided).write(writing)
         found = decisions.found if isinstance(decisions, Chosen) else facts.Found()
         reduced = facts.of(writing, written, found, self.way.facts(mixture))
-        files = {**decided.files(), **experts_lists(decided)}
+        beside = shim.beside(written.plan.config)
+        files = {**decided.files(), **experts_lists(decided), **beside}
         return Made(
             written.plan,
             written.certificate,

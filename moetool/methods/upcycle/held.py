@@ -42,6 +42,14 @@ class HeldGroup:
     def of(cls, source: Checkpoint) -> HeldGroup:
         """MoetoolError for a model without groups, and for groups that no class has."""
         at = text_model(own(source).config)
+        if not at.groups:
+            raise MoetoolError(
+                "the layers of this model hold different numbers of experts",
+                file=source.folder,
+                expected="a class that has layers like that",
+                found="none: stock classes build every layer alike",
+                hint="cut the model it was made from with --uneven zeroed, which loads everywhere",
+            )
         left = tuple(filter(bare.adds_nothing, at.groups))
         group = _only(source, [one for one in at.groups if one not in left])
         block = FfnBlock.of(text_model(groups.base_of(source.config)).layout)
