@@ -164,8 +164,9 @@ def stock_of(config: JsonObject) -> JsonObject:
 
 
 def read(config: JsonObject) -> tuple[Group, ...]:
-    """The groups of a config; none where it is ragged alone. MoetoolError for a version of the future, an unknown key (with the
-    nearest known one), a value of the wrong kind, or two groups of one name.
+    """The groups of a config; none where it is ragged alone. MoetoolError for a version of the
+    future, an unknown key (with the nearest known one), a value of the wrong kind, or two groups of
+    one name.
     """
     said = config.get(MODEL_TYPE)
     if not isinstance(said, dict) or not isinstance(config.get("base_model_type"), str):

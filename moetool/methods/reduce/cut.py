@@ -107,7 +107,7 @@ class Cutter:
                 "layers would keep different numbers of experts",
                 expected="one number (--uneven uniform)",
                 found=sorted(counts),
-                hint="--uneven zeroed (loads everywhere, saves nothing), ghost (exact where the router has a selection bias), or ragged (no stock loader reads it)",
+                hint="--uneven zeroed (loads everywhere, saves nothing), ghost (exact where the router has a selection bias), or ragged (small, and loads with moetool installed)",
             )
         return max(counts)
 

@@ -45,7 +45,7 @@ class What:
         "uniform",
         "how layers with different numbers of experts are written: zeroed (loads everywhere, "
         "saves nothing), ghost (exact where the router has a selection bias) or ragged (small, "
-        "but no stock loader reads it)",
+        "model type moetool: transformers loads it with moetool installed)",
         WHAT,
         choices=UNEVEN,
         was="layout",  # until 1.0
@@ -83,7 +83,7 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
             raise UsageError(
                 "--budget sensitivity keeps other numbers of experts in each layer, and --uneven uniform cannot hold them",
                 expected="--uneven zeroed, ghost or ragged",
-                hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, but no stock loader reads it",
+                hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, and loads with moetool installed",
             )
         if not 0.0 <= self.own_share < 1.0:
             raise UsageError(
