@@ -27,6 +27,16 @@ BATTERIES: dict[str, tuple[str, ...]] = {
     "every/test_reductions.py::test_merge_methods": ("qwen3_moe", "deepseek_v3"),
     "every/test_reductions.py::test_prune": FAMILIES,
     "every/test_reductions.py::test_prune_methods": ("qwen3_moe", "gpt_oss"),
+    "modeling/test_towers.py::test_exact_at_birth_and_what_experts_in_full_would_compute": (
+        "bert",
+        "clip",
+        "dinov2",
+        "distilbert",
+        "llava",
+        "opt",
+        "t5",
+        "vit",
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool.archs import model as built
+from moetool.archs import towers
 from moetool.archs.model import Shapes, at
 from moetool.archs.templates import (
     LAYERS,
@@ -68,10 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 def render(layout: JsonMapping) -> str:
     """JSON with one tensor per line: a change in a family reads as a short diff."""
     rows = ",\n".join("  " + json.dumps(t) for t in layout["tensors"])
-    head = {k: v for k, v in layout.items() if k != "tensors"}
+    head = {k: v for k, v in layout.items() if k not in ("tensors", "towers")}
     body = ",\n".join(
         f" {json.dumps(k)}: {json.dumps(v, sort_keys=k == 'defaults')}" for k, v in head.items()
     )
+    if layout.get("towers"):
+        stacks = ",\n".join("  " + json.dumps(t) for t in layout["towers"])
+        body += f',\n "towers": [\n{stacks}\n ]'
     return "{\n" + body + ',\n "tensors": [\n' + rows + "\n ]\n}\n"
 
 
@@ -214,10 +218,24 @@ def derive(model_type: str, class_name: str, kind: str) -> JsonObject:
     }
     if kind == "moe":
         layout["experts"] = _experts(model, stack)
+    else:
+        layout["towers"] = _towers(family, model, stack)
     layout["tensors"] = mark_layers(
         _tensors(probe, model, kind), LAYERS if probe.distinct else None
     )
     return layout
+
+
+def _towers(family: Family, model: Any, stack: str | None) -> list[JsonObject]:
+    """Stacks of layers in which the FFN is not where the names of the text model's own say."""
+    found = towers.entries(model)
+    variant = WORDS["variants"].get(family.model_type, {})
+    for field, value in variant.items():
+        plain = {"when": f"{field}={json.dumps(family.text(model.config)[field])}"}
+        other = towers.entries(family.build(family.values() | variant))
+        more = [one | {"when": f"{field}={json.dumps(value)}"} for one in other]
+        found = [one | plain for one in found] + more
+    return [one for one in found if one["steps"] or one["stack"] != stack]
 
 
 def _stack(model: Any, family: Family) -> str | None:

@@ -61,14 +61,14 @@ def stack(model: Any, text_config: str, count: int | None) -> str | None:
         for name, module in modules.items()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
-        and type(_owner(modules, name).config) is wanted
+        and type(owner(modules, name).config) is wanted
     }
-    if len({id(_owner(modules, name)) for name in lists}) != 1:
+    if len({id(owner(modules, name)) for name in lists}) != 1:
         return None
     return max(lists, key=lambda n: lists[n])
 
 
-def _owner(modules: JsonMapping, name: str) -> Any:
+def owner(modules: JsonMapping, name: str) -> Any:
     """The nearest model around a module."""
     from transformers import PreTrainedModel
 

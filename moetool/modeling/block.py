@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -191,6 +192,10 @@ class GroupedBlock(Grouped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
+        return self.mix(hidden_states)
+
+    def mix(self, hidden_states: Tensor) -> Tensor:
+        """What the groups, and the FFN beside them, give together [..., hidden]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         made: Tensor | None = None
         if all(group.base == "beside" for group, _ in self.held):
@@ -211,19 +216,52 @@ class GroupedBlock(Grouped):
 
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""
-        made: Tensor = self.stock.forward(Swapped(self, linears) if linears else self, x)
+        if not linears and not getattr(self, "chunk_size_feed_forward", 0):
+            made: Tensor = self.stock.forward(self, x)
+            return made
+        own = {n: Standin(one, getattr(self, n, None)) for n, one in (linears or {}).items()}
+        made = self.stock.forward(Swapped(self, own), x)
         return made
 
 
 class Swapped:
-    """A module as its forward sees it, with other linears."""
+    """A module as its forward sees it, with others for some of its own; methods that it calls see
+    them too. Tokens are rows here, so what would cut them along a length does not.
+    """
 
-    def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
-        self.__dict__.update(linears)
+    chunk_size_feed_forward = 0
+    forward = None  # asked by those that wrap a layer's, and want to know whether it is theirs
+
+    def __init__(self, module: nn.Module, others: Mapping[str, Any]) -> None:
+        self.__dict__.update(others)
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        module = self.__dict__["_module"]
+        found = getattr(module, name)
+        mine = getattr(found, "__self__", None) is module
+        return MethodType(found.__func__, self) if mine else found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.__dict__["_module"]
+        run = module.stock if isinstance(module, Grouped) else type(module)
+        return run.forward(self, *args, **kwargs)
+
+
+class Standin:
+    """What runs in the place of a linear; it has the linear's dtype for whoever asks."""
+
+    def __init__(self, run: Linear, linear: Any) -> None:
+        self._run, self._linear = run, linear
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Its own or the linear's, where either has one."""
+        own = getattr(self._run, "weight", None)
+        return getattr(self._linear, "weight", None) if own is None else own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x)
 
 
 _MADE: dict[tuple[type[Grouped], type[Any]], type[Grouped]] = {}

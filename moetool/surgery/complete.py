@@ -15,6 +15,7 @@ from typing import Any
 from moetool.errors import MoetoolError
 from moetool.surgery import grown, ragged
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.family import GroupSlot
 from moetool.surgery.layout import Layout, Needed, Shape
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel, any_text_model, text_model
@@ -107,6 +108,9 @@ def _answers(checkpoint: Checkpoint, at: TextModel) -> Iterator[int | Fault]:
             continue
         if not _is_tied(checkpoint, layout, needed):
             yield _answer(checkpoint, at, needed) or 1
+    for tower in at.towers.values():
+        own = (n for n in tower.layout.slots(tower.config) if isinstance(n.slot, GroupSlot))
+        yield from (_answer(checkpoint, tower, needed) or 1 for needed in own)
 
 
 def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
@@ -117,13 +121,13 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
     experts += int(at.text.get(at.layout.overlay.law.zero) or 0)  # some files hold those too
     places = set(at.moe_layers())
     for name, stored in checkpoint.tensors.items():
-        found = at.match(name)
+        found, layout = at.anywhere(name)
         if found is None or not str(found.slot.role).startswith("expert."):
             continue
         layer, expert = found.numbers.get("layer", layers), found.numbers.get("expert", 0)
         here, most = places, experts
         if at.groups:
-            held = grown.experts_in(at.layout, found.slot.name)
+            held = grown.experts_in(layout, found.slot.name)
             here, most = set(held), held.get(layer, 0)
         wanted = ""
         if layer < layers and layer not in here:

@@ -115,6 +115,30 @@ class StackedExperts:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A stack of layers whose FFN is not where the text model's roles say: an encoder, a vision
+    tower, layers whose FFN lies in no module of its own. `stack`: the module of transformers' class
+    that holds them; `config`: the part of the config that its `fields` (layers, hidden) are in, two
+    names where the class takes the second one's value for the first; `stem`: what stands before a
+    layer's number in names on disk; `inside`, `block`: the FFN's module inside a layer, in the
+    class and on disk (empty: the layer itself); `linears`: role -> the path of each in that module,
+    and in the layer on disk; `steps`: what runs before the last linear, where no module runs all;
+    `when`: only with this config.
+    """
+
+    name: str
+    stack: str
+    config: str
+    fields: dict[str, str]
+    stem: str
+    inside: str
+    block: str
+    linears: dict[str, list[str]]
+    steps: list[str]
+    when: str | None = None
+
+
+@dataclass(frozen=True)
 class Overlay:
     """What transformers cannot tell about a family (archs/overlay.json). `fixed`: config fields
     that a conversion sets; `gate_up`: how the two lie in one tensor; `turns_stacks`: whether files

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moetool.errors import MoetoolError
-from moetool.surgery.family import Slot
+from moetool.surgery import towers
+from moetool.surgery.family import Slot, Tower
 from moetool.surgery.groups import block_of, linear_of
 from moetool.surgery.layout import Layout
 
@@ -19,7 +20,8 @@ _WEIGHT = ".weight"
 @dataclass(frozen=True)
 class FfnLinear:
     """One linear of an FFN or of another block. `transposed`: its weight lies as [in, out]; `bias`:
-    the slot of its bias, where the family has one; `whole`: it is the block itself.
+    the slot of its bias, where the family has one; `whole`: it is the block itself; `within`: its
+    path inside the block, where the class has another than the file.
     """
 
     role: str
@@ -27,11 +29,19 @@ class FfnLinear:
     bias: Slot | None
     transposed: bool
     whole: bool = False
+    within: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where it is inside the block: `gate_proj`, `intermediate.dense`; nothing where it is the
+        block.
+        """
+        return "" if self.whole else self.within or linear_of(self.slot.name)
 
     @property
     def name(self) -> str:
-        """Its name inside the block: `gate_proj`; nothing where it is the block."""
-        return "" if self.whole else linear_of(self.slot.name)
+        """What experts call their own: `gate_proj`, `intermediate_dense`."""
+        return self.path.replace(".", "_")
 
     def sides(self, shape: Sequence[int]) -> tuple[int, int]:
         """(out, in) of a weight of this shape; of a norm's both are its width."""
@@ -41,16 +51,24 @@ class FfnLinear:
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The FFN of a layer. `module`: the template of the module that holds its linears."""
+    """The FFN of a layer. `module`: the template of the module that holds its linears, or the layer
+    itself; `inside`: its path inside a layer, where the class has another; `steps`: the modules
+    that run before the last linear, where the layer itself runs all.
+    """
 
     module: str
     linears: tuple[FfnLinear, ...]
+    inside: str | None = None
+    steps: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> FfnBlock:
-        """By the layout's roles. MoetoolError where there is none, no one module holds it, or
-        nothing could run experts in it (modeling/install).
+        """As the tower's data says, or by the layout's roles. MoetoolError where there is none, or
+        nothing could run experts in it (modeling/sites).
         """
+        tower = towers.lying(layout)
+        if tower is not None:
+            return cls._of_tower(layout, tower)
         found = [s for role in ROLES if (s := layout.role(f"ffn.{role}")) is not None]
         roles = {str(s.role).removeprefix("ffn.") for s in found}
         if layout.kind != "dense" or not roles.intersection(LAST) or len(roles) < 2:
@@ -72,6 +90,27 @@ class FfnBlock:
             return FfnLinear(str(slot.role).removeprefix("ffn."), slot, bias, turned)
 
         return cls(modules[0], tuple(map(linear, found)))
+
+    @classmethod
+    def _of_tower(cls, layout: Layout, tower: Tower) -> FfnBlock:
+        slots, head = {s.name: s for s in layout.tensors}, f"{tower.stem}{{layer}}"
+        turned = layout.overlay.linears == "transposed"
+
+        def linear(role: str) -> FfnLinear:
+            within, lies = tower.linears[role]
+            name = f"{head}.{lies}{_WEIGHT}"
+            slot = slots.get(name) or Slot(name, [None, None], f"ffn.{role}", "some")
+            return FfnLinear(role, slot, slots.get(f"{head}.{lies}.bias"), turned, within=within)
+
+        module = ".".join(filter(None, (head, tower.block)))
+        linears = tuple(linear(role) for role in ROLES if role in tower.linears)
+        return cls(module, linears, tower.inside, tuple(tower.steps))
+
+    @property
+    def within(self) -> str:
+        """Where the module is inside a layer of the class; empty: the layer itself."""
+        said = self.module.partition("{layer}.")[2]
+        return said if self.inside is None else self.inside
 
     @property
     def last(self) -> FfnLinear:

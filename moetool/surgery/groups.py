@@ -29,10 +29,11 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery.inside import HELD
-from moetool.surgery.route import Route, RouterTensor, reached
+from moetool.surgery.route import MODALITY, Route, RouterTensor, reached
 
 MODEL_TYPE = "moetool"
 VERSION = 1
+TEXT = "text"  # the tower that text goes through, where there are several
 FIRST = "experts"  # the usual name of a group
 FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")
@@ -54,7 +55,8 @@ class Group:
     the FFN with something changed: y = sum of w_e FFN_e(x)), `beside` (y = FFN(x) + sum of w_e
     E_e(x)), `member` (expert 0 of the route is the FFN itself; `experts` counts the others), or
     `gone`. `site`: which module of a layer that is, by its name in surgery/places; what is said of
-    an FFN here goes for it. `scale`: factor on the sum.
+    an FFN here goes for it; `tower`: in which stack of layers (surgery/towers). `scale`: factor on
+    the sum.
     """
 
     form: str
@@ -65,7 +67,7 @@ class Group:
     params: JsonObject = field(default_factory=dict)
     route: Route = field(default_factory=Route)
     site: str = FIRST_SITE
-    tower: str = "text"
+    tower: str = TEXT
     scale: float = 1.0
 
     @property
@@ -184,14 +186,15 @@ def read(config: JsonObject) -> tuple[Group, ...]:
     groups = tuple(map(_group, found))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
         here = [g for g in groups if layer in g.layers]
-        for site in {g.site for g in here}:
-            if not add_up([g for g in here if g.site == site]):
+        for tower, site in {(g.tower, g.site) for g in here}:
+            both = [g for g in here if (g.tower, g.site) == (tower, site)]
+            if not add_up(both):
                 raise _wrong(
                     f"two groups that both stand for the {site} of layer {layer}",
                     "all but one of them beside it",
-                    [g.base for g in here if g.site == site],
+                    [g.base for g in both],
                 )
-        names = [(g.site, g.name) for g in here]
+        names = [(g.tower, g.site, g.name) for g in here]
         if len(set(names)) != len(names):
             raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)
     return groups
@@ -222,13 +225,8 @@ def _group(data: object) -> Group:
 
 def _check(group: Group) -> None:
     _check_kinds(group)
-    if group.tower != "text":
-        raise _wrong(
-            "experts where this moetool does not look for them",
-            "tower text",
-            f"tower {group.tower}",
-            "a newer moetool may know them",
-        )
+    if group.route.key == MODALITY and group.tower != TEXT:
+        raise _wrong("experts by modality beside the text model", f"tower {TEXT}", group.tower)
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
         raise _wrong("a count is no whole number", "experts, top_k, layers", counts)

@@ -16,17 +16,27 @@ from moetool.surgery.layout import Layout
 
 
 def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
-    """The layout of a family with these groups, for a config of `count` layers: every matrix of an
-    expert has a slot, in whatever form it is stored. MoetoolError for a group that has no place.
+    """A tower's layout with these groups, for a config of `count` layers: every matrix of an expert
+    has a slot, in whatever form it is stored. MoetoolError for a group that has no place.
     """
-    kept, more = layout.tensors, list[GroupSlot]()
+    more = list[GroupSlot]()
     for group in groups:
         _check(group, count)
         for block in places.named(group.site).blocks(layout):
-            kept = _without(kept, block, group, count)
             more += _slots(layout, block, group)
-    cls = f"Moe{layout.cls}"
+    cls, kept = f"Moe{layout.cls}", without(layout, layout, groups, count)
     return replace(layout, model_type=MODEL_TYPE, cls=cls, tensors=(*kept, *more))
+
+
+def without(layout: Layout, tower: Layout, groups: Sequence[Group], count: int) -> tuple[Slot, ...]:
+    """The slots of a layout without what groups in one of its towers, of `count` layers, stand
+    for.
+    """
+    kept = layout.tensors
+    for group in groups:
+        for block in places.named(group.site).blocks(tower):
+            kept = _without(kept, block, group, count)
+    return kept
 
 
 def _check(group: Group, count: int) -> None:

@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery import ragged
-from moetool.surgery.family import GroupSlot, Names, Overlay, Slot, StackedExperts, filled
+from moetool.surgery.family import (
+    GroupSlot,
+    Names,
+    Overlay,
+    Slot,
+    StackedExperts,
+    Tower,
+    filled,
+)
 
 DATA = Path(__file__).resolve().parent.parent / "archs"
 # a part of a name that is a number, or expert_7 (Switch, NLLB)
@@ -71,6 +79,7 @@ class Layout:
     tensors: tuple[Slot, ...]
     experts: StackedExperts = field(default_factory=StackedExperts)
     overlay: Overlay = field(default_factory=Overlay)
+    towers: tuple[Tower, ...] = ()
 
     @classmethod
     def load(cls, model_type: str) -> Layout:
@@ -156,8 +165,9 @@ class Layout:
         """The value of a config field by meaning (`experts`, `top_k`, `layers`, ...), or None. A
         list that says the same for every layer is that value; MoetoolError for another one.
         """
-        name = self.fields.get(meaning)
-        value = self.text(config).get(name) if name else None
+        name, text = self.fields.get(meaning), self.text(config)
+        said = (text.get(one) for one in (name or "").split("|"))
+        value = next((v for v in said if v is not None), None)
         if not isinstance(value, list) or meaning == "width":
             return value
         if value[:1] in ([], [None]) or any(v != value[0] for v in value):
@@ -228,7 +238,7 @@ class Layout:
             if slot.layers is None:
                 yield Needed(_first(slot.name), self.shape(slot, text), slot)
                 continue
-            for layer in layers:
+            for layer in slot.held if isinstance(slot, GroupSlot) else layers:
                 if _holds(slot, layer, layer in moe):
                     yield from self._in_layer(slot, layer, text)
 
@@ -319,6 +329,7 @@ def _load(model_type: str) -> Layout:
         return Layout(
             tensors=tuple(Slot(**t) for t in data.pop("tensors")),
             experts=StackedExperts(**data.pop("experts", {})),
+            towers=tuple(Tower(**t) for t in data.pop("towers", ())),
             overlay=Overlay.read(overlays.get(model_type, {})),
             **data,
         )

@@ -5,14 +5,14 @@ names. The one finder; every verb, the walk and all checks ask it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import groups, grown, ragged
+from moetool.surgery import groups, grown, ragged, towers
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -29,6 +29,18 @@ class TextModel:
     prefix: str = ""
     path: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()  # of experts that no stock class holds
+    towers: Mapping[str, TextModel] = field(default_factory=dict)  # others, with groups of theirs
+
+    def of(self, group: Group) -> TextModel:
+        """Where a group stands."""
+        return self.towers.get(group.tower, self)
+
+    def anywhere(self, name: str) -> tuple[Matched | None, Layout]:
+        """Which slot a name fills, here or in a tower with groups, and whose slot it is."""
+        for at in (self, *self.towers.values()):
+            if found := at.match(name):
+                return found, at.layout
+        return None, self.layout
 
     @property
     def text(self) -> JsonObject:
@@ -93,13 +105,49 @@ def text_model(config: JsonObject) -> TextModel:
     """
     if not groups.is_ours(config):
         return _native(config)
-    held, at = groups.read(config), _native(groups.base_of(config))
+    held, base = groups.read(config), groups.base_of(config)
+    at = _native(base)
     if groups.is_ragged(config):
         at.own_counts()  # refuses what it cannot hold
-    if not held:
+    return _with_groups(at, base, held) if held else at
+
+
+def _with_groups(at: TextModel, base: JsonObject, held: tuple[Group, ...]) -> TextModel:
+    """The text model of a config with these groups, in all towers."""
+    layout, found = at.layout, dict[str, TextModel]()
+    for name in dict.fromkeys(group.tower for group in held):
+        here, tower = [g for g in held if g.tower == name], tower_of(base, name)
+        count = tower.field("layers") or 0
+        made = grown.grown(tower.layout, here, count)
+        kept = grown.without(layout, tower.layout, here, count)
+        if tower.prefix == at.prefix and _is_one(tower.layout, at.layout):
+            kept = (*kept, *made.tensors[len(tower.layout.tensors) :])
+        if tower != at:
+            found[name] = replace(tower, layout=made, groups=tuple(here))
+        layout = replace(layout, tensors=kept)
+    layout = replace(layout, model_type=groups.MODEL_TYPE, cls=f"Moe{layout.cls}")
+    return replace(at, layout=layout, groups=held, towers=found)
+
+
+def _is_one(tower: Layout, layout: Layout) -> bool:
+    """Whether a tower's layers are the ones that the family's layout numbers."""
+    return (tower.stem, tower.text_config) == (layout.stem, layout.text_config)
+
+
+def tower_of(config: JsonObject, name: str) -> TextModel:
+    """A tower of a model of this config; `text` is the text model. MoetoolError where the family
+    has no such tower.
+    """
+    if groups.is_ours(config):
+        at = text_model(config)
+        if name in at.towers or any(g.tower == name for g in at.groups):
+            return at.towers.get(name, at)
+        config = groups.base_of(config)
+    at = _native(config)
+    if name == groups.TEXT and at.layout.stack:
         return at
-    layout = grown.grown(at.layout, held, at.field("layers") or 0)
-    return replace(at, layout=layout, groups=held)
+    layout = towers.layout_of(Layout.load(str(config.get("model_type"))), name, config)
+    return TextModel(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
 
 def _native(config: JsonObject) -> TextModel:

@@ -9,15 +9,15 @@ from itertools import chain, product
 from moetool.errors import MoetoolError
 from moetool.methods import site
 from moetool.methods.contract import Builder
-from moetool.surgery import places
+from moetool.surgery import groups, places, towers
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import NORM, FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
 from moetool.surgery.inside import inside
-from moetool.surgery.layout import words
+from moetool.surgery.layout import Layout, words
 from moetool.surgery.pair import drops
 from moetool.surgery.spec import FLOATS, Stored, whole
-from moetool.surgery.text_model import TextModel, text_model
+from moetool.surgery.text_model import TextModel, tower_of
 
 Place = int | str  # a layer, "before" or "after" the layers
 
@@ -30,15 +30,19 @@ class Ground:
     at: TextModel
     blocks: tuple[FfnBlock, ...]  # of each layer, at the site where experts are to be
     layers: tuple[int, ...]
+    tower: str
 
     @classmethod
-    def of(cls, source: Checkpoint, layers: str, where: str = "ffn") -> Ground:
-        """At a site. MoetoolError where the family has no such, or its weights are no plain
-        floats.
+    def of(
+        cls, source: Checkpoint, layers: str, where: str = "ffn", tower: str = towers.AUTO
+    ) -> Ground:
+        """At a site of a tower. MoetoolError where the family has no such, or its weights are no
+        plain floats.
         """
-        at = text_model(source.config)
+        named = towers.meant(Layout.load(groups.family_of(source.config)), tower)
+        at = tower_of(source.config, named)
         blocks = places.named(where).blocks(at.layout)
-        found = cls(source, at, blocks, site.parse(layers, at.field("layers") or 0))
+        found = cls(source, at, blocks, site.parse(layers, at.field("layers") or 0), named)
         for layer in found.layers:
             for linear in chain.from_iterable(block.linears for block in blocks):
                 found.stored(linear, layer)
@@ -51,7 +55,7 @@ class Ground:
 
     @property
     def count(self) -> int:
-        """Layers of the text model."""
+        """Layers of the tower."""
         return self.at.field("layers") or 0
 
     @property

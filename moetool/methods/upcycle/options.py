@@ -14,7 +14,7 @@ from moetool.methods.upcycle.keys.key import RouteKey
 from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import listed, words
-from moetool.surgery import places
+from moetool.surgery import places, towers
 from moetool.surgery.route import ROUTED
 
 AUTO = "auto"
@@ -56,6 +56,12 @@ class Upcycling(Storing, Served):
         "",
         "what the group of experts is called, with --form or --site; SRC may have groups already: "
         "experts, or experts_2 where one is called so",
+    )
+    tower: str = option(
+        towers.AUTO,
+        "with --form: which stack of layers gets experts; auto: the text model, or the only one",
+        WHAT,
+        choices=(towers.AUTO, *towers.KNOWN),
     )
     target: str = option(
         "auto",

@@ -36,7 +36,7 @@ def plan(
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
     told = kind.told_by(found)
-    ground, *others = (Ground.of(source, kind.verb.layers, kind.verb.site) for source in sources)
+    ground, *others = (kind.ground(source) for source in sources)
     if not ground.layers:
         raise UsageError(
             f"{kind.spelled} without a layer",
@@ -84,7 +84,8 @@ def _beside(ground: Ground, group: Group) -> Group:
     """The group, under a name that is free beside those that SRC has already. UsageError where it
     cannot stand beside them.
     """
-    here = [g for g in ground.at.groups if set(g.layers) & set(group.layers)]
+    beside = (g for g in ground.at.groups if g.tower == group.tower)
+    here = [g for g in beside if set(g.layers) & set(group.layers)]
     taken = _taken(ground, group, here)
     if group.name in taken and group.name == groups.FIRST:
         numbered = (f"{groups.FIRST}_{n}" for n in count(2))
@@ -142,8 +143,10 @@ def _copy(build: Builder, stored: Stored) -> dict[str, Into]:
 def _config(ground: Ground, group: Group) -> JsonObject:
     """Of SRC, with one group more."""
     said = ground.source.config
-    base = groups.base_of(said) if groups.is_ours(said) else said
-    return groups.config_of(base, (*ground.at.groups, group)) | {"auto_map": dict(shim.AUTO_MAP)}
+    held: tuple[Group, ...] = ()
+    if groups.is_ours(said):
+        held, said = groups.read(said), groups.base_of(said)
+    return groups.config_of(said, (*held, group)) | {"auto_map": dict(shim.AUTO_MAP)}
 
 
 def _gone(ground: Ground, group: Group, place: Place) -> set[str]:

@@ -42,8 +42,11 @@ class GroupSite:
                 )
             here = [group for group in groups if number in group.layers]
             for block in blocks:
-                inside = block.module.partition("{layer}.")[2]
-                self.grow(layers[number].get_submodule(inside), block, here)
+                self.grow(layers[number].get_submodule(block.within), block, here)
+
+    def kind_of(self, block: FfnBlock) -> type[Grouped]:
+        """What a module becomes."""
+        return self.kind
 
     def grow(self, module: nn.Module, block: FfnBlock, groups: Sequence[Group]) -> None:
         """Make of a stock module one with these groups: its class becomes `kind`, routers and
@@ -53,7 +56,7 @@ class GroupSite:
         if many or isinstance(module, Grouped):
             raise wrong(f"two groups in one module, {block.module}", "one", "two")
         linears = self.linears(module, block)
-        module.__class__ = grown(self.kind, type(module))
+        module.__class__ = grown(self.kind_of(block), type(module))
         assert isinstance(module, Grouped)
         module.linears = linears
         module.held = tuple((group, laws.named(group.route.law)(group.route)) for group in groups)
@@ -61,9 +64,11 @@ class GroupSite:
             self.check(module, group)
             module.add_module(group.router, routes.named(group.route.key)(group, linears.hidden))
             module.add_module(group.name, self.experts(group, linears))
+        paths = {linear.name: linear.path for linear in block.linears}
         for group in groups:
             for name in filter(group.has, linears.names) if group.base == "gone" else ():
-                delattr(module, name)
+                head, _, last = paths[name].rpartition(".")
+                delattr(module.get_submodule(head), last)
 
     def linears(self, module: nn.Module, block: FfnBlock) -> FfnLinears:
         """What a module's own linears are called, and their shapes."""
@@ -99,7 +104,14 @@ def wrong(what: str, expected: str, found: str) -> MoetoolError:
     return MoetoolError(what, file="config.json", expected=expected, found=found, hint=_RESTORE)
 
 
-def stack(model: nn.Module, layout: Layout) -> nn.ModuleList:
+def has(model: nn.Module, layout: Layout) -> bool:
+    """Whether a class of the family has the layout's stack of layers: not every one has every tower."""
+    end = ".".join((layout.stack or "").split(".")[-3:])
+    names = (name for name, _ in model.named_modules())
+    return _find(model, layout) is not None or any(n == end or n.endswith(f".{end}") for n in names)
+
+
+def _find(model: nn.Module, layout: Layout) -> nn.ModuleList | None:
     """The stack of layers, under a head or without one."""
     said, head = layout.stack or "", getattr(model, "base_model_prefix", "")
     inner = said.partition(".")[2]
@@ -110,10 +122,17 @@ def stack(model: nn.Module, layout: Layout) -> nn.ModuleList:
             continue
         if name and isinstance(found, nn.ModuleList):
             return found
+    return None
+
+
+def stack(model: nn.Module, layout: Layout) -> nn.ModuleList:
+    """The stack of layers; MoetoolError where it is not there."""
+    if (found := _find(model, layout)) is not None:
+        return found
     raise MoetoolError(
         f"{layout.model_type} has no place for groups of experts",
         expected="a plain stack of layers",
-        found=said or "none",
+        found=layout.stack or "none",
         hint=f"`moetool archs show {layout.model_type}` shows what is known of it",
     )
 
@@ -122,7 +141,8 @@ def linears_of(module: nn.Module, block: FfnBlock) -> FfnLinears:
     """What a module's own linears are called, and their shapes."""
     out = block.last.name
     into = tuple(one.name for one in block.linears if one.name != out)
-    found = {name: module.get_submodule(name) for name in (*into, out)}
+    paths = {one.name: one.path for one in block.linears}
+    found = {name: module.get_submodule(paths[name]) for name in (*into, out)}
     transposed = not isinstance(found[out], nn.Linear)  # Conv1D
     shapes = {}
     for name, linear in found.items():

@@ -40,12 +40,13 @@ def sites(at: TextModel, form: str) -> Iterator[Site]:
     for group in at.groups:
         if group.form != form:
             continue
-        for block, layer in product(places.named(group.site).blocks(at.layout), group.layers):
-            module = at.name(block.module, layer=layer)
+        here = at.of(group)
+        for block, layer in product(places.named(group.site).blocks(here.layout), group.layers):
+            module = here.name(block.module, layer=layer)
             for expert in range(group.experts):
                 for linear in filter(lambda one: group.has(one.name), block.linears):
                     stem = f"{module}.{group.expert(expert, linear.name)}"
-                    yield Site(group, linear, stem, at.name(linear.slot.name, layer=layer))
+                    yield Site(group, linear, stem, here.name(linear.slot.name, layer=layer))
 
 
 class InGroups(Form):

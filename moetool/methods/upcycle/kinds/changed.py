@@ -80,7 +80,7 @@ class ChangeKind(ExpertKind):
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         if len(sources) == 1:
             return Decisions()
-        grounds = [Ground.of(source, self.verb.layers) for source in sources]
+        grounds = [self.ground(source) for source in sources]
         self.check(grounds[0])
         seen = changes(grounds, settings)
         errors = {name: round(self.lost(change.float()), 6) for name, change in seen}

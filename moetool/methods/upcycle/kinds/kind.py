@@ -30,7 +30,7 @@ from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
 _ROUTED = ("experts", "top_k", "layers", "router", "key", "law")
-_COMMON = (*_ROUTED, "target", "form", "for_", "site", "name")
+_COMMON = (*_ROUTED, "target", "form", "for_", "site", "tower", "name")
 
 
 class ExpertKind(Word):
@@ -135,7 +135,7 @@ class ExpertKind(Word):
 
     def _native(self) -> None:
         self._at_site()
-        asked = (("law", AUTO), ("name", ""))
+        asked = (("law", AUTO), ("tower", AUTO), ("name", ""))
         for name in (n for n, usual in asked if getattr(self.verb, n) != usual):
             raise UsageError(
                 f"--{name} is no matter where a stock class holds the experts",
@@ -158,6 +158,10 @@ class ExpertKind(Word):
         self.found = found
         return ()
 
+    def ground(self, source: Checkpoint) -> Ground:
+        """Where in a source they are to stand. MoetoolError where that is nowhere."""
+        return Ground.of(source, self.verb.layers, self.verb.site, self.verb.tower)
+
     def check(self, ground: Ground) -> None:
         """Refuse a model that cannot have such experts, from headers alone."""
 
@@ -178,6 +182,7 @@ class ExpertKind(Word):
             params=self.params(ground),
             site=said.site,
             name=said.name or FIRST,
+            tower=ground.tower,
             route=Route(self.key.name, self.combine.name, top_k, options=options),
         )
 

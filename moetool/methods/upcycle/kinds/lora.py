@@ -101,7 +101,7 @@ class LowRankKind(ChangeKind):
                 found="--from-adapters and --from",
                 hint="leave out one of them",
             )
-        grounds = [Ground.of(source, self.verb.layers) for source in sources]
+        grounds = [self.ground(source) for source in sources]
         self.check(grounds[0])
         if not given:
             return _changes(grounds, self.own, settings)

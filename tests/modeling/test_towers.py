@@ -1,0 +1,271 @@
+"""Groups of experts in every kind of stack that transformers has: one module, two, none; text,
+vision, encoder, decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from modeling import stacks
+from modeling.grown import apart
+from modeling.stacks import BY_NAME, IDS, STACKS, Stack
+from safetensors.torch import load_file
+
+import moetool
+from moetool.errors import MoetoolError
+from moetool.modeling.block import GroupedBlock, blocks
+from moetool.surgery import groups, towers
+from moetool.surgery.layout import Layout, families
+
+Tensor = torch.Tensor
+EXPERTS, TOP_K = 3, 2
+
+
+def loaded(stack: Stack, folder: Path) -> Any:
+    """By the plain Auto class, with empty loading info (asserted)."""
+    auto = getattr(transformers, stack.auto)
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def outputs(stack: Stack, model: Any) -> list[Tensor]:
+    """All floats that a model gives, hidden states included."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        made = model(**stack.inputs(model.config), output_hidden_states=True)
+    return [t for t in _flat(made) if t.is_floating_point()]
+
+
+def _flat(made: Any) -> Iterator[Tensor]:
+    if isinstance(made, Tensor):
+        yield made
+    elif isinstance(made, tuple | list):
+        for one in made:
+            yield from _flat(one)
+    elif hasattr(made, "to_tuple"):
+        yield from _flat(made.to_tuple())
+
+
+def held(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def test_every_kind_of_stack_is_here() -> None:
+    names = {stack.name for stack in STACKS}
+    assert len(names) == len(STACKS) == 33
+    assert {s.tower for s in STACKS} == {"text", "vision", "encoder", "decoder"}
+    asked = (
+        "llama mistral qwen2 qwen3 phi3 gemma gemma2 gemma3_text gpt2 gpt_neox falcon stablelm vit "
+        "dinov2 clip siglip t5 qwen2_vl llava internvl bert roberta opt"
+    )
+    assert set(asked.split()) <= {s.family for s in STACKS}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_exact_at_birth_and_what_experts_in_full_would_compute(name: str, tmp_path: Path) -> None:
+    stack = BY_NAME[name]
+    source = stack.save(tmp_path / "source")
+    stock = loaded(stack, source)
+    wanted = outputs(stack, stock)
+    said = {"experts": EXPERTS, "top_k": TOP_K, "form": "lora", "rank": 2, "tower": stack.says}
+    out = tmp_path / "out"
+    moetool.upcycle(str(source), str(out), **said)
+    (group,) = groups.read(json.loads((out / "config.json").read_text()))
+    assert group.tower == stack.tower
+    model = loaded(stack, out)
+    got = outputs(stack, model)
+    assert len(got) == len(wanted) > 0
+    assert max(apart(a, b) for a, b in zip(got, wanted, strict=True)) <= 1e-5
+    _kept_and_added(stack, source, out)
+    model.save_pretrained(tmp_path / "again")
+    before, after = held(out), held(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    if hasattr(stock, "generate") and stack.tower != "vision" and stack.auto != "AutoModel":
+        ids = (
+            {"input_ids": IDS[:1, :4]} if "input_features" not in stack.inputs(model.config) else {}
+        )
+        if ids and "Masked" not in stack.auto:
+            made = model.generate(**ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+            assert made.shape[1] in (3, 6)
+    _full(stack, stock, model)
+
+
+def _kept_and_added(stack: Stack, source: Path, out: Path) -> None:
+    """The source's tensors lie in the output as they were; the new ones are those of the group."""
+    old, new = held(source), held(out)
+    assert all(torch.equal(new.pop(n), t) for n, t in old.items())
+    layers = {n.partition(".router.")[0] for n in new if n.endswith(".router.weight")}
+    parts = [
+        f"experts.{e}.{linear}.{p}"
+        for e, linear, p in product(range(EXPERTS), stack.linears, ("lora_A", "lora_B"))
+    ]
+    assert set(new) == {f"{b}.{p}" for b in layers for p in (*parts, "router.weight")}
+    assert len(layers) == (3 if stack.name == "t5-encoder" else 2)
+
+
+def _full(stack: Stack, stock: Any, model: Any) -> None:
+    """With random changes each block gives what its own FFN would with experts in full, float64."""
+    torch.manual_seed(5)
+    (block, *_), paths = [*blocks(model)], {id(m): n for n, m in model.named_modules()}
+    assert isinstance(block, GroupedBlock)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if "lora_B" in name or "router" in name:
+                parameter.normal_()
+    x = torch.randn(7, block.linears.hidden)
+    scores = (x @ block.router.weight.T).double()
+    best = scores.topk(TOP_K, -1)
+    shares = best.values.softmax(-1)
+    own = copy.deepcopy(stock.get_submodule(paths[id(block)])).double()
+    wanted = torch.zeros_like(x, dtype=torch.float64)
+    for expert in range(EXPERTS):
+        full = block.experts.dense(block, expert)
+        made = _own(own, stack, {n: w.double() for n, w in full.items()}, x.double())
+        wanted += (shares * (best.indices == expert)).sum(-1, keepdim=True) * made
+    with torch.no_grad():
+        assert apart(block.mix(x[None])[0].double(), wanted) <= 2e-6
+        assert apart(block.ffn(x).double(), wanted) > 1e-2
+
+
+def _own(own: Any, stack: Stack, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The stock FFN with these weights [out, in]; where no module is the FFN, written out."""
+    with torch.no_grad():
+        if "DecoderLayer" not in type(own).__name__ and "Layer" not in type(own).__name__:
+            for name, weight in weights.items():
+                lies = own.get_submodule(name).weight
+                lies.copy_(
+                    weight if lies.shape == weight.shape and stack.family != "gpt2" else weight.T
+                )
+            made: Tensor = own(x)
+            return made
+        two = hasattr(own, "intermediate")
+        first, last = (own.intermediate.dense, own.output.dense) if two else (own.fc1, own.fc2)
+        act = own.intermediate.intermediate_act_fn if two else own.activation_fn
+        one, other = weights.values()
+        return act(x @ one.T + first.bias) @ other.T + last.bias
+
+
+FORMS = [
+    {"target": "moetool"},
+    {"form": "adapter", "adapter_dim": 2},
+    {"form": "film"},
+    {"form": "null"},
+    {"form": "ternary", "exact": True},
+]
+
+
+@pytest.mark.parametrize(("name", "said"), [*product(("bert-text", "vit-vision"), FORMS)])
+def test_every_form_is_exact_where_no_module_is_the_ffn(
+    name: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    stack = BY_NAME[name]
+    source = stack.save(tmp_path / "source")
+    wanted = outputs(stack, loaded(stack, source))
+    moetool.upcycle(str(source), str(tmp_path / "out"), experts=2, top_k=1, layers="1", **said)
+    model = loaded(stack, tmp_path / "out")
+    assert len([*blocks(model)]) == 1
+    got = outputs(stack, model)
+    assert max(apart(a, b) for a, b in zip(got, wanted, strict=True)) <= 1e-5
+    report = moetool.verify(str(tmp_path / "out"), against=[str(source)], load=False)
+    assert report
+    assert moetool.inspect(str(tmp_path / "out"))
+
+
+def test_training_goes_through_a_layer_that_runs_its_ffn_itself(tmp_path: Path) -> None:
+    """Gradients are the same whether the layer is computed once or again, and reach the router."""
+    stack = BY_NAME["bert-text"]
+    source = stack.save(tmp_path / "source")
+    moetool.upcycle(str(source), str(tmp_path / "out"), experts=2, top_k=2, form="lora", rank=2)
+    found = []
+    for again in (False, True):
+        model = loaded(stack, tmp_path / "out")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        model.train()
+        if again:
+            model.activation_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        made = model(input_ids=IDS, labels=IDS, output_router_logits=True)
+        assert made.aux_loss > 0 and len(made.router_logits) == 2
+        made.loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][n], g, atol=1e-7) for n, g in found[1].items())
+    assert found[0]["bert.encoder.layer.0.router.weight"].abs().max() > 0
+    assert "MoeBertLayer" in model._no_split_modules
+
+
+def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
+    sources = {n: BY_NAME[n].save(tmp_path / n) for n in ("t5-encoder", "bert-text", "llava-text")}
+    for name, said, wanted in (
+        ("t5-encoder", {}, "encoder, decoder"),
+        ("bert-text", {"tower": "vision"}, "has no vision tower"),
+        (
+            "llava-text",
+            {"tower": "vision", "form": "lora", "key": "modality"},
+            "text and images come together",
+        ),
+        ("llava-text", {"tower": "vison"}, "vision"),
+        ("llava-text", {"tower": "vision", "layers": "7"}, "0 to 1"),
+    ):
+        with pytest.raises(MoetoolError) as raised:
+            moetool.upcycle(
+                str(sources[name]), str(tmp_path / "out"), **{"form": "null", "top_k": 1} | said
+            )
+        error = raised.value
+        assert wanted in f"{error} {error.where} {error.hint}", said
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(MoetoolError, match="tower"):
+        moetool.upcycle(str(sources["llava-text"]), str(tmp_path / "out"), tower="vision")
+
+
+def test_a_tower_in_a_config_is_read_strictly(tmp_path: Path) -> None:
+    stack = BY_NAME["bert-text"]
+    source = stack.save(tmp_path / "source")
+    moetool.upcycle(str(source), str(tmp_path / "out"), experts=2, top_k=1, form="null")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    for tower, route, said in (
+        ("vison", {}, "no vison tower"),
+        ("vision", {}, "no vision tower"),
+        (3, {}, "`tower`"),
+        ("vision", {"key": "modality"}, "beside the text model"),
+    ):
+        config["moetool"]["groups"][0] |= {"tower": tower, "route": route}
+        path.write_text(json.dumps(config))
+        with pytest.raises(MoetoolError) as raised:
+            transformers.AutoModel.from_pretrained(tmp_path / "out")
+        assert said in f"{raised.value} {raised.value.where}", tower
+
+
+def test_towers_are_data_of_many_families() -> None:
+    found = {n: towers.names(Layout.load(n)) for n in families()["dense"]}
+    assert sum(bool(names) for names in found.values()) == 109
+    assert sum("vision" in names for names in found.values()) == 28
+    assert found["t5"] == ["encoder", "decoder"] and found["llava"] == ["text", "vision"]
+    assert stacks.PIXELS.shape[-1] == 16
+
+
+def test_a_way_that_the_ffn_lies_in_and_nothing_is_known_of_is_refused(tmp_path: Path) -> None:
+    """DINOv2 giant's gate and up are one tensor on disk and two linears in its class."""
+    stack = BY_NAME["dinov2-vision"]._replace(
+        config=BY_NAME["dinov2-vision"].config | {"use_swiglu_ffn": True}
+    )
+    source = stack.save(tmp_path / "source")
+    with pytest.raises(MoetoolError, match="nothing is known of"):
+        moetool.upcycle(str(source), str(tmp_path / "out"), experts=2, top_k=1, form="null")
