@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from modeling import grown
 
 import moetool
 from moetool import pipeline
@@ -78,6 +79,7 @@ NAMES = {
     "mote-int4",
     "mot",
     "moh",
+    "mixture-of-mamba",
     "uoe",
     "mono-internvl-1.5",
 }
@@ -90,6 +92,7 @@ SMALL = {
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
     "mot": ["modality-ids=5"],
+    "mixture-of-mamba": ["modality-ids=5"],
     "mono-internvl-1.5": ["modality-ids=5"],
 }
 
@@ -112,8 +115,13 @@ def mote() -> Path:
     return folder
 
 
-# Recipes whose source is of moetool's own model type.
-OWN = {"mote-int4": mote}
+def mamba() -> Path:
+    """A tiny state-space model."""
+    return grown.base("mamba", Path(tempfile.mkdtemp()) / "mamba")
+
+
+# Recipes whose source is of moetool's own model type, or of a family of theirs.
+OWN = {"mote-int4": mote, "mixture-of-mamba": mamba}
 
 
 def changes(recipe: Path, out: Path) -> list[str]:
@@ -132,7 +140,7 @@ def changes(recipe: Path, out: Path) -> list[str]:
     found = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
     models = next((f.partition("=")[2].split(",") for f in found if f.startswith("from=")), [])
     return [
-        f"source={MODEL}",
+        f"source={OWN[recipe.stem]() if recipe.stem in OWN else MODEL}",
         f"out={out}",
         *([f"from={','.join([str(MODEL)] * len(models))}"] if models else []),
         *SMALL.get(recipe.stem, ()),
@@ -168,7 +176,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 54 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 55 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -20,9 +20,22 @@ from moetool.surgery.groups import Group
 
 Tensor = torch.Tensor
 IDS = torch.randint(10, 150, (2, 24), generator=torch.Generator().manual_seed(1))
+SMALL = {"num_hidden_layers": 2, "vocab_size": 160, "pad_token_id": 0, "tie_word_embeddings": False}
 # Families that tests/tiny.py has not: class, config
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", {**tiny.COMMON, "head_dim": 16, "sliding_window": 8}),
+    "mamba": ("MambaForCausalLM", {"hidden_size": 64, **SMALL, "state_size": 8}),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {
+            "hidden_size": 64,
+            **SMALL,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+        },
+    ),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         {

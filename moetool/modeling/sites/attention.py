@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moetool.modeling.block import FfnLinears, Grouped, Picked, Swapped
-from moetool.modeling.experts.full import FullExperts
-from moetool.modeling.experts.group import Expert
+from moetool.modeling.block import FfnLinears, Grouped, Swapped
+from moetool.modeling.sites.projections import GroupedProjections, ProjectionExperts
 from moetool.modeling.sites.site import GroupSite, wrong
-from moetool.surgery.groups import MIXES, Group
-from moetool.surgery.strict import Kinds
+from moetool.surgery.groups import Group
 
 
-class GroupedAttention(Grouped):
+class GroupedAttention(GroupedProjections):
     """An attention module with one group of experts."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -38,23 +36,6 @@ class GroupedAttention(Grouped):
             else {name: partial(self.mixed, name, picked) for name in self.linears.names}
         )
         return self.stock.forward(Swapped(self, swapped), hidden_states, *args, **kwargs)
-
-    def part(self, choice: int, name: str) -> nn.Module:
-        """A projection of the expert behind a choice: of `member` groups the first is the module's
-        own, and so are those that experts do not have.
-        """
-        group, own = self.held[0][0], getattr(self, name, None)
-        number = choice - (group.base == "member")
-        if number < 0 or not group.has(name):
-            assert own is not None
-            return own  # type: ignore[no-any-return]
-        return self.get_submodule(group.expert(number, name))
-
-    def mixed(self, name: str, picked: Picked, x: Tensor) -> Tensor:
-        """A projection of x [..., in], of each token by its own experts."""
-        rows = picked.rows(x.reshape(-1, x.shape[-1]))
-        made = picked.each(rows, lambda choice, mine: self.part(choice, name)(mine))
-        return picked.back(picked.weighted(made)).view(*x.shape[:-1], -1)
 
 
 class _Heads:
@@ -105,16 +86,6 @@ class _Heads:
         return torch.stack(made).sum(0)
 
 
-class AttentionExperts(FullExperts):
-    """Projections of their own. params: mix, and with `outputs` targets, those that they have."""
-
-    knows: ClassVar[Kinds] = {"mix": MIXES, "targets": list}
-
-    def one(self, group: Group, linears: FfnLinears) -> Expert:
-        own = filter(group.has, linears.names)
-        return Expert(((name, self.part(group.params, linears, name)) for name in own), {})
-
-
 class AttentionSite(GroupSite):
     """One group of whole projections."""
 
@@ -124,7 +95,7 @@ class AttentionSite(GroupSite):
     bases = ("member", "gone")
 
     def experts(self, group: Group, linears: FfnLinears) -> nn.Module:
-        return AttentionExperts(group, linears)
+        return ProjectionExperts(group, linears)
 
     def check(self, module: Grouped, group: Group) -> None:
         super().check(module, group)

@@ -29,7 +29,7 @@ class FullKind(ExpertKind):
     own: Attending
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
-    sites = ("ffn", "attention", "norms")
+    sites = ("ffn", "attention", "mamba", "norms")
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:

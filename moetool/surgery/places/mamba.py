@@ -1,0 +1,20 @@
+"""The state-space mixer of a layer."""
+
+from __future__ import annotations
+
+from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.groups import block_of
+from moetool.surgery.layout import Layout
+from moetool.surgery.places import words
+from moetool.surgery.places.place import GroupPlace
+
+
+class MambaPlace(GroupPlace):
+    """its state-space mixer"""
+
+    name = "mamba"
+    noun = "mixer"
+
+    def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
+        found = words.linears(layout, self.name)
+        return (FfnBlock(block_of(found[0].slot.name), found),)
