@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,7 +17,6 @@ from typing import Any
 
 import pytest
 import yaml
-from modeling import grown
 
 import moetool
 from moetool import pipeline
@@ -117,6 +117,9 @@ def mote() -> Path:
 
 def mamba() -> Path:
     """A tiny state-space model."""
+    sys.path.append(str(ROOT / "tests"))  # where this file is run by itself
+    from modeling import grown
+
     return grown.base("mamba", Path(tempfile.mkdtemp()) / "mamba")
 
 
