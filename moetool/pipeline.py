@@ -11,26 +11,27 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from moetool import steps
-from moetool.errors import MoetoolError, Stopped, VerificationFailed
+from moetool import making, steps
+from moetool.data import JsonObject
+from moetool.errors import VerificationFailed
 from moetool.evaluate import current, measured
 from moetool.evaluate.measured import Measured
 from moetool.lock import Lock
+from moetool.making import Shards
 from moetool.methods.contract import Method, Options, Prepared, Report, Settings, Summary
 from moetool.methods.options import Common
-from moetool.progress import Progress, Stage, silent
+from moetool.progress import Clock, Progress, silent, unheard
 from moetool.report import card, provenance
-from moetool.surgery import companions, complete, engine, ops, promise, scan, source
+from moetool.surgery import companions, complete, ops, promise, scan, source
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.device import check_device, check_engine
 from moetool.surgery.place import check_target, check_work, existing, resolved
-from moetool.surgery.plan import Shard
 from moetool.surgery.writer import Writer
 
 
@@ -40,6 +41,7 @@ class Caller:
 
     tell: Progress = silent
     stop: threading.Event = field(default_factory=threading.Event)
+    say: Callable[[str], None] = unheard  # what must be known before long work
 
 
 # --- before the first byte
@@ -53,6 +55,8 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     from moetool import methods
 
     caller = caller or Caller()
+    clock = Clock(caller.tell)
+    caller = replace(caller, tell=clock)
     method = methods.make(options.method, options.values)
     steps.check(options)
     sources = tuple(Checkpoint.open(source.locate(name)) for name in options.sources)
@@ -76,7 +80,8 @@ def prepare(options: Options, caller: Caller | None = None) -> Prepared:
     try:
         prepared = steps.decided(options, method, sources, settings)
         made = replace(prepared.made, warnings=(*uncounted, *prepared.made.warnings))
-        prepared = replace(prepared, made=made, lock=held, peak=max(prepared.peak, measuring))
+        peak = max(prepared.peak, measuring)
+        prepared = replace(prepared, made=made, lock=held, peak=peak, stages=clock.taken())
         return _checked(prepared)
     except BaseException:
         if held is not None:
@@ -101,6 +106,7 @@ def _settings(options: Options, caller: Caller) -> Settings:
         work=_work(options),
         dry_run=said.dry_run,
         tell=caller.tell,
+        say=caller.say,
         stop=caller.stop,
     )
 
@@ -178,6 +184,11 @@ def summary(prepared: Prepared) -> Summary:
     )
 
 
+def planned(prepared: Prepared) -> JsonObject:
+    """What `--dry-run` gives a program: the summary, and what the report would warn of."""
+    return summary(prepared).as_json() | {"warnings": list(prepared.made.warnings)}
+
+
 def _read_bytes(prepared: Prepared) -> int:
     pieces = chain.from_iterable(task.inputs for task in prepared.plan.tasks)
     return sum(prepared.sources[piece.source].range_of(piece)[2] for piece in pieces)
@@ -201,7 +212,8 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
     if prepared.done:
         shutil.rmtree(prepared.work, ignore_errors=True)
         return _already(prepared)
-    begun = time.perf_counter()
+    begun, clock = time.perf_counter(), Clock(caller.tell)
+    caller = replace(caller, tell=clock)
     if prepared.options.common.strict:
         tasks, workers = prepared.plan.tasks, prepared.jobs
         scan.check_finite(prepared.sources, tasks, caller.tell, caller.stop, workers=workers)
@@ -209,60 +221,29 @@ def _written(prepared: Prepared, caller: Caller) -> Report:
     how = {"overwrite": said.overwrite, "sync": said.sync}
     with Writer(out, prepared.plan, sources=sources, **how) as writer:
         written = make(prepared, writer, caller)
-        made_in = time.perf_counter() - begun
+        made_in, _ = time.perf_counter() - begun, clock.taken()
         found = measure(prepared, writer, caller)
-        report = _report(prepared, written, Times(made_in, time.perf_counter() - begun), found)
+        times = Times(made_in, time.perf_counter() - begun, clock.taken())
+        report = _report(prepared, written, times, found)
         finish(prepared, writer, report)
     shutil.rmtree(prepared.work, ignore_errors=True)
     return report
 
 
 @dataclass(frozen=True)
-class Shards:
-    """What making the shards showed."""
-
-    resumed: int  # files that were there already
-    findings: tuple[str, ...] = ()  # weights that are not finite
-    nodes: tuple[str, ...] = ()  # of the Ray cluster
-
-
-@dataclass(frozen=True)
 class Times:
-    """Seconds of making alone, and of everything since the work began."""
+    """Seconds of making alone, and of everything since the work began; those of what was measured,
+    by stage.
+    """
 
     made: float
     all: float
+    measured: dict[str, float]
 
 
 def make(prepared: Prepared, writer: Writer, caller: Caller) -> Shards:
-    """Every shard that is not there yet, on threads or a cluster."""
-    plan, sources, said = prepared.plan, prepared.sources, prepared.options.common
-    todo = [s for s in plan.shards if not writer.is_done(s)]
-    found = _look(prepared, todo, caller)
-    total = sum(s.size for s in plan.shards)
-    state = _Counter(caller.tell, total, total - sum(s.size for s in todo))
-    jobs = engine.jobs_of(
-        plan,
-        sources,
-        todo,
-        str(writer.staging),
-        engine.How(
-            said.device,
-            prepared.jobs,
-            watch=not said.strict,
-            clone=said.clone,
-            finished=tuple(s for s in plan.shards if s not in todo),
-        ),
-    )
-
-    def done(job: engine.Job, seen: list[scan.Suspect]) -> None:
-        writer.publish(job.path)
-        found.extend(seen)
-
-    nodes = _run(prepared, list(jobs), done, state, caller.stop)
-    named = scan.named(sources, plan.tasks, found) if found else []
-    findings = tuple(f"{b.file}: {b.name} holds {b.what}" for b in named)
-    return Shards(len(plan.shards) - len(todo), findings, tuple(nodes))
+    """Every shard that is not there yet."""
+    return making.make(prepared, writer, caller.tell, caller.stop)
 
 
 def measure(prepared: Prepared, writer: Writer, caller: Caller) -> Measured:
@@ -325,8 +306,10 @@ def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) 
         report,
         seconds=round(prepared.decided_in + times.all, 3),
         stages={
+            **prepared.stages,
             "decide": prepared.decided_in,
             "write": round(times.made, 3),
+            **times.measured,
             "measure": round(times.all - times.made, 3),
         },
         peak_rss=promise.peak_rss(),
@@ -337,62 +320,3 @@ def _already(prepared: Prepared) -> Report:
     said = "the output was already there, whole, from this very plan: nothing was written"
     shards = len(prepared.plan.shards)
     return Report.of(summary(prepared), warnings=(said,), resumed_shards=shards)
-
-
-class _Counter:
-    """Adds up bytes from many threads."""
-
-    def __init__(self, tell: Progress, total: int, done: int) -> None:
-        self._tell, self._total, self._done = tell, total, done
-        self._lock = threading.Lock()
-
-    def __call__(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._tell(Stage("write"), min(self._done, self._total), self._total)
-
-
-def _run(
-    prepared: Prepared,
-    jobs: list[engine.Job],
-    done: Callable[[engine.Job, list[scan.Suspect]], None],
-    tell: engine.Tell,
-    stop: threading.Event,
-) -> list[str]:
-    """All jobs; the nodes that took part, where a cluster did it."""
-    said, out = prepared.options.common, prepared.options.out
-    try:
-        if said.engine == "ray":
-            from moetool.surgery.engine_ray import run_ray
-
-            return run_ray(jobs, done, address=said.ray_address or None, tell=tell, stop=stop)
-        engine.run_local(jobs, done, workers=prepared.jobs, tell=tell, stop=stop)
-    except Stopped:
-        raise Stopped(
-            "stopped; finished shards are kept",
-            file=out,
-            hint="run the same command again to go on",
-        ) from None
-    except OSError as problem:
-        raise MoetoolError(
-            f"writing failed: {problem.strerror or problem}",
-            file=out,
-            hint="finished shards are kept: mend the cause and run the same command again",
-        ) from None
-    return []
-
-
-def _look(prepared: Prepared, todo: Sequence[Shard], caller: Caller) -> list[scan.Suspect]:
-    """NaN and inf in what the copies of this run will not see: inputs of computed tasks, and
-    shards that were there already.
-    """
-    if prepared.options.common.strict or prepared.made.promised:
-        return []  # looked at before
-    tasks = prepared.plan.tasks
-    fresh = set(chain.from_iterable(s.tasks for s in todo))
-    rest = [t for i, t in enumerate(tasks) if t.inputs and (t.op != "copy" or i not in fresh)]
-    return sorted(
-        scan.suspects(
-            prepared.sources, rest, workers=prepared.jobs, tell=caller.tell, stop=caller.stop
-        )
-    )

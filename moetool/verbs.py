@@ -55,7 +55,7 @@ def _writing(verb: str, name: str) -> Callable[..., Report]:
         said = _options(verb, (source, *experts_from), out, options)
         prepared = pipeline.prepare(said)
         if said.common.dry_run:
-            return pipeline.summary(prepared).as_json()
+            return pipeline.planned(prepared)
         return pipeline.write(prepared).as_json()
 
     about = (
@@ -95,7 +95,7 @@ def _run() -> Callable[..., Report]:
         said = found.options({k: v for k, v in changes.items() if k in common})
         prepared = pipeline.prepare(said)
         if said.common.dry_run:
-            return pipeline.summary(prepared).as_json()
+            return pipeline.planned(prepared)
         return pipeline.write(prepared).as_json()
 
     about = (

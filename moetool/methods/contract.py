@@ -6,7 +6,7 @@ wants it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +16,7 @@ from moetool.methods.field import Field, Value
 from moetool.methods.options import Common, Gate, Text, build, spelled
 from moetool.methods.options import fields as fields_of
 from moetool.methods.proof import Pledge, Proof
-from moetool.progress import Progress, silent
+from moetool.progress import Progress, silent, unheard
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Assigned, Judged
 from moetool.surgery.plan import Plan
@@ -51,6 +51,7 @@ class Settings:
     work: str = ""  # a folder for what long deciding leaves behind until the output is there
     dry_run: bool = False
     tell: Progress = field(default=silent, compare=False)
+    say: Callable[[str], None] = field(default=unheard, compare=False)  # before long work
     stop: threading.Event | None = field(default=None, compare=False)
 
 
@@ -210,7 +211,7 @@ class Report(Summary):
     ray_nodes: tuple[str, ...] = ()
     quality: JsonObject | None = None  # evaluate/perplexity.py, on text, or on random ids
     proof: Proof | None = None  # what reading back showed, where matrices were rounded
-    stages: dict[str, float] | None = None  # seconds of decide, write, measure
+    stages: dict[str, float] | None = None  # seconds of decide, write, measure and their parts
     peak_rss: int | None = None
 
     @classmethod
@@ -344,6 +345,7 @@ class Prepared:
     done: bool = False  # the output is already there, whole, from this very plan
     work: str = ""  # folder of what long deciding left
     decided_in: float = 0.0  # seconds
+    stages: dict[str, float] = field(default_factory=dict)  # of deciding
     lock: Lock | None = None  # of the work folder, until the output is written
     before: tuple[Prepared, ...] = ()  # earlier steps; what the last would write is sources[0]
     clients: tuple[Judged, ...] = ()  # what they make of the output

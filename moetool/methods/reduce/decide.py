@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moetool import atomic
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Decisions
-from moetool.methods.reduce import budget, by_router, counts, protect
+from moetool.methods.reduce import ahead, budget, by_router, counts, protect
 from moetool.methods.reduce import replay as replaying
 from moetool.methods.reduce.asked import Asked, Bounds, Evidence, Settled, tokens_per_expert
 from moetool.methods.reduce.decided import Decided
@@ -49,6 +49,8 @@ def decide(asked: Asked) -> Chosen:
     _check_text(asked, replay)
     if replay is None and asked.kept == asked.mixture.experts:
         return _chosen(asked, _everyone(asked), Settled({}), Evidence())
+    if said := ahead.line(asked):
+        asked.settings.say(said)
     seen = statistics(asked, replay)
     if asked.options.walks:
         from moetool.methods.reduce.solving import layer_by_layer

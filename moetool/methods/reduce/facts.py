@@ -69,6 +69,7 @@ class Found:
     tokens_per_expert: Mapping[int, list[int]] = field(default_factory=dict)
     refit: Mapping[int, Refitted] = field(default_factory=dict)
     refit_tokens: int = 0  # the layers were solved on so many
+    refit_work: float = 0.0  # of it and its walk, in units of the walk that decided
     refit_files: list[JsonObject] = field(default_factory=list)  # what they were, as in `data`
     unsolved: str = ""  # why nothing was
     replayed: str = ""  # the file of decisions
@@ -98,6 +99,7 @@ class Found:
             "tokens_per_expert": {str(n): t for n, t in self.tokens_per_expert.items()} or None,
             "refit": {str(n): r.as_json() for n, r in self.refit.items()} or None,
             "refit_tokens": self.refit_tokens or None,
+            "refit_work": float(f"{self.refit_work:.3g}") or None,
             "refit_files": self.refit_files or None,
             "not_refit": self.unsolved or None,
             "replayed": self.replayed or None,

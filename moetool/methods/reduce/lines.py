@@ -86,6 +86,9 @@ def refitted(found: Found) -> list[Line]:
             f"down_proj solved again on {found.refit_tokens:,} tokens: {worst} (layer {layer})",
         )
     ]
+    if found.refit_work:
+        work = f"about {found.refit_work:.2g} times the work of the walk that decided"
+        said.append(Line("", f"{work} (--refit-tokens, --no-refit)"))
     names = {TEXT: "text", **DRAWN}
     for kind, (was, now) in found.left_out.items():
         said.append(Line("", f"of {names[kind]} left out {was:.1%} -> {now:.1%}, a layer's mean"))

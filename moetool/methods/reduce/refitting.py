@@ -22,7 +22,7 @@ from moetool.forward.solve import solve as solve_layers
 from moetool.forward.stats import Wanted
 from moetool.forward.taken import Taken
 from moetool.kernels import codec, form, solve
-from moetool.methods.reduce import beside, left_out, lines
+from moetool.methods.reduce import beside, cost, left_out, lines
 from moetool.methods.reduce.asked import Asked, Evidence, Settled
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.facts import Refitted
@@ -116,12 +116,20 @@ def refit(asked: Asked, seen: Evidence, settled: Settled) -> Settled:
         refit=errors,
         refit_tokens=batches.total,
         refit_files=batches.described,
+        refit_work=_work(asked, seen, batches.total),
     )
     found = replace(found, warnings=(*found.warnings, *lines.narrow(found)))
     extra = (*settled.extra, beside.solved_source(folder))
     return replace(
         settled, found=found, extra=extra, memory=max(settled.memory, made.peak, batches.peak)
     )
+
+
+def _work(asked: Asked, seen: Evidence, tokens: int) -> float:
+    """Of solving and its walk, in units of the walk that decided; 0 where none did."""
+    if seen.data is None:
+        return 0.0
+    return cost.times(asked.mixture, asked.kept, seen.data.tokens, tokens)
 
 
 def _held(asked: Asked, batches: Batches) -> int:

@@ -11,13 +11,14 @@ protected: {"3": [7]}               super experts that were kept
 largest_outputs: [{layer, expert, output, times, super}]
                                     super experts, or the nearest to one; times the rest's largest
 data: {tokens, files, data_sha256, seq_len}, refit: {"3": {error_before, error_after,
-few}}, refit_tokens, refit_files, not_refit: why not
+few}}, refit_tokens, refit_files, not_refit: why not; refit_work: estimated, times the walk's
 clients: {"vllm": {state, why, known, version}}  works | refuses | wrong | untried
 input_bytes, output_bytes, expert_bytes_before, expert_bytes_after
 quality: {files: [{file, tokens, perplexity, reference_perplexity, kl, top1_agreement, flips}], kl,
 perplexity, ...}
-peak_memory (promised), peak_rss (measured), seconds, stages: {decide, write, measure} in seconds,
-warnings
+peak_memory (promised), peak_rss (measured), seconds, warnings
+stages: {decide, write, measure} in seconds, before each what it consists of: write text, profile,
+refit, propagate; eval
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _TAKEN = (
     "data",
     "refit",
     "refit_tokens",
+    "refit_work",
     "refit_files",
     "not_refit",
     "router",
