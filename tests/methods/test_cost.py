@@ -37,7 +37,7 @@ def test_solving_is_what_torch_counts() -> None:
     gate_up, down = torch.randn(kept, 2 * width, hidden), torch.randn(kept, hidden, width)
     experts = Experts(gate_up, down, activation("silu"))
     routing = select(x, torch.randn(kept, hidden), law)
-    told = cost.Sizes(0, hidden, width, 2, kept).solving(tokens)
+    told = cost.LayerSizes(0, hidden, width, 2, kept).solving(tokens)
     found = counted(lambda: solve.refit(x, routing, experts, law, torch.randn(tokens, hidden)))
     assert found == told.products and cost.SWEEPS == solve.SWEEPS
     assert told.factors == kept * width**3 / 3

@@ -11,7 +11,7 @@ SWEEPS = 5  # kernels/solve.py, which this file must not import: it imports torc
 DOUBLE = 2  # an operation in float64 takes as long as so many in float32
 
 
-class Solving(NamedTuple):
+class Operations(NamedTuple):
     """Operations of solving a layer's down matrices: products in float32, factors in float64, and
     solving with those.
     """
@@ -27,7 +27,7 @@ class Solving(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayerSizes:
     """A layer: what its tokens go through beside experts (elements), its experts as gate, up and
     down of [width, hidden], how many run for a token and how many there are when it is solved.
     """
@@ -43,7 +43,7 @@ class Sizes:
         experts = 3 * self.top_k * self.hidden * self.width
         return 2.0 * tokens * (self.beside + experts)
 
-    def solving(self, tokens: int) -> Solving:
+    def solving(self, tokens: int) -> Operations:
         """Operations of kernels/solve.py's refit, with every token on experts that stay."""
         seen = float(tokens * min(self.top_k, self.kept))
         hidden, width = self.hidden, self.width
@@ -51,7 +51,7 @@ class Sizes:
         grams = 2 * seen * width * width
         sweeps = SWEEPS * 4 * seen * width * hidden
         factors = self.kept * width**3 / 3
-        return Solving(
+        return Operations(
             outputs + grams + sweeps, factors, SWEEPS * 2 * self.kept * width**2 * hidden
         )
 
@@ -67,7 +67,7 @@ def times(mixture: Mixture, kept: int, tokens: int, solved_on: int) -> float:
     return refit / max(1.0, sizes.walk(tokens))
 
 
-def of(mixture: Mixture, kept: int) -> Sizes:
+def of(mixture: Mixture, kept: int) -> LayerSizes:
     """The sizes of a model's layers, those without experts as others are beside theirs."""
     at, first = mixture.text_model, mixture.layers[0]
     experts = {n for n, c in mixture.counted.items() if c.kind == "expert"}
@@ -77,4 +77,4 @@ def of(mixture: Mixture, kept: int) -> Sizes:
             beside += stored.elements
     layers = int(at.field("layers") or len(mixture.layers))
     hidden = int(at.field("hidden") or 1)
-    return Sizes(beside / layers, hidden, mixture.width(first), mixture.top_k, kept)
+    return LayerSizes(beside / layers, hidden, mixture.width(first), mixture.top_k, kept)
