@@ -115,7 +115,16 @@ class FfnBlock:
     @property
     def last(self) -> FfnLinear:
         """The linear that gives the output."""
-        return next(one for one in self.linears if one.role in LAST)
+        return next((one for one in self.linears if one.role in LAST), self.linears[-1])
+
+    def seen(self, hidden: str) -> str | None:
+        """The width that a router sees, as a layout says it: that of the layers, or where the
+        block is one linear that of its input; None where nothing says it.
+        """
+        first = self.linears[0]
+        if not first.whole or first.role == NORM or first.slot.shape is None:
+            return hidden
+        return first.slot.shape[0 if first.transposed else 1]
 
 
 def _homeless(layout: Layout, expected: str, found: str) -> MoetoolError:

@@ -22,7 +22,7 @@ def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
     more = list[GroupSlot]()
     for group in groups:
         _check(group, count)
-        for block in places.named(group.site).blocks(layout):
+        for block in places.named(group.site).of(layout, group):
             more += _slots(layout, block, group)
     cls, kept = f"Moe{layout.cls}", without(layout, layout, groups, count)
     return replace(layout, model_type=MODEL_TYPE, cls=cls, tensors=(*kept, *more))
@@ -34,7 +34,7 @@ def without(layout: Layout, tower: Layout, groups: Sequence[Group], count: int) 
     """
     kept = layout.tensors
     for group in groups:
-        for block in places.named(group.site).blocks(tower):
+        for block in places.named(group.site).of(tower, group):
             kept = _without(kept, block, group, count)
     return kept
 
@@ -75,7 +75,7 @@ def _in(slot: Slot, held: Mapping[int, int]) -> Slot:
 def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
     """What one group adds: its router, and a matrix for each linear of each expert."""
     routed, held = dict.fromkeys(group.layers, 1), dict.fromkeys(group.layers, group.experts)
-    router, hidden = f"{block.module}.{group.router}", layout.fields["hidden"]
+    router, hidden = f"{block.module}.{group.router}", block.seen(layout.fields["hidden"])
     for tensor in group.router_tensors:
         shape = [hidden if word == "hidden" else word for word in tensor.shape]
         role = "router" if tensor.name == "weight" else f"router.{tensor.name}"

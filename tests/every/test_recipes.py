@@ -48,6 +48,8 @@ NAMES = {
     "moextend",
     "ders-sparse",
     "ders-bits",
+    "rocket",
+    "instructvla",
     "reap",
     "stun",
     "super-experts-only",
@@ -88,6 +90,7 @@ SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize",
 CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
+    "instructvla": ["rank=8"],
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
@@ -179,7 +182,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 55 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 57 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

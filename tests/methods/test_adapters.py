@@ -20,6 +20,7 @@ from moetool.surgery.checkpoint import Checkpoint
 Models = Callable[..., Path]
 FFN = ("gate_proj", "up_proj", "down_proj")
 SIDES = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
+SIDES |= {"q_proj": (96, 64), "v_proj": (48, 64)}
 
 
 def adapter(

@@ -13,6 +13,7 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle.ground import Ground
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import linear_of
 from moetool.surgery.headers import WeightFiles
 from moetool.surgery.spec import Stored
 
@@ -164,7 +165,7 @@ class _Found:
     def _check_shapes(self, held: Mapping[str, Mapping[str, Stored]], rank: int) -> None:
         """MoetoolError for an adapter of another base, or another rank than it says."""
         for layer in self.ground.layers:
-            for linear in self.ground.block.linears:
+            for linear in self.ground.linears:
                 parts = held.get(tail_of(self.ground, linear.slot.name, layer))
                 if parts is None:
                     continue
@@ -175,7 +176,8 @@ class _Found:
                     if seen != shape:
                         raise _refused(
                             self.folder,
-                            f"the adapter is of another base or rank: {part} of {linear.name}",
+                            f"the adapter is of another base or rank: {part} of "
+                            f"{linear_of(linear.slot.name)}",
                             str(list(shape)),
                             list(seen) if seen else "nothing",
                         )
@@ -191,8 +193,8 @@ def tail_of(ground: Ground, template: str, layer: int) -> str:
 def tails(ground: Ground) -> Iterator[tuple[str, str]]:
     """(name of the linear, its tail) for every linear that becomes experts'."""
     for layer in ground.layers:
-        for linear in ground.block.linears:
-            yield linear.name, tail_of(ground, linear.slot.name, layer)
+        for linear in ground.linears:
+            yield linear_of(linear.slot.name), tail_of(ground, linear.slot.name, layer)
 
 
 def _refused(folder: str, what: str, expected: str, found: object, hint: str = "") -> MoetoolError:

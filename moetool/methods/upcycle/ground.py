@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 
@@ -16,6 +16,7 @@ from moetool.surgery.groups import Group
 from moetool.surgery.inside import inside
 from moetool.surgery.layout import Layout, words
 from moetool.surgery.pair import drops
+from moetool.surgery.places.linear import chosen
 from moetool.surgery.spec import FLOATS, Stored, whole
 from moetool.surgery.text_model import TextModel, tower_of
 
@@ -34,14 +35,20 @@ class Ground:
 
     @classmethod
     def of(
-        cls, source: Checkpoint, layers: str, where: str = "ffn", tower: str = towers.AUTO
+        cls,
+        source: Checkpoint,
+        layers: str,
+        where: str = "ffn",
+        tower: str = towers.AUTO,
+        only: Sequence[str] = (),
     ) -> Ground:
-        """At a site of a tower. MoetoolError where the family has no such, or its weights are no
-        plain floats.
+        """At a site of a tower; of the site `linear`, at some of them by name. MoetoolError where
+        the family has no such, or its weights are no plain floats.
         """
         named = towers.meant(Layout.load(groups.family_of(source.config)), tower)
         at = tower_of(source.config, named)
         blocks = places.named(where).blocks(at.layout)
+        blocks = chosen(blocks, only) if only else blocks
         found = cls(source, at, blocks, site.parse(layers, at.field("layers") or 0), named)
         for layer in found.layers:
             for linear in chain.from_iterable(block.linears for block in blocks):
@@ -52,6 +59,11 @@ class Ground:
     def block(self) -> FfnBlock:
         """The one of a layer, or the first."""
         return self.blocks[0]
+
+    @property
+    def linears(self) -> tuple[FfnLinear, ...]:
+        """Those of all blocks of a layer."""
+        return tuple(chain.from_iterable(block.linears for block in self.blocks))
 
     @property
     def count(self) -> int:
@@ -134,6 +146,12 @@ class Spot:
     @property
     def module(self) -> str:
         return self.ground.module(self.layer, self.block)
+
+    @property
+    def seen(self) -> int:
+        """Width of what a router sees."""
+        first = self.block.linears[0]
+        return first.sides(self.ground.stored(first, self.layer).shape)[1]
 
     def name(self, expert: int, linear: FfnLinear, part: str) -> str:
         """A tensor of an expert: `model.layers.3.mlp.experts.7.gate_proj.lora_A`."""

@@ -52,6 +52,13 @@ class Upcycling(Storing, Served):
         WHAT,
         choices=lambda: tuple(places.known()),
     )
+    linears: str = option(
+        "",
+        "with --site linear: those that get experts, by their names; all of attention and FFN where "
+        "not said",
+        WHAT,
+        metavar="q_proj,...",
+    )
     name: str = option(
         "",
         "what the group of experts is called, with --form or --site; SRC may have groups already: "

@@ -123,7 +123,7 @@ def _taken(ground: Ground, group: Group, here: Sequence[Group]) -> set[str]:
 
 
 def _modules(ground: Ground, group: Group) -> set[str]:
-    blocks = places.named(group.site).blocks(ground.at.layout)
+    blocks = places.named(group.site).of(ground.at.layout, group)
     return {block.module for block in blocks}
 
 

@@ -102,7 +102,7 @@ def _adapted(
     """The linears that a group changes, in the order of layers."""
     weights, base = _weights(source, group, gates), groups.base_of(source.config)
     stack = Layout.load(str(base["model_type"])).stack or ""
-    blocks = places.named(group.site).blocks(text_model(base).layout)
+    blocks = places.named(group.site).of(text_model(base).layout, group)
     for layer, block in product(group.layers, blocks):
         module = f"{stack}.{layer}.{block.module.partition('{layer}.')[2]}"
         for linear in block.linears:
@@ -113,7 +113,7 @@ def _adapted(
             stems = [f"{held}.{group.expert(expert, linear.name)}" for expert in kept]
             parts = [(source.part(f"{s}.lora_A"), source.part(f"{s}.lora_B")) for s in stems]
             scale = group.params["alpha"] / group.params["rank"]
-            some, name = [weights[e] for e in kept], f"{module}.{linear.name}"
+            some, name = [weights[e] for e in kept], f"{module}.{linear.name}".rstrip(".")
             yield Adapted(name, layer, linear, parts, some, scale)
 
 

@@ -46,7 +46,8 @@ class DeltaExperts(ExpertGroup):
 
     bases: ClassVar[tuple[str, ...]] = ("under",)
 
-    def adding(self, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
+    @classmethod
+    def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
         """Makes what one linear of one expert has, of the linear's shape."""
         raise NotImplementedError
 

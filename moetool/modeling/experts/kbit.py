@@ -64,5 +64,6 @@ class KbitExperts(DeltaExperts):
     needs: ClassVar[Kinds] = {"bits": int}
     knows: ClassVar[Kinds] = {"group": int}
 
-    def adding(self, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
+    @classmethod
+    def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
         return partial(KbitLinear, bits=group.params["bits"], group=group.params.get("group", 0))

@@ -49,6 +49,7 @@ class LoraExperts(DeltaExperts):
     needs: ClassVar[Kinds] = {"rank": int, "alpha": float}
     knows: ClassVar[Kinds] = {"targets": list}
 
-    def adding(self, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
+    @classmethod
+    def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
         rank, alpha = group.params["rank"], group.params["alpha"]
         return partial(LowRankLinear, rank=rank, scale=alpha / rank)

@@ -74,5 +74,6 @@ class SparseExperts(DeltaExperts):
     needs: ClassVar[Kinds] = {"keep": float}
     knows: ClassVar[Kinds] = {}
 
-    def adding(self, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
+    @classmethod
+    def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
         return partial(SparseLinear, keep=group.params["keep"])

@@ -32,7 +32,7 @@ class GroupSite:
         """Put groups of this site into a stock model. MoetoolError where the family has no such
         site, or a group names a layer that is not there.
         """
-        blocks, layers = places.named(self.name).blocks(layout), stack(model, layout)
+        place, layers = places.named(self.name), stack(model, layout)
         for number in sorted(set().union(*(group.layers for group in groups))):
             if number >= len(layers):
                 raise wrong(
@@ -41,8 +41,12 @@ class GroupSite:
                     str(number),
                 )
             here = [group for group in groups if number in group.layers]
-            for block in blocks:
-                self.grow(layers[number].get_submodule(block.within), block, here)
+            found: dict[str, tuple[FfnBlock, list[Group]]] = {}
+            for group in here:
+                for block in place.of(layout, group):
+                    found.setdefault(block.within, (block, []))[1].append(group)
+            for name, (block, mine) in found.items():
+                self.grow(layers[number].get_submodule(name), block, mine)
 
     def kind_of(self, block: FfnBlock) -> type[Grouped]:
         """What a module becomes."""

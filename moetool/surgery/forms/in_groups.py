@@ -41,7 +41,7 @@ def sites(at: TextModel, form: str) -> Iterator[Site]:
         if group.form != form:
             continue
         here = at.of(group)
-        for block, layer in product(places.named(group.site).blocks(here.layout), group.layers):
+        for block, layer in product(places.named(group.site).of(here.layout, group), group.layers):
             module = here.name(block.module, layer=layer)
             for expert in range(group.experts):
                 for linear in filter(lambda one: group.has(one.name), block.linears):

@@ -31,7 +31,7 @@ class KbitForm(OverBase):
     name: ClassVar[str] = "kbit"
     suffixes: ClassVar[tuple[str, ...]] = ("delta_packed", "delta_scale")
     must: ClassVar[Mapping[str, type]] = {"bits": int}
-    may: ClassVar[Mapping[str, type]] = {"group": int}
+    may: ClassVar[Mapping[str, type]] = {"group": int, "linears": list}
 
     def check(self, params: Params) -> None:
         super().check(params)

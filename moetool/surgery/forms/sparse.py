@@ -28,6 +28,7 @@ class SparseForm(OverBase):
     name: ClassVar[str] = "sparse"
     suffixes: ClassVar[tuple[str, ...]] = ("delta_rows", "delta_columns", "delta_values")
     must: ClassVar[Mapping[str, type]] = {"keep": float}
+    may: ClassVar[Mapping[str, type]] = {"linears": list}
 
     def check(self, params: Params) -> None:
         super().check(params)

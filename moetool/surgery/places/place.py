@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout
 
 
@@ -27,3 +28,7 @@ class GroupPlace:
         MoetoolError where the family has none.
         """
         raise NotImplementedError
+
+    def of(self, layout: Layout, group: Group) -> tuple[FfnBlock, ...]:
+        """Those that a group is in."""
+        return self.blocks(layout)

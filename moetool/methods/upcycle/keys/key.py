@@ -86,7 +86,7 @@ class RouteKey(Word):
     def one(self, build: Builder, spot: Spot, tensor: RouterTensor, start: Router) -> None:
         """One tensor of it."""
         name = f"{spot.module}.{spot.group.router}.{tensor.name}"
-        target = build.target(name, spot.ground.dtype, tensor.sides(spot.ground.hidden))
+        target = build.target(name, spot.ground.dtype, tensor.sides(spot.seen))
         if tensor.start == "zero" or start.law == "zero":
             build.zeros(target)
         else:

@@ -10,4 +10,4 @@ class TokenKey(RouteKey):
     """Each token by itself: a linear router over what the FFN sees."""
 
     name = ROUTED
-    sites = ("ffn", "attention", "heads")
+    sites = ("ffn", "attention", "heads", "linear")

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.methods.upcycle.kinds.kind import LINEAR, ExpertKind
 from moetool.surgery import ops
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnLinear
@@ -64,6 +65,18 @@ class ChangeKind(ExpertKind):
 
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
+    sites = ("ffn", LINEAR)
+
+    @property
+    def stands(self) -> str:
+        return "beside" if self.verb.site == LINEAR else self.base
+
+    @property
+    def starts(self) -> str:  # type: ignore[override]
+        return "zero" if self.verb.site == LINEAR else "ffn"
+
+    def params(self, ground: Ground) -> JsonObject:
+        return {"linears": [*self.linears]} if self.linears else {}
 
     @abstractmethod
     def changed(self, build: Builder, one: OneLinear, source: int) -> None:
@@ -137,7 +150,7 @@ def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMa
     from moetool.progress import Stage
 
     base, *tuned = grounds
-    places = list(product(range(len(tuned)), base.layers, base.block.linears))
+    places = list(product(range(len(tuned)), base.layers, base.linears))
     for done, (number, layer, linear) in enumerate(places):
         before, after = base.stored(linear, layer), tuned[number].stored(linear, layer)
         apart = tuned[number].source.matrix(after.name).double()
@@ -149,6 +162,6 @@ def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMa
 
 def memory(base: Ground) -> int:
     """Peak bytes of looking at one change after the other."""
-    places = product(base.block.linears, base.layers)
+    places = product(base.linears, base.layers)
     widest = max(base.stored(*place).elements for place in places)
     return ops.RESERVE + ops.NUMPY_RESERVE + ops.TORCH_RESERVE + 6 * 8 * widest

@@ -60,7 +60,7 @@ class KbitKind(ChangeKind):
                 found=f"--delta-bits {own.delta_bits}",
                 hint="for example --delta-bits 4",
             )
-        for linear in ground.block.linears:
+        for linear in ground.linears:
             into = linear.sides(ground.stored(linear, ground.layers[0]).shape)[1]
             if own.delta_group and into % own.delta_group:
                 raise UsageError(
@@ -72,7 +72,8 @@ class KbitKind(ChangeKind):
 
     def params(self, ground: Ground) -> JsonObject:
         group = self.own.delta_group
-        return {"bits": self.own.delta_bits} | ({"group": group} if group else {})
+        said: JsonObject = {"bits": self.own.delta_bits} | ({"group": group} if group else {})
+        return said | super().params(ground)
 
     def _places(self, build: Builder, one: OneLinear) -> list[Piece]:
         (out, into), own = one.sides, self.own

@@ -30,7 +30,8 @@ from moetool.surgery.spec import Piece
 
 # Options of upcycle that mean the same to experts of any kind.
 _ROUTED = ("experts", "top_k", "layers", "router", "key", "law")
-_COMMON = (*_ROUTED, "target", "form", "for_", "site", "tower", "name")
+_COMMON = (*_ROUTED, "target", "form", "for_", "site", "tower", "name", "linears")
+LINEAR = "linear"  # the site
 
 
 class ExpertKind(Word):
@@ -113,6 +114,11 @@ class ExpertKind(Word):
         self.combine.told(self.stands, self.verb.top_k)
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        """Which linears of a layer get experts, at the site of linears; all, where none is said."""
+        return tuple(filter(None, self.verb.linears.split(",")))
+
+    @property
     def stands(self) -> str:
         """What becomes of the layer's own FFN (surgery/groups.py)."""
         return self.base
@@ -123,6 +129,13 @@ class ExpertKind(Word):
         return self.verb.experts + (self.stands == "member")
 
     def _at_site(self) -> None:
+        if self.verb.linears and self.verb.site != LINEAR:
+            raise UsageError(
+                "--linears says which linears have experts of their own",
+                expected=f"--site {LINEAR}",
+                found=f"--linears {self.verb.linears} --site {self.verb.site}",
+                hint="leave out --linears",
+            )
         if self.verb.site in self.sites:
             return
         fitting = [f"--form {n}" for n, k in self.known().items() if self.verb.site in k.sites]
@@ -160,7 +173,8 @@ class ExpertKind(Word):
 
     def ground(self, source: Checkpoint) -> Ground:
         """Where in a source they are to stand. MoetoolError where that is nowhere."""
-        return Ground.of(source, self.verb.layers, self.verb.site, self.verb.tower)
+        said = self.verb
+        return Ground.of(source, said.layers, said.site, said.tower, self.linears)
 
     def check(self, ground: Ground) -> None:
         """Refuse a model that cannot have such experts, from headers alone."""

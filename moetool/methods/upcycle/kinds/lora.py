@@ -16,7 +16,9 @@ from moetool.methods.upcycle import adapters
 from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, memory
+from moetool.methods.upcycle.kinds.kind import LINEAR
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import linear_of
 from moetool.surgery.reform import Into
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import Piece, whole
@@ -139,9 +141,10 @@ class LowRankKind(ChangeKind):
             "alpha": first.alpha,
             "experts": [[e.source, e.head, e.middle, e.suffix] for e in experts],
         }
-        every = [linear.name for linear in ground.block.linears]
-        if set(first.targets) != set(every):
-            chosen["targets"] = list(first.targets)
+        every = {linear_of(linear.slot.name) for linear in ground.linears}
+        if set(first.targets) != every:
+            which = "linears" if self.verb.site == LINEAR else "targets"
+            chosen[which] = list(first.targets)
         if first.router and len(read) == 1:
             chosen["router"] = first.router
         return Decisions(chosen=chosen, extra=tuple(a.weights for a in read))
@@ -162,7 +165,8 @@ class LowRankKind(ChangeKind):
                 found="--alpha 0",
                 hint="leave out --alpha: twice the rank",
             )
-        most = min(ground.hidden, ground.width)
+        stored = ((one, ground.stored(one, ground.layers[0])) for one in ground.linears)
+        most = min(min(one.sides(matrix.shape)) for one, matrix in stored)
         if self.rank > most:
             raise UsageError(
                 "the rank is larger than the matrices are wide",
@@ -173,7 +177,12 @@ class LowRankKind(ChangeKind):
 
     def params(self, ground: Ground) -> JsonObject:
         targets = self.found.chosen.get("targets")
-        return {"rank": self.rank, "alpha": self.alpha} | ({"targets": targets} if targets else {})
+        said = {"rank": self.rank, "alpha": self.alpha} | ({"targets": targets} if targets else {})
+        return said | super().params(ground)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(self.found.chosen.get("linears", super().linears))
 
     def router(self, build: Builder, spot: Spot) -> Piece | None:
         template = self.found.chosen.get("router")

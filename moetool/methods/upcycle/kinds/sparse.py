@@ -66,7 +66,7 @@ class SparseKind(ChangeKind):
             )
 
     def params(self, ground: Ground) -> JsonObject:
-        return {"keep": self.own.delta_keep}
+        return {"keep": self.own.delta_keep} | super().params(ground)
 
     def _places(self, build: Builder, one: OneLinear) -> list[Piece]:
         (out, into), stored = one.sides, one.stored
