@@ -81,6 +81,7 @@ NAMES = {
     "mote-int4",
     "mot",
     "moh",
+    "bam",
     "mixture-of-mamba",
     "uoe",
     "mono-internvl-1.5",
@@ -182,7 +183,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 57 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 58 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -334,3 +334,19 @@ def test_heads_are_chosen_by_their_queries_or_by_a_router(
         one = weight | {"o_proj.weight": alone}
         want_out += gates[:, head, None].double() * attention(one, "", x.double(), heads, pairs)
     assert apart(made[0].double(), want_out) <= 2e-6
+
+
+def test_specialists_give_ffns_and_then_attentions(models: Models, tmp_path: Path) -> None:
+    seed, other = models("llama"), models("llama", seed=1)
+    ffns = {"target": "moetool", "experts": 2, "top_k": 1, "law": "softmax"}
+    written(seed, tmp_path / "ffn", **ffns, experts_from=[str(other)])
+    mixed = MIX | {"site": "attention", "experts": 2, "top_k": 2, "experts_from": [str(other)]}
+    report = written(tmp_path / "ffn", tmp_path / "out", **mixed)
+    assert report["certificate"]["level"] == "none"
+    made, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", other))
+    layer = "model.layers.0"
+    for block, linear in (("self_attn", "q_proj"), ("mlp", "up_proj")):
+        own = made[f"{layer}.{block}.experts.1.{linear}.weight"]
+        assert torch.equal(own, theirs[f"{layer}.{block}.{linear}.weight"])
+    assert f"{layer}.mlp.up_proj.weight" not in made
+    assert logits(loaded(tmp_path / "out"), IDS).isfinite().all()

@@ -20,6 +20,7 @@ from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
 from moetool.surgery.spec import Stored, whole
+from moetool.surgery.text_model import text_model
 
 _WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
 
@@ -77,7 +78,24 @@ def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
             found=f"{len(sources) - 1} --from",
             hint="leave out --from",
         )
-    assemble.check_alike(sources)
+    first, *rest = map(_dense, sources)
+    if groups.is_ours(sources[0].config):  # what its groups stand for may be gone
+        rest = [replace(o, tensors=_common(o, first)) for o in rest]
+    assemble.check_alike((first, *rest))
+
+
+def _dense(source: Checkpoint) -> Checkpoint:
+    """A model without its groups."""
+    if not groups.is_ours(source.config):
+        return source
+    config = groups.base_of(source.config)
+    at = text_model(config)
+    own = {n: t for n, t in source.tensors.items() if at.inner(n) is None or at.match(n)}
+    return replace(source, config=config, tensors=own)
+
+
+def _common(source: Checkpoint, other: Checkpoint) -> dict[str, Stored]:
+    return {n: t for n, t in source.tensors.items() if n in other.tensors}
 
 
 def _beside(ground: Ground, group: Group) -> Group:
