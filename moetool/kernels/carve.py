@@ -34,7 +34,8 @@ class Variation:
     """What makes copies differ, and by which streams of random numbers. permute: the stream of
     orders; noise: its deviation, in units of the matrix's own; redraw: the share of neurons drawn
     anew; same: an index stream that gate, up and down share (whole neurons are re-drawn), None for
-    an index set a matrix, as the reference code has it. `name`: the matrix.
+    an index set a matrix, as the reference code has it. `name`: the matrix. mask: the share of
+    entries that become zero.
     """
 
     permute: str | None = None
@@ -43,10 +44,12 @@ class Variation:
     same: str | None = None
     seed: int = 0
     name: str = ""
+    mask: float | None = None
 
     @property
     def any(self) -> bool:
-        return self.permute is not None or self.noise is not None or self.redraw is not None
+        changes = (self.permute, self.noise, self.redraw, self.mask)
+        return any(change is not None for change in changes)
 
 
 PLAIN = Variation()
@@ -72,7 +75,7 @@ def experts(
 
 
 def _changed(piece: Tensor, axis: int, change: Variation, scale: float, expert: int) -> Tensor:
-    """Permuted, then drawn anew, then noise, then scale."""
+    """Permuted, then drawn anew, then noise, then masked, then scale."""
     if change.permute is not None:
         stream = f"{change.permute}/{expert}/permute"
         order = draw.permutation(piece.shape[axis], change.seed, stream)
@@ -86,6 +89,9 @@ def _changed(piece: Tensor, axis: int, change: Variation, scale: float, expert: 
     if change.noise is not None:
         stream = f"{change.name}/{expert}/noise"
         work = noisy(work, change.noise, seed=change.seed, name=stream)
+    if change.mask is not None:
+        stream = f"{change.name}/{expert}/mask"
+        work = masked(work, change.mask, seed=change.seed, name=stream)
     return work.mul_(scale).to(piece.dtype)
 
 
@@ -122,6 +128,14 @@ def redrawn(work: Tensor, axis: int, change: Variation, expert: int) -> Tensor:
 def noisy(work: Tensor, sigma: float, *, seed: int, name: str) -> Tensor:
     """Add (in place) N(0, (sigma * std of the matrix)^2) to every entry."""
     return work.add_(_normal(work, seed, name).mul_(sigma * work.std(correction=0)))
+
+
+def masked(work: Tensor, share: float, *, seed: int, name: str) -> Tensor:
+    """Make (in place) each entry zero with this probability (EvoMoE, arXiv 2112.14397)."""
+    if work.is_meta:
+        return work
+    gone = draw.uniform(work.numel(), seed, name) < share
+    return work.masked_fill_(_index(gone, work).reshape(work.shape), 0.0)
 
 
 def _normal(like: Tensor, seed: int, name: str) -> Tensor:

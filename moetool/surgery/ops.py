@@ -83,6 +83,7 @@ def _cut(call: Call, matrix: Tensor, own: JsonMapping) -> Iterator[Tensor]:
         redraw.get("same"),
         own.get("seed", 0),
         own.get("name", ""),
+        (own.get("mask") or {}).get("share"),
     )
     yield from carve.experts(matrix, len(call.shapes), share, change, call.params.get("scale", 1.0))
 

@@ -50,6 +50,9 @@ NAMES = {
     "ders-bits",
     "rocket",
     "instructvla",
+    "evomoe",
+    "llama-moe-v1",
+    "llama-moe-v2",
     "reap",
     "stun",
     "super-experts-only",
@@ -183,7 +186,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 58 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 61 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -82,8 +82,10 @@ def test_sensitivity_takes_from_where_it_is_missed_least(models: Callable[..., P
         2: np.ones(8),
         3: np.ones(8),
     }
-    made = budget.by_sensitivity(mixture(models), 0.25, scores)
+    made = budget.across(mixture(models), 0.25, scores, "sensitivity")
     assert sum(made.values()) == 24 and made[1] == 3 and min(made.values()) >= 2
+    scores[3] = np.full(8, 0.05)  # as they are, its experts are the least of all
+    assert budget.across(mixture(models), 0.25, scores, "global") == {0: 8, 1: 6, 2: 8, 3: 2}
 
 
 def test_super_experts_are_those_of_the_paper() -> None:

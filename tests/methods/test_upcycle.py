@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def test_wrong_trunks(spec: str, count: int) -> None:
         {"carve": "kmeans:down", "split": 2},
         {"diversify": "drop:2"},
         {"diversify": "shake"},
+        {"diversify": "mask:1"},
         {"experts": "many"},
         {"shared": "perhaps"},
         {"scale": "big"},
@@ -294,6 +296,19 @@ def test_drop_matches_statistics(models: Callable[..., Path], tmp_path: Path) ->
         )
 
 
+def test_a_mask_zeroes_a_share_of_each_matrix(llama: Path, tmp_path: Path) -> None:
+    """Entries are the source's or zero; every expert and matrix has places of its own."""
+    before, after = made(llama, tmp_path / "out", experts=2, diversify="mask:0.3")
+    places = []
+    for number in range(2):
+        for new, old in zip(expert(after, 1, number), dense(before, 1), strict=True):
+            gone = new == 0
+            assert (new[~gone] == old[~gone]).all()
+            assert abs(float(gone.float().mean()) - 0.3) < 0.02
+            places.append(gone if gone.shape[0] == 128 else gone.T)
+    assert all((a != b).any() for a, b in itertools.combinations(places, 2))
+
+
 def test_noise_is_relative_to_the_deviation(models: Callable[..., Path], tmp_path: Path) -> None:
     source = models("llama", intermediate_size=2048, num_hidden_layers=1)
     before, after = made(source, tmp_path / "out", experts=2, diversify="noise:0.1")
@@ -348,6 +363,7 @@ def test_parsers() -> None:
     assert Diversify.parse("permute+drop:0.5:reference+noise:0.01") == Diversify(
         True, 0.01, 0.5, False
     )
+    assert Diversify.parse("mask:0.5") == Diversify(masked=0.5)
     assert Diversify.parse("none").params(0, "gate", 0) == {}
     assert Router.parse("auto", 1, 2) == Router("normal", 0.02) and Router.parse(
         "auto", 4, 8

@@ -39,22 +39,23 @@ def uniform(mixture: Mixture, ratio: float) -> int:
     return mixture.experts - removed
 
 
-def by_sensitivity(
-    mixture: Mixture, ratio: float, scores: Mapping[int, np.ndarray]
+def across(
+    mixture: Mixture, ratio: float, scores: Mapping[int, np.ndarray], budget: str
 ) -> dict[int, int]:
     """Experts each layer keeps when the same number goes altogether, but from where it is missed
-    least.
+    least: the smallest scores (high = needed) of the whole model go first, as long as the layer
+    keeps what a token needs.
 
-    Scores (high = needed) are shares of their layer's sum; the smallest shares of the whole model
-    go first, as long as the layer keeps what a token needs. As in M-SMoE's global threshold (arXiv
-    2310.01334), for any score.
+    By `sensitivity` scores are shares of their layer's sum (as in M-SMoE's global threshold, arXiv
+    2310.01334, for any score); `global` compares them as they are, so that a layer whose experts
+    all put out little may lose most of them.
     """
     total = (mixture.experts - uniform(mixture, ratio)) * len(scores)
     least = max(mixture.top_k, mixture.groups)
     kept = dict.fromkeys(scores, mixture.experts)
     shares: list[tuple[float, int, int]] = []
     for layer, row in scores.items():
-        whole = max(1e-300, float(row.sum()))
+        whole = max(1e-300, float(row.sum())) if budget == "sensitivity" else 1.0
         shares += [(float(s) / whole, layer, e) for e, s in enumerate(np.maximum(row, 0))]
     for _, layer, _ in sorted(shares):
         if not total:

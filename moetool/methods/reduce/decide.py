@@ -175,7 +175,7 @@ def bounds(asked: Asked, seen: Evidence, replay: Decided | None) -> Bounds:
     guarded = _guarded(asked, seen, uniform)
     if asked.options.budget == "uniform":
         return guarded
-    return replace(guarded, counts=_by_sensitivity(asked, seen, guarded))
+    return replace(guarded, counts=_by_score(asked, seen, guarded))
 
 
 def _guarded(asked: Asked, seen: Evidence, uniform: dict[int, int]) -> Bounds:
@@ -192,7 +192,7 @@ def _guarded(asked: Asked, seen: Evidence, uniform: dict[int, int]) -> Bounds:
     return Bounds(uniform, stay, peaks=peaks)
 
 
-def _by_sensitivity(asked: Asked, seen: Evidence, guarded: Bounds) -> dict[int, int]:
+def _by_score(asked: Asked, seen: Evidence, guarded: Bounds) -> dict[int, int]:
     score, profile = asked.way.scores, seen.profile
     if score is None:
         raise UsageError(
@@ -203,7 +203,7 @@ def _by_sensitivity(asked: Asked, seen: Evidence, guarded: Bounds) -> dict[int, 
     for n in asked.mixture.layers:
         stats = profile.layer(n) if profile is not None else None
         scores[n] = score(asked.view(n, stats, guarded.of(n)))
-    return budget.by_sensitivity(asked.mixture, asked.options.ratio, scores)
+    return budget.across(asked.mixture, asked.options.ratio, scores, asked.options.budget)
 
 
 def _scored(asked: Asked) -> list[str]:

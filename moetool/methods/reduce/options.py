@@ -10,7 +10,7 @@ from moetool.forward.drawn import OWN
 from moetool.methods.field import WHAT, Field
 from moetool.methods.options import Gate, Served, Solving, Storing, Text, option
 
-BUDGETS = ("uniform", "sensitivity")
+BUDGETS = ("uniform", "sensitivity", "global")
 DRAWN_TOKENS = 16_384  # of a calibration without text
 # told, these mean text: they are refused alone, as ever
 LOOKS = ("calibrate", "stats", "text_field", "trust_remote_code")
@@ -37,7 +37,9 @@ class What:
     )
     budget: str = option(
         "uniform",
-        "experts kept: uniform, or sensitivity (the same total, more where they are needed)",
+        "experts kept: uniform; or the same total, more where they are needed: sensitivity (by "
+        "each expert's share of its layer's scores) or global (by the scores of all layers "
+        "together)",
         WHAT,
         choices=BUDGETS,
     )
@@ -79,9 +81,9 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
                 found=self.ratio,
                 hint="0.25 turns 128 experts into 96",
             )
-        if self.budget == "sensitivity" and self.uneven == "uniform":
+        if self.budget != "uniform" and self.uneven == "uniform":
             raise UsageError(
-                "--budget sensitivity keeps other numbers of experts in each layer, and --uneven uniform cannot hold them",
+                f"--budget {self.budget} keeps other numbers of experts in each layer, and --uneven uniform cannot hold them",
                 expected="--uneven zeroed, ghost or ragged",
                 hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, and loads with moetool installed",
             )

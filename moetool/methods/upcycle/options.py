@@ -102,7 +102,8 @@ class Upcycling(Storing, Served):
     )
     diversify: str = option(
         "none",
-        "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], joined by +",
+        "what makes copies differ: none, permute, noise:SIGMA, drop:RATIO[:reference], mask:SHARE "
+        "(entries that become zero), joined by +",
         metavar="noise:SIGMA|...",
     )
     shared: bool = option(

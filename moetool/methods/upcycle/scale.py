@@ -76,7 +76,9 @@ def _sure(recipe: Combination, share: float) -> Sure:
         why = "experts or trunk come from different models: there is no single function to keep"
         return Sure("none", why, None)
     if recipe.changed and not recipe.shared:
-        return Sure("none", "copies were changed on purpose (noise or re-drawn neurons)", None)
+        return Sure(
+            "none", "copies were changed on purpose (noise, re-drawn neurons or a mask)", None
+        )
     if abs(coverage - 1.0) > 1e-9:
         return Sure("none", f"--scale {recipe.asked} gives a coverage of {coverage:g}", coverage)
     return Sure(level, why, coverage)
