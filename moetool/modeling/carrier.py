@@ -83,6 +83,8 @@ def derived(base: str) -> Any:
         "num_experts": property(_experts),
         "num_experts_per_tok": property(_experts_per_token),
         "__reduce_ex__": _pickled,
+        "from_dict": classmethod(_read(family)),
+        "to_dict": _written(family),
         "register_for_auto_class": MoetoolConfig.register_for_auto_class,
         "__module__": __name__,
         "__doc__": f"A {family.__name__} with groups of experts.",
@@ -93,6 +95,26 @@ def derived(base: str) -> Any:
     for name in _AUTO:
         _tell(getattr(transformers.models.auto, name), family, made)
     return made
+
+
+def _read(family: Any) -> Any:
+    """What the family's class makes of a config: who runs the experts is told by the class."""
+
+    def from_dict(cls: Any, config_dict: JsonObject, **kwargs: Any) -> Any:
+        said = {k: v for k, v in config_dict.items() if (k, v) != (groups.RUNS, groups.MODEL_TYPE)}
+        return family.from_dict.__func__(cls, said, **kwargs)
+
+    return from_dict
+
+
+def _written(family: Any) -> Any:
+    """For config.json: the family's own, and who runs the experts."""
+
+    def to_dict(self: Any) -> JsonObject:
+        made: JsonObject = family.to_dict(self)
+        return made | {groups.RUNS: groups.MODEL_TYPE}
+
+    return to_dict
 
 
 def _experts(config: Any) -> int:

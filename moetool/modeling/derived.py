@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from moetool.errors import MoetoolError
 from moetool.modeling import balance, ragged, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.generation import prepared, taking, told
@@ -32,6 +33,16 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
     """What derived classes have beside their stock class."""
 
     stock: ClassVar[type[Any]]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class does it. MoetoolError where a tensor of a group is missing: it would be
+        random, and transformers only warns.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        made, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _refuse_missing(made, info)
+        return (made, info) if asked else made
 
     def initialize_weights(self) -> None:
         """Experts and routers too: submodels of the stock class do not know them."""
@@ -61,6 +72,21 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         _observe_backbone(self)  # pickle keeps the name of a method alone
+
+
+def _refuse_missing(model: Any, info: dict[str, Any]) -> None:
+    """MoetoolError where the files lack a tensor that only groups of experts have."""
+    parts = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, GrownPart))
+    lost = sorted(name for name in info["missing_keys"] if name.startswith(parts))
+    if lost:
+        raise MoetoolError(
+            "a tensor of a group of experts is missing",
+            file=str(model.config.name_or_path),
+            tensor=lost[0],
+            expected="every tensor that config.json speaks of",
+            found=f"{len(lost)} missing",
+            hint="`moetool verify` says what the checkpoint lacks: download or make it again",
+        )
 
 
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:

@@ -34,6 +34,9 @@ from moetool.surgery.route import MODALITY, Route, RouterTensor, reached
 MODEL_TYPE = "moetool"
 VERSION = 1
 TEXT = "text"  # the tower that text goes through, where there are several
+# Who runs the experts, as transformers 5 has it in a config: its own classes refuse a name that
+# they do not know, where else the base's class would load the model without its experts.
+RUNS = "experts_implementation"
 FIRST = "experts"  # the usual name of a group
 FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")
@@ -127,7 +130,8 @@ def ragged_config(base: JsonObject) -> JsonObject:
 
 
 def _config(base: JsonObject, said: JsonObject, added: JsonObject) -> JsonObject:
-    told = {"model_type": MODEL_TYPE, "base_model_type": base.get("model_type"), **added}
+    told = {"model_type": MODEL_TYPE, "base_model_type": base.get("model_type")} | added
+    told[RUNS] = MODEL_TYPE
     rest = {k: v for k, v in base.items() if k not in ("architectures", "model_type")}
     classes = {"architectures": [f"Moe{name}" for name in base.get("architectures") or ()]}
     return classes | told | rest | {MODEL_TYPE: said}
@@ -136,7 +140,7 @@ def _config(base: JsonObject, said: JsonObject, added: JsonObject) -> JsonObject
 def base_of(config: JsonObject) -> JsonObject:
     """The config of the family that a model stands on."""
     added = () if is_ragged(config) else tuple(_TRAINED)
-    ours = (MODEL_TYPE, "base_model_type", *added)
+    ours = (MODEL_TYPE, "base_model_type", RUNS, *added)
     rest = {k: v for k, v in config.items() if k not in (*ours, "auto_map")}
     named = [n.removeprefix("Moe") for n in config.get("architectures") or ()]
     return rest | {"architectures": named, "model_type": config["base_model_type"]}
@@ -178,6 +182,8 @@ def read(config: JsonObject) -> tuple[Group, ...]:
     if said.get("version") is True or said.get("version") != VERSION:
         raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
     _known(said, ("version", "groups", "ragged"), "moetool")
+    if config.get(RUNS, MODEL_TYPE) not in (MODEL_TYPE, None):
+        raise _wrong(f"`{RUNS}` is not moetool's", MODEL_TYPE, config[RUNS])
     if type(said.get("ragged", False)) is not bool:
         raise _wrong("`ragged` of moetool", "true or false", said["ragged"])
     found = said.get("groups", [] if is_ragged(config) else None)

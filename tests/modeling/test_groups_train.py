@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from modeling import grown
 from modeling.grown import IDS, apart
 from modeling.test_groups_run import BESIDE, LORA, TERNARY, loaded, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from moetool.errors import MoetoolError
 from moetool.modeling import balance
 from moetool.modeling.balance import Scores
 from moetool.modeling.block import blocks
@@ -172,23 +177,48 @@ _LOAD = """
 import sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["moetool"] = None  # as if it were not installed
-from transformers import AutoModelForCausalLM
-for how in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}):
-    try:
-        AutoModelForCausalLM.from_pretrained(sys.argv[1], **how)
-    except Exception as problem:
-        print("REFUSED", problem)
-    else:
-        print("LOADED")
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for folder in sys.argv[1:]:
+    for how in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}, None):
+        try:
+            if how is None:
+                LlamaForCausalLM.from_pretrained(folder)
+            else:
+                AutoModelForCausalLM.from_pretrained(folder, **how)
+        except Exception as problem:
+            print("REFUSED", problem)
+        else:
+            print("LOADED")
 """
 
 
 def test_without_moetool_there_is_an_error_and_never_a_model(model_of: Any, tmp_path: Path) -> None:
     env = os.environ | {"HF_HOME": str(tmp_path), "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-c", _LOAD, str(model_of())]
+    plain = tmp_path / "plain"  # a copy that somebody took the code's file and its name out of
+    shutil.copytree(model_of(), plain)
+    (plain / shim.FILE).unlink()
+    config = json.loads((plain / "config.json").read_text())
+    del config["auto_map"]
+    (plain / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", _LOAD, str(model_of()), str(plain)]
     run = {"capture_output": True, "text": True, "env": env, "stdin": subprocess.DEVNULL}
     done = subprocess.run(command, check=False, **run)
     assert "LOADED" not in done.stdout, done.stdout
     _, *said = done.stdout.split("REFUSED")
-    assert len(said) == 3, done.stdout + done.stderr
+    assert len(said) == 8, done.stdout + done.stderr
     assert all("custom code" in one for one in said[:2]) and "pip install moetool" in said[2]
+    assert all("does not recognize this architecture" in one for one in said[4:7])
+    assert all('experts_implementation="moetool"' in one for one in (said[3], said[7]))
+
+
+def test_a_missing_tensor_of_a_group_is_no_warning(model_of: Any, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(model_of(), lost)
+    held = load_file(lost / "model.safetensors")
+    gone = next(name for name in sorted(held) if "router" in name)
+    save_file({n: t for n, t in held.items() if n != gone}, lost / "model.safetensors")
+    with pytest.raises(MoetoolError, match="a tensor of a group of experts is missing") as problem:
+        AutoModelForCausalLM.from_pretrained(lost)
+    assert problem.value.where["tensor"] == gone
+    with pytest.raises(ValueError, match="experts_implementation"):
+        transformers.LlamaForCausalLM.from_pretrained(model_of())
