@@ -68,7 +68,7 @@ def _lines(found: JsonObject) -> list[str]:
     unknown = found["unknown_tensors"]
     if unknown:
         lines.append(f"not known to the family: {len(unknown)}, first {unknown[0]}")
-    return lines
+    return [*lines, *(f"contradiction: {said}" for said in found["contradictions"])]
 
 
 def _rows(layers: list[JsonObject]) -> list[list[object]]:

@@ -6,12 +6,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
+from moetool.report import contradictions
 from moetool.surgery import forms
 from moetool.surgery.active import Matching, RoutedLayer
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Matched
 from moetool.surgery.spec import Stored
+from moetool.surgery.text_model import TextModel
 
 
 @dataclass
@@ -57,9 +59,23 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
         "tied": [n for n in (family.tied if family else {}) if n not in checkpoint.tensors],
         "law": (at.layout.overlay.law.as_json() or None) if at else None,
         "unknown_tensors": sorted(unknown),
+        "contradictions": _contradictions(checkpoint, at, rows),
         "layers": rows,
         "groups": [_group(group) for group in at.groups] if at else [],
     }
+
+
+def _contradictions(
+    checkpoint: Checkpoint, at: TextModel | None, rows: list[JsonObject]
+) -> list[str]:
+    """Where config and tensors say different things; rows of layers outside the text model are
+    none of its.
+    """
+    if at is None:
+        return []
+    inside = {n for name in checkpoint.tensors if (n := at.layer_of(name)) is not None}
+    held = {row["layer"]: row["experts"] or 0 for row in rows if row["layer"] in inside}
+    return contradictions.found(checkpoint, at, held)
 
 
 def _group(group: Group) -> JsonObject:

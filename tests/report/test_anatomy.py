@@ -116,3 +116,29 @@ def test_a_family_that_is_no_text(model_type: Any, copy: Path) -> None:
     with pytest.raises(moetool.MoetoolError, match="cannot be what it is") as refused:
         moetool.inspect(str(copy))
     assert refused.value.where["field"] == "model_type" and refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_local_experts": 7}, "says num_local_experts 7, and layer 1 holds 8 experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9, and a layer has only 8 experts"),
+        ({"hidden_size": 32}, "says hidden_size 32, and model.embed_tokens.weight is [160, 64]"),
+        ({"vocab_size": 161}, "says vocab_size 161, and model.embed_tokens.weight is [160, 64]"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers 9, and there are tensors of 4 layers only"),
+        ({"num_hidden_layers": 2}, "layers: 2 of them would not run"),
+        ({"num_experts": 5}, "num_experts 5 and num_local_experts 8, which are one thing"),
+    ],
+)
+def test_a_config_that_the_tensors_contradict(
+    changed: dict[str, int], said: str, copy: Path
+) -> None:
+    from conftest import inside
+
+    assert moetool.inspect(str(copy))["contradictions"] == []
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changed))
+    found = moetool.inspect(str(copy))["contradictions"]
+    assert any(said in sentence for sentence in found), found
+    shown = inside("inspect", copy)
+    assert shown.returncode == 0 and f"contradiction: {found[0]}" in shown.stdout
