@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import moetool as api
 from moetool import methods
+from moetool.errors import UsageError
 from moetool.forward import own
 from moetool.methods.reduce import lines
 from moetool.methods.reduce.facts import Found, Refitted
@@ -21,6 +24,16 @@ from moetool.surgery.checkpoint import Checkpoint
 
 Models = Callable[..., Path]
 FEW: dict[str, Any] = {"tokens": 256, "seq_len": 64, "ratio": 0.5}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Token ids, which take the place of text."""
+    dice = np.random.default_rng(0)
+    path = tmp_path / "ids.jsonl"
+    rows = (dice.integers(10, 150, 64).tolist() for _ in range(16))
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return str(path)
 
 
 def of(folder: Path, name: str) -> Any:
@@ -93,17 +106,37 @@ def test_a_gate_is_measured_on_text_alone(models: Models, tmp_path: Path) -> Non
     assert [Path(f["file"]).name for f in report["quality"]["files"]] == ["ids.jsonl"]
 
 
-def test_decisions_are_replayed_without_running(
+def test_decisions_are_replayed_as_they_were_planned(
     models: Models, tmp_path: Path, moetool: Callable[..., Any]
 ) -> None:
+    """What the model writes is the same again, so the refit is; without it nothing runs."""
     source, file = str(models("mixtral")), tmp_path / "d.json"
     words = ["prune", source, tmp_path / "a", "--ratio", 0.5, "--tokens", 256, "--seq-len", 64]
     plan = moetool(*words, "--decisions", file, "--dry-run", "--json").json
     assert plan["method_used"] == "reap" and file.exists() and not (tmp_path / "a").exists()
-    report = api.prune(source, str(tmp_path / "b"), decisions=str(file), ratio=0.5)
+    again = api.prune(source, str(tmp_path / "again"), decisions=str(file), ratio=0.5)
+    api.prune(source, str(tmp_path / "a"), ratio=0.5, tokens=256, seq_len=64)
+    assert again["refit"] == plan["refit"]
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("a", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    report = api.prune(source, str(tmp_path / "b"), decisions=str(file), ratio=0.5, refit=False)
     assert "data" not in report and "refit" not in report
     kept = {n: layer["keep"] for n, layer in of(file.parent, file.name)["layers"].items()}
     assert {n: layer["keep"] for n, layer in report["decisions"]["layers"].items()} == kept
+
+
+def test_a_refit_on_text_is_missed_in_words(models: Models, text: str, tmp_path: Path) -> None:
+    source, file = str(models("mixtral")), tmp_path / "d.json"
+    said = {"tokens": 256, "seq_len": 64, "own_share": 0.0, "ratio": 0.5, "dry_run": True}
+    api.prune(source, str(tmp_path / "a"), calibrate=text, decisions=str(file), **said)
+    assert of(tmp_path, "d.json")["refit"]["on"] == "text"
+    report = api.prune(source, str(tmp_path / "b"), decisions=str(file), ratio=0.5)
+    assert "refit" not in report
+    assert any("made for a refit on text" in warning for warning in report["warnings"])
+    decisions = of(tmp_path, "d.json")
+    (tmp_path / "e.json").write_text(json.dumps(decisions | {"refit": {"on": 7}}))
+    with pytest.raises(UsageError, match="do not say what a refit"):
+        api.prune(source, str(tmp_path / "c"), decisions=str(tmp_path / "e.json"))
 
 
 def test_a_refit_is_solved_on_a_share_of_the_models_own(models: Models, tmp_path: Path) -> None:

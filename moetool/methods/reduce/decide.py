@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetool import atomic
+from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Decisions
 from moetool.methods.reduce import ahead, budget, by_router, counts, protect
@@ -42,8 +43,11 @@ def decide(asked: Asked) -> Chosen:
     if replay is not None:
         writer = asked.way.writer(replay)
         writer.check_walk()
-        notes = (*asked.notes, *_contradiction(asked, replay))
-        asked = replace(asked, notes=notes, writer=writer)
+        asked = replace(asked, writer=writer)
+        notes = [*_contradiction(asked, replay), *_refit_gone(asked, replay)]
+        for note in notes:
+            asked.settings.say(note)
+        asked = replace(asked, notes=(*asked.notes, *notes))
     if replay is not None and not _reads_more(asked, replay):
         return _chosen(asked, replay, Settled({}), Evidence())
     _check_text(asked, replay)
@@ -61,7 +65,8 @@ def decide(asked: Asked) -> Chosen:
     if replay is None:
         settled = _with_mtp_layers(asked, settled)
     layers = (dict(replay.layers) if replay else {}) | settled.layers
-    made = Decided(asked.verb, asked.way.called, asked.mixture.experts, layers)
+    refit = _refit(asked)
+    made = Decided(asked.verb, asked.way.called, asked.mixture.experts, layers, refit)
     counts.checked_counts(made, asked.mixture)
     return _chosen(asked, made, settled, seen)
 
@@ -78,6 +83,21 @@ def replayed(asked: Asked) -> Decided | None:
 
 def _contradiction(asked: Asked, replay: Decided) -> list[str]:
     return replaying.contradiction(replay, asked.mixture, asked.options.ratio, Reducing.ratio)
+
+
+def _refit_gone(asked: Asked, replay: Decided) -> list[str]:
+    if asked.options.refit is False:
+        return []
+    return replaying.without(replay, refits=asked.refits, seed=asked.settings.seed)
+
+
+def _refit(asked: Asked) -> JsonObject:
+    """What a refit is solved on, for whoever replays the decisions."""
+    o = asked.options
+    if not asked.refits:
+        return {}
+    on = o.calibrate[0] if len(o.calibrate) == 1 and not o.texts else "text"
+    return {"on": on, "tokens": o.tokens, "seq_len": o.seq_len, "seed": asked.settings.seed}
 
 
 def statistics(asked: Asked, replay: Decided | None) -> Evidence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,22 @@ from moetool.surgery import tables
 from moetool.surgery.experts import Mixture
 
 SCHEMA = 1
-_KEYS = {"schema", "verb", "method", "experts", "layers", "orders"}
+_KEYS = {"schema", "verb", "method", "experts", "layers", "orders", "refit"}
 ORDERS = "decisions.tensors"  # neuron orders, beside decisions.json
 _ALIGN = "align"
 
 
 @dataclass(frozen=True)
 class Decided:
-    """All layers, and what they were decided with."""
+    """All layers, and what they were decided with. `refit`: what is to be solved on, so that a
+    replay does the same: {on, tokens, seq_len, seed}; empty where nothing is.
+    """
 
     verb: str
     method: str
     experts: int
     layers: Mapping[int, Decision]
+    refit: JsonObject = field(default_factory=dict)
 
     def as_json(self, orders: str = ORDERS) -> JsonObject:
         """Plain data; `orders`: the file in which neuron orders stand, where there are any."""
@@ -40,6 +43,7 @@ class Decided:
             "experts": self.experts,
             "layers": {str(n): self.layers[n].as_json() for n in sorted(self.layers)},
         }
+        data |= {"refit": self.refit} if self.refit else {}
         return data | ({"orders": {"file": orders, "sha256": self.seal}} if self.packed else {})
 
     @cached_property
@@ -121,6 +125,7 @@ class Decided:
                 _number(n, where): Decision.from_json(v, experts, Where(where, n))
                 for n, v in data["layers"].items()
             },
+            _refit(data.get("refit", {}), where),
         )
 
     def check(self, mixture: Mixture, where: str) -> None:
@@ -156,6 +161,21 @@ def order_key(layer: int, expert: int) -> str:
 def render(decisions: JsonObject) -> str:
     """Decisions as JSON text, a layer on a line: short to read, easy to diff and edit."""
     return strict_json.lined(decisions, "layers") + "\n"
+
+
+def _refit(said: Any, where: str) -> JsonObject:
+    """What decisions say of a refit, which people may have edited."""
+    kinds = {"on": str, "tokens": int, "seq_len": int, "seed": int}
+    whole = isinstance(said, dict) and all(type(said.get(k)) is kind for k, kind in kinds.items())
+    if said != {} and not (whole and set(said) == set(kinds)):
+        raise UsageError(
+            "the decisions do not say what a refit is to be solved on",
+            file=where,
+            expected='refit: {"on": "own", "tokens": ..., "seq_len": ..., "seed": ...}',
+            found=str(said)[:80],
+            hint="take refit out of the file, and give --calibrate FILE where there is to be one",
+        )
+    return dict(said)
 
 
 def read(path: str | Path) -> Decided:

@@ -4,13 +4,12 @@ plan.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from moetool.methods.contract import Decisions, Line, Made, Report, Settings, Summary
 from moetool.methods.options import Gate
+from moetool.methods.reduce import replay
 from moetool.methods.reduce.options import Reducing, renamed, without_text
 from moetool.methods.reduce.way import Way, meant_by_auto
 from moetool.methods.several import Several
@@ -42,23 +41,12 @@ class Reduce(Several):
     @classmethod
     def make(cls, values: Mapping[str, object]) -> Reduce:
         given = renamed(values, cls.fields())
-        values = without_text(given.values, moved=cls._moves(given.values))
+        planned = replay.planned(given.values, cls.ways())
+        told = {**planned.usual, **given.values}
+        values = without_text(told, planned.on, moved=planned.moved)
         made = cls._of(values, given.notes)
-        made.bare = given.values if values is not given.values else None
+        made.bare = told if values is not told else None
         return made
-
-    @classmethod
-    def _moves(cls, values: Mapping[str, object]) -> bool:
-        """Whether decisions are replayed that no way made which solves what it writes."""
-        file = Path(str(values.get("decisions") or ""))
-        if not file.is_file():
-            return False
-        try:
-            said = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
-            return True  # who reads the file says what is wrong with it
-        way = cls.ways().get(str(said.get("method"))) if isinstance(said, dict) else None
-        return way is None or not way.solves
 
     @classmethod
     def _of(cls, values: Mapping[str, object], notes: tuple[str, ...]) -> Reduce:
