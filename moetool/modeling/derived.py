@@ -36,8 +36,8 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class does it. MoetoolError where a tensor of a group is missing: it would be
-        random, and transformers only warns.
+        """As the stock class does it. MoetoolError where a tensor of a group is missing: it would
+        be random, and transformers only warns.
         """
         asked = kwargs.pop("output_loading_info", False)
         made, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)

@@ -46,6 +46,7 @@ def merged(source: Path, adapter: Path, factor: float = 1.0) -> torch.Tensor:
         ("qwen2", {"layers": "0,2", "law": "softmax"}),
         ("gpt2", {"law": "hard"}),
         ("phi3", {"key": "always", "layers": "1"}),
+        ("qwen2", {"site": "linear", "layers": "1,3"}),
     ],
 )
 def test_one_expert_is_an_adapter(
@@ -90,6 +91,28 @@ def test_a_gate_is_part_of_the_adapter(models: Models, tmp_path: Path) -> None:
     moetool.materialize(str(own), str(tmp_path / "whole"), target="peft")
     moetool.materialize(str(own), str(adapter), target="peft", request_gates="0.25")
     assert apart(merged(source, adapter), merged(source, tmp_path / "whole", 0.25)) < 1e-6
+
+
+def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path) -> None:
+    """Each linear W + sum of gates times (alpha / rank) B A, from the tensors of the experts."""
+    source, adapter = models("llama"), tmp_path / "adapter"
+    said = {"experts": 3, "top_k": 2, "rank": 4, "alpha": 6.0, "layers": "0,2"}
+    own = trained(source, tmp_path / "own", form="lora", site="linear", **said)
+    with pytest.raises(MoetoolError, match="weighs its 3 experts by itself") as problem:
+        moetool.materialize(str(own), str(adapter), target="peft")
+    assert "--request-gates" in problem.value.hint
+    report = moetool.materialize(str(own), str(adapter), target="peft", request_gates="0.2,0,0.8")
+    assert report["certificate"]["level"] == "exact_if"
+    held, model = load_file(next(own.glob("*.safetensors"))), tiny.load(source)
+    changed = {name.partition(".experts.")[0] for name in held if ".experts." in name}
+    for name in changed:
+        for expert, gate in ((0, 0.2), (2, 0.8)):
+            a, b = (held[f"{name}.experts.{expert}.lora_{part}"] for part in "AB")
+            model.get_submodule(name).weight.data += gate * 6.0 / 4 * b @ a
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+    assert len(changed) == 14 and apart(merged(source, adapter), wanted) < 1e-5
+    assert apart(tiny.logits(source), wanted) > 1e-3
 
 
 @pytest.mark.parametrize(

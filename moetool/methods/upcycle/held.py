@@ -23,6 +23,8 @@ from moetool.surgery.text_model import TextModel, text_model
 
 SCALE = "output_scale"
 # Laws that a class may have; the last one, trained to the end, is the best expert alone.
+# Why no class has experts there; of other sites it is said that none has.
+_ELSEWHERE = {"linear": "a router for each linear: classes with experts route once for a whole FFN"}
 _LAWS = ("renormalised", "hard", "softmax", "soft", "gumbel")
 HALVES = ("BF16", "F16")
 
@@ -187,7 +189,7 @@ def _wrong(group: Group) -> str:
     """What no class has of a group; empty where one may."""
     route = group.route
     if group.site != FIRST_SITE:
-        return f"experts at the site {group.site}"
+        return _ELSEWHERE.get(group.site, f"experts at the site {group.site}")
     if group.tower != "text":
         return f"experts in the {group.tower} tower"
     if route.key != ROUTED:
@@ -197,7 +199,7 @@ def _wrong(group: Group) -> str:
     if route.bias:
         return "a router with a bias"
     if group.form in HELD:
-        return f"{group.form} experts, which are no FFN in full"
+        return f"{group.form} experts, which change what goes into an FFN or comes out of it"
     if group.base == "member" or group.form == EMPTY:
         return f"{group.form} experts whose FFN is {group.base}"
     return f"a factor of {group.scale:g} on the sum of experts" if group.scale != 1.0 else ""

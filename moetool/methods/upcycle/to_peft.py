@@ -91,9 +91,12 @@ def plan(source: Checkpoint, base: str, gates: Sequence[float]) -> Made:
     wanted = Outputs(config, build.targets, build.tasks, _dropped(source, build), {"name": TARGET})
     made = Plan.build([source.fingerprint()], wanted, max_shard=1 << 62)
     why = "one change of each linear, whatever the token: PEFT adds the same"
+    if gates:
+        said = ", ".join(f"{gate:g}" for gate in gates)
+        why = f"the request's experts weigh {said} in every linear; PEFT adds the same"
     told = () if name else ("the adapter names no base: say it with --base NAME",)
-    certificate, facts = Certificate("exact", why), _facts(adapted, made)
-    return Made(made, certificate, config, {}, facts, told)
+    certificate = Certificate("exact_if" if gates else "exact", why)
+    return Made(made, certificate, config, {}, _facts(adapted, made), told)
 
 
 def _adapted(
@@ -126,12 +129,20 @@ def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[f
         raise _refused(
             source, f"{where} holds {group.form} experts, and PEFT's adapters are low-rank"
         )
-    if group.base != "under" or group.scale != 1.0 or group.tower != "text":
+    stands = "beside" if group.site == LINEAR else "under"
+    if group.base != stands or group.scale != 1.0 or group.tower != "text":
         raise _refused(source, f"{where} is more than a change of the text model's own linears")
     if gates:
         return _gated(source, group, gates)
     if group.experts == 1 and group.route.law in ONE:
         return [1.0]
+    if group.site == LINEAR:
+        raise _refused(
+            source,
+            f"each linear of {where} weighs its {group.experts} experts by itself, by "
+            f"{group.route.key}; PEFT's X-LoRA weighs all by the last hidden state of a pass before",
+            "--request-gates 0.2,0.8,... writes the experts of one request, added up",
+        )
     raise _refused(
         source,
         f"{where} chooses among {group.experts} experts for each token, by what goes into their "
@@ -208,10 +219,11 @@ def _facts(adapted: Sequence[Adapted], made: Plan) -> ModelFacts:
     return ModelFacts(groups.MODEL_TYPE, TARGET, tuple(layers), 0, 0, 0, lie, count, count)
 
 
-def _refused(source: Checkpoint, why: str) -> MoetoolError:
+def _refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:
     return MoetoolError(
         f"no adapter of PEFT computes this: {why}",
         file=source.folder,
         expected="low-rank experts that all tokens run with one weight",
-        hint="`moetool materialize` without --target writes experts in full, where a class has such",
+        hint=hint
+        or "`moetool materialize` without --target writes experts in full, where a class has such",
     )
