@@ -402,3 +402,24 @@ def logits(folder: Path) -> Any:
     ids = torch.randint(10, 150, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return load(folder)(input_ids=ids).logits
+
+
+def twins(folder: Path, out: Path, *, router: bool) -> Path:
+    """A Mixtral of 8 experts, top-1, whose experts 4..7 are those of 0..3 (weights, and with
+    `router` their rows too).
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        for e in range(4):
+            if f".experts.{e + 4}." in name:
+                tensors[name] = tensors[
+                    name.replace(f".experts.{e + 4}.", f".experts.{e}.")
+                ].clone()
+        if router and name.endswith("gate.weight"):
+            tensors[name][4:] = tensors[name][:4]
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    return out

@@ -535,27 +535,6 @@ def test_removing_nothing_is_a_copy(
     assert {k: v for k, v in new.items() if k in old} == old
 
 
-def twins(folder: Path, out: Path, *, router: bool) -> Path:
-    """A Mixtral of 8 experts, top-1, whose experts 4..7 are those of 0..3 (weights, and with
-    `router` their rows too).
-    """
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    for name in list(tensors):
-        for e in range(4):
-            if f".experts.{e + 4}." in name:
-                tensors[name] = tensors[
-                    name.replace(f".experts.{e + 4}.", f".experts.{e}.")
-                ].clone()
-        if router and name.endswith("gate.weight"):
-            tensors[name][4:] = tensors[name][:4]
-    out.mkdir()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text((folder / "config.json").read_text())
-    return out
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -574,7 +553,7 @@ def test_duplicates_are_found_and_merged_away(
     """No change of function, and no change of a single weight: identical experts merge to
     themselves.
     """
-    source = twins(
+    source = tiny.twins(
         models("mixtral", num_experts_per_tok=1, dtype="bfloat16"), tmp_path / "twins", router=True
     )
     report = moetool.merge(str(source), str(tmp_path / "out"), ratio=0.5, method="alike", **options)
@@ -592,7 +571,7 @@ def test_kernels_of_a_merged_twin_agree_with_text_methods(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     """Outputs as features find twins too, whatever their router rows say."""
-    source = twins(models("mixtral", num_experts_per_tok=1), tmp_path / "twins", router=False)
+    source = tiny.twins(models("mixtral", num_experts_per_tok=1), tmp_path / "twins", router=False)
     for method in ("hc-smoe", "sub-moe"):
         report = moetool.merge(
             str(source),

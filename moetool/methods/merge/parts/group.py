@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
 
 from moetool.kernels import cluster
-from moetool.methods.merge.parts import features
+from moetool.methods.merge.parts import features, twins
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.view import View
 
@@ -17,7 +17,7 @@ BIG = 16  # REAM's largest group
 
 def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str) -> Decision:
     """Clusters of a layer: `count` in all, as many in each router group; protected experts stay
-    alone.
+    alone, and equal ones come together before any others, whatever `kind` is.
     """
     need = saliency(view, weigh)
     groups: list[list[int]] = []
@@ -27,7 +27,7 @@ def decide(view: View, count: int, *, kind: str, points: np.ndarray, weigh: str)
         room = view.share(count) - len(alone)
         groups += [[e] for e in alone]
         if free and room > 0:
-            groups += _cluster(free, room, kind, points, need, view)
+            groups += _with_twins(free, room, kind, points, need, view)
     return finished(view, groups, points, need, lead_by_need=kind in ("dominant", "ream"))
 
 
@@ -63,6 +63,24 @@ def saliency(view: View, weigh: str) -> np.ndarray:
     return np.asarray(
         view.seen.total("count")[: view.experts] if weigh == "frequency" else view.seen.mean("reap")
     )
+
+
+def _with_twins(
+    free: list[int], room: int, kind: str, points: np.ndarray, need: np.ndarray, view: View
+) -> list[list[int]]:
+    """Equal experts as one, which is needed as much as all of them."""
+    if room >= len(free):
+        return [[e] for e in free]
+    joined = twins.together(twins.found(view, free), len(free) - room)
+    if not joined:
+        return _cluster(free, room, kind, points, need, view)
+    summed = np.array(need, dtype=np.float64)
+    for one, same in joined.items():
+        summed[one] = need[same].sum()
+    aside = set(chain.from_iterable(joined.values())) - set(joined)
+    apart = [e for e in free if e not in aside]
+    found = _cluster(apart, room, kind, points, summed, view)
+    return [list(chain.from_iterable(joined.get(e, [e]) for e in group)) for group in found]
 
 
 def _cluster(
