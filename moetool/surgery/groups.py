@@ -42,6 +42,7 @@ FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")
 MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
 PART = "part"  # the form of experts that are parts of what is there
+ACTIVATIONS = ("relu", "relu2", "gelu", "silu")  # that experts may have instead of the family's
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
 # What trainers ask of a mixture, where the base is none.
 _TRAINED = {"output_router_logits": False, "router_aux_loss_coef": 0.01}

@@ -50,6 +50,7 @@ NAMES = {
     "ders-bits",
     "rocket",
     "instructvla",
+    "moe-x",
     "evomoe",
     "llama-moe-v1",
     "llama-moe-v2",
@@ -186,7 +187,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 61 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 62 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -326,3 +326,29 @@ def test_a_route_by_modality_that_does_not_fit_is_refused(models: Models, tmp_pa
     config.write_text(config.read_text().replace('"ids"', '"idz"'))
     with pytest.raises(MoetoolError, match="a route by modality"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_copies_with_an_activation_of_their_own(
+    family: str, models: Models, tmp_path: Path
+) -> None:
+    """As the family's own FFN with that activation; whole copies otherwise."""
+    source, out = models(family), tmp_path / "out"
+    report = moetool.upcycle(
+        str(source), str(out), target="moetool", experts=3, activation="relu", layers="0"
+    )
+    assert report["certificate"]["level"] == "none" and "relu" in report["certificate"]["why"]
+    model, stock, x = loaded(out), loaded(source), torch.randn(5, 64)
+    ffn = next(m for n, m in stock.named_modules() if n.endswith("0.mlp"))
+    name = next(n for n, _ in ffn.named_children() if "act" in n)
+    before = ffn(x[None]).detach()
+    setattr(ffn, name, torch.nn.ReLU())
+    with torch.no_grad():
+        made, wanted = next(blocks(model))(x[None]), ffn(x[None])
+    assert apart(made, wanted) <= 1e-5 and apart(made, before) > 1e-3
+    with pytest.raises(MoetoolError, match="relu"):
+        moetool.materialize(str(out), str(tmp_path / "native"))
+    with pytest.raises(UsageError, match="part of the FFN"):
+        moetool.upcycle(
+            str(source), str(tmp_path / "no"), site="norms", key="always", activation="relu"
+        )

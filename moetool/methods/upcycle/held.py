@@ -198,6 +198,8 @@ def _wrong(group: Group) -> str:
         return f"the law {route.law}"
     if route.bias:
         return "a router with a bias"
+    if "activation" in group.params:
+        return f"experts that compute with {group.params['activation']} where the FFN does not"
     if group.form in HELD:
         return f"{group.form} experts, which change what goes into an FFN or comes out of it"
     if group.base == "member" or group.form == EMPTY:

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetool.data import JsonObject
-from moetool.modeling.block import FfnLinears, GroupedBlock
+from moetool.errors import MoetoolError
+from moetool.modeling.block import FfnLinears, GroupedBlock, Linear
 from moetool.modeling.experts.group import ExpertGroup, dense_of
 from moetool.modeling.piece import GrownPart
+from moetool.surgery.groups import ACTIVATIONS, Group
+from moetool.surgery.strict import Kinds
 
 _STD = 0.02
 
@@ -43,12 +46,40 @@ class FullLinear(GrownPart):
 
 
 class FullExperts(ExpertGroup):
-    """params: output_scale."""
+    """params: output_scale, and `activation`, one that they have instead of the family's (MoE-X)."""
 
     name: ClassVar[str] = "full"
+    knows: ClassVar[Kinds] = {"output_scale": bool, "activation": ACTIVATIONS}
+
+    def __init__(self, group: Group, linears: FfnLinears) -> None:
+        super().__init__(group, linears)
+        self.activation = group.params.get("activation")
+
+    def swapped(self, block: GroupedBlock, expert: nn.Module) -> dict[str, Linear]:
+        found = super().swapped(block, expert)
+        if self.activation is None:
+            return found
+        from transformers.activations import ACT2FN
+
+        return found | {_activation_of(block): ACT2FN[self.activation]}
 
     def part(self, params: JsonObject, linears: FfnLinears, name: str) -> nn.Module:
         return FullLinear(linears, name)
 
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         return dense_of(self[expert], block.linears.names)
+
+
+def _activation_of(block: GroupedBlock) -> str:
+    """What the block calls its activation. MoetoolError where it has none by itself."""
+    homes = ("transformers.activations", "torch.nn.modules.activation")
+    for name, module in block.named_children():
+        if type(module).__module__ in homes:
+            return name
+    raise MoetoolError(
+        "experts with an activation of their own, in an FFN that has none by itself",
+        file="config.json",
+        expected="an FFN with an activation as a module",
+        found=type(block).__name__,
+        hint="leave out --activation for this family",
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moetool.data import JsonObject
-from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
+from moetool.modeling.block import FfnLinears, GroupedBlock, Linear, Picked
 from moetool.modeling.piece import GrownPart
 from moetool.surgery import strict
 from moetool.surgery.groups import Group
@@ -80,8 +80,12 @@ class ExpertGroup(nn.ModuleList):
         if choice < self.first:
             return block.ffn(rows)
         expert = self[choice - self.first]
-        made: Tensor = expert(block.ffn(rows, dict(expert.named_children())))
+        made: Tensor = expert(block.ffn(rows, self.swapped(block, expert)))
         return made
+
+    def swapped(self, block: GroupedBlock, expert: nn.Module) -> dict[str, Linear]:
+        """What of the block's FFN an expert replaces, by name: linears, for most."""
+        return dict(expert.named_children())
 
     def hold_masters(self, block: GroupedBlock) -> bool:
         """Train rounded weights through weights in full, from here on; whether it has any."""

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moetool.data import JsonObject
+from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate
+from moetool.methods.options import option
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.attending import Attending
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
-from moetool.surgery.groups import FIRST_SITE, MODEL_TYPE, Group
+from moetool.surgery.groups import ACTIVATIONS, FIRST_SITE, MODEL_TYPE, Group
 from moetool.surgery.reform import FORMS, Into
 from moetool.surgery.route import ROUTED
+
+FAMILY = "family"  # the activation that the FFN has
+
+
+@dataclass(frozen=True)
+class Whole(Attending):
+    """The options of whole copies."""
+
+    activation: str = option(
+        FAMILY,
+        "what copies of the FFN compute with instead of the family's activation; with another the "
+        "output is none of the source's function, to be trained",
+        choices=(FAMILY, *ACTIVATIONS),
+    )
 
 
 class FullKind(ExpertKind):
@@ -25,8 +41,8 @@ class FullKind(ExpertKind):
 
     name = "full"
     base = "gone"
-    Options: ClassVar[type] = Attending
-    own: Attending
+    Options: ClassVar[type] = Whole
+    own: Whole
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
     sites = ("ffn", "attention", "mamba", "norms")
@@ -50,9 +66,17 @@ class FullKind(ExpertKind):
     def told(self) -> None:
         super().told()
         self.own.told(self.verb)
+        if self.own.activation != FAMILY and self.verb.site != FIRST_SITE:
+            raise UsageError(
+                "an activation is a part of the FFN",
+                expected=f"--site {FIRST_SITE}",
+                found=f"--activation {self.own.activation} --site {self.verb.site}",
+                hint="leave out --activation",
+            )
 
     def params(self, ground: Ground) -> JsonObject:
-        return self.own.params(ground)
+        said, own = self.own.params(ground), self.own.activation
+        return said if own == FAMILY else said | {"activation": own}
 
     def origin(self, sources: int) -> Sequence[int]:
         """Source of each expert."""
@@ -71,5 +95,8 @@ class FullKind(ExpertKind):
     def certificate(self, group: Group, sources: int) -> Certificate:
         if set(self.origin(sources)) != {0}:
             why = "experts come from different models: there is no single function to keep"
+            return Certificate("none", why, None)
+        if self.own.activation != FAMILY:
+            why = f"experts compute with {self.own.activation} instead of the family's activation"
             return Certificate("none", why, None)
         return super().certificate(group, sources)
