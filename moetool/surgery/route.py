@@ -42,7 +42,7 @@ class Route:
         if said.get("routers") == "each":
             said["rows"] = choices * len(said["allowed"])
         key = KEYS[self.key]
-        more = (RouterTensor("bias", ("rows",)),) if self.bias else ()
+        more = (RouterTensor("bias", ("rows",), start="zero"),) if self.bias else ()
         for one in (*key.tensors, *more, *LAWS[self.law].tensors):
             if not one.when or said.get(one.when):
                 shape = tuple(w if w == "hidden" else _number(w, said) for w in one.shape)

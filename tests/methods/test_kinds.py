@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from methods.upcycled import apart, own_logits
 from safetensors.torch import load_file, save_file
 
 import moetool
@@ -115,6 +117,31 @@ def test_decoded_is_the_ffn_and_the_change(models: Models, tmp_path: Path) -> No
             change = 4.0 * held[f"{stem}.lora_B"] @ held[f"{stem}.lora_A"]
             wanted = base + (change.T if family == "gpt2" else change)
             assert torch.allclose(seen.matrix(name), wanted, atol=1e-5)
+
+
+def test_a_router_with_a_bias(models: Models, tmp_path: Path) -> None:
+    """As LLaVA-MoLE's official one has: it decides who runs."""
+    source, out = models("llama"), tmp_path / "out"
+    said = {"experts": 3, "top_k": 1, "law": "hard", "rank": 4, "router_bias": True}
+    report = moetool.upcycle(str(source), str(out), form="lora", **said)
+    assert report["certificate"]["level"] == "exact"
+    (file,) = out.glob("*.safetensors")
+    held = load_file(file)
+    biases = sorted(name for name in held if name.endswith("mlp.router.bias"))
+    assert len(biases) == 4 and not any(held[name].any() for name in biases)
+    for name in held:
+        if name.endswith("lora_B"):
+            expert = int(name.partition(".experts.")[2][0])
+            held[name] = torch.full_like(held[name], 0.01 * expert)  # the first changes nothing
+    first = {name: torch.tensor([1e4, 0.0, 0.0]) for name in biases}
+    save_file(held | first, file, {"format": "pt"})
+    assert apart(own_logits(out), tiny.logits(source)) < 1e-5
+    save_file(held | {n: b.flip(0) for n, b in first.items()}, file, {"format": "pt"})
+    assert apart(own_logits(out), tiny.logits(source)) > 1e-3
+    with pytest.raises(moetool.MoetoolError, match="a router with a bias"):
+        moetool.materialize(str(out), str(tmp_path / "native"))
+    with pytest.raises(moetool.UsageError, match="router-bias"):
+        moetool.upcycle(str(source), str(tmp_path / "other"), router_bias=True)
 
 
 def test_null_experts_are_a_router(models: Models, tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     name = f"{spot.module}.{spot.group.router}.weight"
     held = kind.found.extra[given.source - 1 - len(spot.others)].tensor(given.name)
     build.copy(given, whole(build.target(name, held.dtype, given.shape)))
+    for tensor in spot.group.router_tensors[1:]:
+        kind.key.one(build, spot, tensor, kind.first_router)
 
 
 def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:

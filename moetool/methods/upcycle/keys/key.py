@@ -35,6 +35,11 @@ class RouteKey(Word):
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
 
+    @property
+    def bias(self) -> bool:
+        """Whether its routers add one."""
+        return False
+
     @classmethod
     def law(cls, usual: str, base: str) -> str:
         """What --law auto means, where a form has a usual one and stands on a base."""

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moetool.methods.options import option
 from moetool.methods.upcycle.keys.key import RouteKey
 from moetool.surgery.route import ROUTED
+
+
+@dataclass(frozen=True)
+class TokenRouter:
+    """The options of routers by token."""
+
+    router_bias: bool = option(
+        False, "routers add a bias, zero at birth (no class with experts has one)"
+    )
 
 
 class TokenKey(RouteKey):
@@ -11,3 +24,9 @@ class TokenKey(RouteKey):
 
     name = ROUTED
     sites = ("ffn", "attention", "heads", "linear")
+    Options: ClassVar[type] = TokenRouter
+    own: TokenRouter
+
+    @property
+    def bias(self) -> bool:
+        return self.own.router_bias

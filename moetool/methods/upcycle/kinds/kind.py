@@ -149,11 +149,13 @@ class ExpertKind(Word):
     def _native(self) -> None:
         self._at_site()
         asked = (("law", AUTO), ("tower", AUTO), ("name", ""))
-        for name in (n for n, usual in asked if getattr(self.verb, n) != usual):
+        said = {n: getattr(self.verb, n) for n, usual in asked if getattr(self.verb, n) != usual}
+        said |= {"router-bias": True} if self.key.bias else {}
+        for name, value in said.items():
             raise UsageError(
                 f"--{name} is no matter where a stock class holds the experts",
                 expected=f"--form {', '.join(self.known())}",
-                found=f"--{name} {getattr(self.verb, name)} alone",
+                found=f"--{name} {value} alone",
                 hint=f"leave out --{name}",
             )
 
@@ -197,7 +199,7 @@ class ExpertKind(Word):
             site=said.site,
             name=said.name or FIRST,
             tower=ground.tower,
-            route=Route(self.key.name, self.combine.name, top_k, options=options),
+            route=Route(self.key.name, self.combine.name, top_k, self.key.bias, options),
         )
 
     def router(self, build: Builder, spot: Spot) -> Piece | None:
