@@ -349,6 +349,4 @@ def test_copies_with_an_activation_of_their_own(
     with pytest.raises(MoetoolError, match="relu"):
         moetool.materialize(str(out), str(tmp_path / "native"))
     with pytest.raises(UsageError, match="part of the FFN"):
-        moetool.upcycle(
-            str(source), str(tmp_path / "no"), site="norms", key="always", activation="relu"
-        )
+        moetool.upcycle(str(source), str(tmp_path / "no"), site="attention", activation="relu")
