@@ -127,7 +127,7 @@ def _summary(made: Profile, checkpoint: Checkpoint) -> JsonObject:
     mixture = Mixture.of(checkpoint)
     peaks = protect.found(made, mixture)
     return {
-        "summary": [_row(made, n, mixture.experts) for n in made.facts["layers"]],
+        "summary": [_row(made, n, mixture.count_in(n)) for n in made.facts["layers"]],
         "super_experts": {str(n): e for n, e in protect.by_layer(peaks).items()},
         "largest_outputs": [peak.as_json() for peak in peaks],
         "domains": profiling.domains(made, [f["name"] for f in made.facts["files"]]),

@@ -240,7 +240,7 @@ def few_tokens(mixture: Mixture, layer: Callable[[int], LayerStats], least: int 
     """A warning when experts saw fewer than `least` tokens: what is said of them is chance."""
     found: list[tuple[int, int, int]] = []
     for number in mixture.layers:
-        seen = layer(number).total("count")[: mixture.experts]
+        seen = layer(number).total("count")[: mixture.count_in(number)]
         found += [(number, int(e), int(seen[e])) for e in (seen < least).nonzero()[0]]
     if not found:
         return []

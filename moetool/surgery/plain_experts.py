@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout
 from moetool.surgery.spec import Piece, Stored, whole
@@ -21,6 +23,7 @@ class PlainExperts:
     config: JsonObject
     prefix: str
     stacked: bool
+    own: Mapping[int, int] = field(default_factory=dict)  # of layers with another number of them
 
     @classmethod
     def of(cls, source: Checkpoint) -> PlainExperts:
@@ -41,7 +44,8 @@ class PlainExperts:
             )
         head, _, tail = at.layout.fused()["gate_up"].partition("{layer}")
         stacked = any(n.startswith(at.prefix + head) and n.endswith(tail) for n in source.tensors)
-        return cls(source, at.layout, at.config, at.prefix, stacked)
+        own = at.own_counts() if groups.is_ragged(source.config) else {}
+        return cls(source, at.layout, at.config, at.prefix, stacked, own)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -50,8 +54,12 @@ class PlainExperts:
 
     @property
     def count(self) -> int:
-        """Experts of a layer."""
+        """Experts of a layer, where the config says no other number for it."""
         return int(self.layout.field("experts", self.config) or 0)
+
+    def count_in(self, layer: int) -> int:
+        """Experts of this layer."""
+        return self.own.get(layer, self.count)
 
     def named(self, template: str, layer: int, expert: int = 0) -> str:
         """A tensor's full name."""
@@ -62,7 +70,7 @@ class PlainExperts:
         """All stored tensors of a layer's experts."""
         templates = (self.layout.fused() if self.stacked else self.layout.per_expert()).values()
         names: set[str] = set()
-        for expert in range(self.count):
+        for expert in range(self.count_in(layer)):
             names |= {self.named(template, layer, expert) for template in templates}
         return [self.source.tensor(n) for n in sorted(names)]
 

@@ -5,6 +5,7 @@ that is derived from the stock one, exactly the source with experts taken out of
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,29 @@ def test_it_trains(uneven: Path) -> None:
     assert len(grads) >= 12 and all(g is not None and g.abs().max() > 0 for g in grads)
 
 
+def test_on_disk_pickled_and_checkpointed(uneven: Path, tmp_path: Path) -> None:
+    """The same logits with a layer offloaded to disk, and from another process's pickle; the same
+    gradients where layers are computed again.
+    """
+    model, ids = moetool.load(uneven, dtype="float32"), torch.from_numpy(IDS)
+    parts = [n for n, _ in model.model.named_children() if n != "layers"]
+    places = {f"model.{n}": "cpu" for n in parts} | {"lm_head": "cpu"}
+    places |= {f"model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(4)}
+    told = {"device_map": places, "offload_folder": tmp_path}
+    away = moetool.load(uneven, dtype="float32", **told)
+    assert torch.equal(run(away), run(model))
+    assert torch.equal(run(pickle.loads(pickle.dumps(model))), run(model))
+    grads = []
+    for again in (False, True):
+        model.zero_grad()
+        if again:
+            name = "activation_checkpointing_enable"  # of newer ones
+            getattr(model, name, model.gradient_checkpointing_enable)()
+        model.train()(input_ids=ids, labels=ids, output_router_logits=True).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
 def test_settings_of_the_model_reach_its_layers(uneven: Path) -> None:
     model = moetool.load(uneven, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -191,8 +215,21 @@ def test_other_verbs(uneven: Path, tmp_path: Path, moetool: Run) -> None:
         assert done.returncode == 1 and "different numbers of experts" in done.stderr
     done = moetool("materialize", uneven, tmp_path / "out")
     assert done.returncode == 1 and "different numbers of experts" in done.stderr
+    done = moetool("upcycle", uneven, tmp_path / "out")
+    assert done.returncode == 1 and "already has experts" in done.stderr
+    made = moetool("convert-layout", uneven, tmp_path / "fused", "--to", "fused", "--json")
+    assert made.json["clients"]["transformers5"]["state"] == "works"
+    assert made.json["clients"]["vllm"]["state"] == "refuses"
+    assert moetool("convert-layout", tmp_path / "fused", tmp_path / "single").returncode == 0
+    one, two = Checkpoint.open(uneven), Checkpoint.open(tmp_path / "single")
+    assert all(
+        one.read(whole(t)) == two.read(whole(two.tensors[n])) for n, t in one.tensors.items()
+    )
     text = tmp_path / "ids.jsonl"
     text.write_text('{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12]}\n' * 4)
+    words = ["--calibrate", text, "--json"]
+    seen = moetool("profile", uneven, tmp_path / "stats", *words).json
+    assert [row["layer"] for row in seen["summary"]] == [0, 1, 2, 3]
     assert moetool("eval", uneven, "--text", text, "--reference", uneven).returncode == 0
     assert moetool("inspect", uneven, "--json").returncode == 0
     words = ["--format", "int8/channel", "--no-loader-check"]

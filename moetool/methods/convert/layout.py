@@ -88,9 +88,7 @@ class ConvertLayout(Method):
 
 def _facts(experts: PlainExperts, to: str, plan: Plan) -> ModelFacts:
     first = experts.pieces(experts.layers[0], 0)
-    size = sum(p.count for p in first.values())
     top_k = experts.layout.field("top_k", experts.config)
-    idle = len(experts.layers) * size * (experts.count - min(top_k or experts.count, experts.count))
     return ModelFacts(
         source_type=experts.layout.model_type,
         target_type=experts.layout.model_type,
@@ -100,7 +98,7 @@ def _facts(experts: PlainExperts, to: str, plan: Plan) -> ModelFacts:
         expert_width=first["down"].shape[1],
         layout=to,
         parameters=plan.parameters,
-        active_parameters=plan.parameters - idle,
+        active_parameters=plan.active_parameters,
     )
 
 
@@ -135,7 +133,7 @@ def _write_single(build: Builder, experts: PlainExperts, layer: int, dtype: str)
             f"{layout.model_type} reads stacked experts only: per-expert names would load as random experts",
             hint="leave it as it is",
         )
-    for expert in range(experts.count):
+    for expert in range(experts.count_in(layer)):
         pieces = experts.pieces(layer, expert)
         for matrix in MATRICES:
             name = experts.named(names[matrix], layer, expert)
@@ -144,7 +142,7 @@ def _write_single(build: Builder, experts: PlainExperts, layer: int, dtype: str)
 
 
 def _write_stacked(build: Builder, experts: PlainExperts, layer: int, dtype: str) -> None:
-    names, count = experts.layout.fused(), experts.count
+    names, count = experts.layout.fused(), experts.count_in(layer)
     width, hidden = experts.pieces(layer, 0)["gate"].shape
     both = build.target(experts.named(names["gate_up"], layer), dtype, (count, 2 * width, hidden))
     down = build.target(experts.named(names["down"], layer), dtype, (count, hidden, width))

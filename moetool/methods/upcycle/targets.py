@@ -13,6 +13,7 @@ from moetool.errors import MoetoolError, did_you_mean
 from moetool.methods import site
 from moetool.methods.options import CLIENTS
 from moetool.methods.works import said
+from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
 from moetool.surgery.layout import DATA, Layout, Matched, families
@@ -105,6 +106,7 @@ def candidates(source: Checkpoint) -> list[Conversion]:
             found=model_type,
             hint="restore config.json from the original model",
         )
+    model_type = groups.family_of(source.config)
     layout = Layout.load(model_type)
     found = []
     for pair in pairs():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
+from moetool.surgery.groups import MODEL_TYPE
 from moetool.surgery.pair import rope
 from moetool.surgery.spec import Stored, Target
 from moetool.surgery.text_model import TextModel, text_model
@@ -72,6 +73,7 @@ def traits(
     seen = Looked(at, at.text, own, lie, _turned(at, names))
     facts = {name: read(seen) for name, read in _READ.items()}
     facts |= {"container": container or "safetensors", "idle": idle}
+    facts["ragged"] = facts["ragged"] and family != MODEL_TYPE  # whose class has such layers
     return Traits(family, facts, frozenset(own), folder)
 
 
@@ -161,6 +163,13 @@ def _renormalised(seen: Looked) -> bool:
     return bool(seen.at.field("renorm")) and (top_k or 0) < (experts or 0)
 
 
+def _ragged(seen: Looked) -> bool:
+    """Whether layers have numbers of experts of their own."""
+    own = seen.text.get("per_layer_config")
+    layers = own.values() if isinstance(own, Mapping) else ()
+    return any(seen.at.layout.fields.get("experts") in layer for layer in layers)
+
+
 _READ: dict[str, Callable[[Looked], Fact]] = {
     "layout": lambda s: s.lie,
     "turned": lambda s: s.turned,
@@ -177,7 +186,7 @@ _READ: dict[str, Callable[[Looked], Fact]] = {
     "without_shared": _without_shared,
     "qkv_bias": lambda s: s.text.get("qkv_bias") is not False,
     "dense_layers": _dense_layers,
-    "ragged": lambda s: bool(s.text.get("per_layer_config")),
+    "ragged": _ragged,
 }
 FACTS = (*_READ, "container", "idle")
 _WORDS: dict[tuple[str, Fact], str] = {
