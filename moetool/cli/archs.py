@@ -41,6 +41,7 @@ def show(given: Given) -> int:
     """One family."""
     from moetool.methods.upcycle import usual
     from moetool.methods.upcycle.targets import why_not
+    from moetool.surgery import ffn
     from moetool.surgery.layout import Layout
     from moetool.surgery.pair import pairs
 
@@ -58,6 +59,7 @@ def show(given: Given) -> int:
         "why_not": why_not(layout) if not conversions else None,
         "clients": _clients(usual.of_family(family)),
         "but": [t._asdict() for t in usual.told(family)],
+        "groups": dict(ffn.stands(layout)),
         "note": layout.overlay.note,
         "tensors": _tensors(layout),
     }
@@ -111,6 +113,8 @@ def _lines(found: JsonObject) -> list[str]:
         lines.append(f"-> nothing: {found['why_not']}")
     if found["comes_from"]:
         lines.append(f"<- {', '.join(found['comes_from'])}")
+    for tower, where in found["groups"].items():
+        lines.append(f"groups of experts, tower {tower}: {where}")
     if found["law"]:
         law = ", ".join(f"{name} {value}" for name, value in found["law"].items())
         lines.append(f"routing: {law}")

@@ -54,8 +54,10 @@ def _lines(found: JsonObject) -> list[str]:
         stored = ", ".join(f"{count} matrices as {form}" for form, count in found["forms"].items())
         lines.append(f"stored: {stored}")
     for group in found["groups"]:
+        tower = "" if group["tower"] == "text" else f" of the {group['tower']} tower"
         lines.append(
-            f"group {group['name']} at the {group['site']}: {group['experts']}; {group['route']}; "
+            f"group {group['name']} at the {group['site']}{tower}: {group['experts']}; "
+            f"{group['route']}; "
             f"layers {', '.join(map(str, group['layers']))}"
         )
     if found["tied"]:
@@ -85,7 +87,7 @@ def _row(alike: list[JsonObject]) -> list[object]:
     experts = f"{first['experts']}{wide}{stacked}" if first["experts"] else "-"
     router = (first["router"] or "-") + (" + bias" if first["router_bias"] else "")
     return [
-        span,
+        f"{first.get('tower', '')} {span}".strip(),
         first["ffn"] or "-",
         experts,
         first["shared"] or "-",

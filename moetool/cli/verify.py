@@ -79,8 +79,9 @@ def _lines(result: JsonObject) -> list[str]:
     if result.get("logits"):
         found = result["logits"]
         same = "the same" if found["same_greedy"] else "differ"
+        greedy = f"; {found['greedy_tokens']} greedy tokens {same}"
         lines.append(
-            f"  logits       stock transformers, nothing missing: relative difference {found['relative']:.2g}; {found['greedy_tokens']} greedy tokens {same}"
+            f"  logits       stock transformers, nothing missing: relative difference {found['relative']:.2g}{greedy * bool(found['greedy_tokens'])}"
         )
     elif result.get("logits_skipped"):
         lines.append(f"  logits       not compared: {result['logits_skipped']}")

@@ -5,17 +5,17 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 from moetool.data import JsonObject
 from moetool.errors import VerificationFailed
+from moetool.evaluate import feed
 from moetool.forward import stock
 from moetool.surgery.checkpoint import Checkpoint
 
-TOKENS = 48
 GREEDY = 40
 TIE = 1e-5  # relative to the largest logit
 
@@ -55,41 +55,50 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
 def compare_logits(
     source: Checkpoint, out: Checkpoint, *, device: str = "cpu", seed: int = 0
 ) -> JsonObject:
-    """Largest logit difference relative to the largest logit, on random ids, and whether the
-    greedy continuations agree.
+    """Largest difference relative to the largest number of what a model gives (logits, or, where
+    it has none, all), on random ids or pixels, and whether the greedy continuations agree where it
+    writes text.
     """
     import torch
 
-    def run(checkpoint: Checkpoint) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def run(checkpoint: Checkpoint) -> Answer:
         model = load(checkpoint, device)
-        text = checkpoint.config.get("text_config") or checkpoint.config
-        vocab = int(text.get("vocab_size") or model.get_input_embeddings().num_embeddings)
-        ids = torch.randint(
-            min(10, vocab - 1), vocab, (2, TOKENS), generator=torch.Generator().manual_seed(seed)
-        ).to(device)
-        special = {
-            v
-            for k, v in checkpoint.config.items()
-            if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
-        }
-        for token in special:
-            ids[ids == token] = (max(special) + 1) % vocab
+        given = feed.inputs(model, checkpoint.config, seed)
+        writes = model.can_generate() and set(given) == {"input_ids"}
         with torch.no_grad():
-            logits = model(input_ids=ids).logits.float()
-            greedy = _greedy(model, ids[:1, :8])
+            made = [*feed.answers(model(**given))]
+            greedy = _greedy(model, given["input_ids"][:1, :8]) if writes else None
         del model
         gc.collect()
-        return logits, greedy
+        return Answer(made, *(greedy or (None, None)))
 
-    expected, (words, steps) = run(source)
-    made, (others, _) = run(out)
-    return {
-        "relative": float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30)),
-        "max_logit": float(expected.abs().max()),
-        "same_greedy": bool((words == others).all()),
-        "greedy_tokens": GREEDY,
-        "greedy_tie": _tie(words, others, steps),
+    expected, made = run(source), run(out)
+    found: JsonObject = {
+        "relative": max(map(_apart, made.given, expected.given)),
+        "max_logit": max(float(one.abs().max()) for one in expected.given),
+        "same_greedy": True,
+        "greedy_tokens": 0,
+        "greedy_tie": False,
     }
+    if expected.words is None or made.words is None or expected.steps is None:
+        return found
+    return found | {
+        "same_greedy": bool((expected.words == made.words).all()),
+        "greedy_tokens": GREEDY,
+        "greedy_tie": _tie(expected.words, made.words, expected.steps),
+    }
+
+
+class Answer(NamedTuple):
+    """What a model gives, and where it writes text its greedy tokens and their logits."""
+
+    given: list[Tensor]
+    words: Tensor | None
+    steps: Tensor | None
+
+
+def _apart(made: Tensor, expected: Tensor) -> float:
+    return float((made - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _greedy(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:

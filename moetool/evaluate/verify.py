@@ -18,9 +18,10 @@ from moetool.methods.contract import Certificate, Decisions, Made, Method, Setti
 from moetool.methods.options import Checking
 from moetool.methods.proof import Loaded, Proof
 from moetool.progress import Progress, silent
-from moetool.surgery import identity, source, spellings, tables, view
+from moetool.surgery import groups, identity, source, spellings, tables, view
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.device import check_device
+from moetool.surgery.layout import words
 from moetool.surgery.plan import Plan
 from moetool.surgery.spec import Stored
 
@@ -309,12 +310,22 @@ def _function(base: Checkpoint, out: Checkpoint, record: JsonObject, how: Checki
     if certificate["level"] in ("exact", "exact_if"):
         _check_blocks(measured, out, limit)
     result: JsonObject = {"blocks": measured}
-    skipped = _not_loaded(record, how)
+    skipped = _not_loaded(record, how) or _not_reached(out)
     if skipped:
         return result | {"logits": None, "logits_skipped": skipped}
     result["logits"] = logits.compare_logits(base, out, device=how.device)
     _check_logits(result["logits"], out, limit, certificate["level"])
     return result
+
+
+def _not_reached(out: Checkpoint) -> str:
+    """Why what a model gives says nothing of its experts: images and text come together in it, and
+    text alone does not go where they are.
+    """
+    if not groups.is_ours(out.config) or not words().images_of(out.config):
+        return ""
+    found = {group.tower for group in groups.read(out.config)} - {groups.TEXT}
+    return f"text alone does not go through the {found.pop()} tower" if found else ""
 
 
 def _check_blocks(measured: list[JsonObject], out: Checkpoint, limit: float) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from moetool.modeling.balance import Scores
 from moetool.modeling.laws.law import Beside
 from moetool.modeling.signals import KEPT, Heard
+from moetool.surgery.groups import MASKED
 
 if TYPE_CHECKING:
     from moetool.modeling.laws.law import Choices, CombineLaw
@@ -169,12 +170,16 @@ class Grouped(nn.Module):
         yield from self.routers()
         yield from (law for _, law in self.held)
 
+    def _padded(self, group: Group, law: CombineLaw) -> bool:
+        """Whether the law leaves out padding, and the attention mask says which tokens are."""
+        return KEPT in law.reads and group.tower in MASKED
+
     def picked(self, group: Group, law: CombineLaw, x: Tensor) -> Picked:
         """Who works on the tokens x [tokens, hidden], by the group's route."""
         router = getattr(self, group.router)
         router.check()
         scores, likely = router(x, self.heard), router.likely(x)
-        kept = self.heard.find(KEPT, len(x)) if KEPT in law.reads else None
+        kept = self.heard.find(KEPT, len(x)) if self._padded(group, law) else None
         chosen = law.choose(scores, Beside(self.training, kept, likely))
         if self.seen is not None and group.router_tensors:
             part = router.groups(self.heard, len(x))

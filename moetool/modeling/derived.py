@@ -198,6 +198,8 @@ def _scored(
         return made
     whole = kwargs.pop("return_dict", None)
     whole = self.config.return_dict if whole is None else whole
+    every = chain.from_iterable(block.held for block in held)
+    masked = all(group.tower in groups.MASKED for group, _ in every)
     for block in held:
         block.seen = []
     try:
@@ -206,7 +208,7 @@ def _scored(
     finally:
         for block in held:
             block.seen = None
-    made["aux_loss"] = loss = balance.mean(seen, kwargs.get("attention_mask"))
+    made["aux_loss"] = loss = balance.mean(seen, kwargs.get("attention_mask") if masked else None)
     made["router_logits"] = tuple(scores.logits for scores in seen)
     if made.get("loss") is not None and loss is not None:
         made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)

@@ -109,6 +109,11 @@ class Tokens:
         )
 
     @property
+    def said(self) -> bool:
+        """Whether text goes in; a vision tower has no padding."""
+        return self.ids is not None or self.embeds is not None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(batch, length) of this call."""
         lying = self.embeds if self.ids is None else self.ids
@@ -178,7 +183,7 @@ def _values(
     if MODALITY in wanted:
         ids = next(r for r in readers if MODALITY in r.reads).ids
         yield MODALITY, _modality(call, given.get(MODALITY), ids)
-    if KEPT in wanted or PROMPT in wanted:
+    if PROMPT in wanted or (KEPT in wanted and call.said):
         yield KEPT, call.kept
     if PROMPT in wanted:
         yield PROMPT, _prompt(call, given.get(PROMPT))

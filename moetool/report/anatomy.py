@@ -34,15 +34,15 @@ def anatomy(checkpoint: Checkpoint) -> JsonObject:
     matching = Matching.of(checkpoint.config, checkpoint.tensors)
     family, at, top_k = matching.family, matching.text, matching.top_k
     hidden = at.field("hidden") if at else None
-    layers: dict[int, _Layer] = defaultdict(_Layer)
+    layers: dict[tuple[str, int], _Layer] = defaultdict(_Layer)
     unknown: list[str] = []
     for stored in checkpoint.tensors.values():
         found = matching.match(stored.name)
         if found is None:
             unknown.append(stored.name)
         elif found.layer is not None:
-            _note(layers[found.layer], found, stored, hidden)
-    rows = [_row(number, layers[number]) for number in sorted(layers)]
+            _note(layers[matching.tower(stored.name), found.layer], found, stored, hidden)
+    rows = [_row(where, layers[where]) for where in sorted(layers)]
     total = forms.count(checkpoint.tensors.values())
     return {
         "path": checkpoint.folder,
@@ -84,6 +84,7 @@ def _group(group: Group) -> JsonObject:
     return {
         "name": group.name,
         "site": group.site,
+        "tower": group.tower,
         "experts": f"{group.experts} x {group.form}, {group.base}",
         "layers": list(group.layers),
         "route": f"{route.key}, {route.law}, top-{route.top_k}",
@@ -121,9 +122,11 @@ def _note(layer: _Layer, found: Matched, stored: Stored, hidden: int | None) -> 
         layer.router_bias = True
 
 
-def _row(number: int, layer: _Layer) -> JsonObject:
+def _row(where: tuple[str, int], layer: _Layer) -> JsonObject:
+    tower, number = where
     return {
         "layer": number,
+        **({"tower": tower} if tower else {}),
         "ffn": layer.ffn,
         "experts": layer.routed.count,
         "stacked": layer.routed.stacked > 0,

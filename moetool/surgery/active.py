@@ -40,7 +40,11 @@ class Matching:
     def match(self, name: str) -> Matched | None:
         """The slot; None for a name that nobody knows."""
         own = self.family.match(name) if self.family else None
-        return own or (self.text.match(name) if self.text else None)
+        return own or (self.text.anywhere(name)[0] if self.text else None)
+
+    def tower(self, name: str) -> str:
+        """The tower with groups of its own that a tensor lies in; nothing for the text model."""
+        return self.text.tower(name) if self.text else ""
 
     @property
     def top_k(self) -> object:
@@ -54,11 +58,11 @@ class Matching:
 def idle(config: JsonObject, tensors: Mapping[str, Stored]) -> int:
     """Learned numbers of the routed experts of all layers that a token does not reach."""
     matching = Matching.of(config, tensors)
-    layers: dict[int, RoutedLayer] = defaultdict(RoutedLayer)
+    layers: dict[tuple[str, int], RoutedLayer] = defaultdict(RoutedLayer)
     for stored in tensors.values():
         found = matching.match(stored.name)
         if found is not None and found.layer is not None:
-            layers[found.layer].add(stored, found)
+            layers[matching.tower(stored.name), found.layer].add(stored, found)
     return sum(layer.idle(matching.top_k) for layer in layers.values())
 
 

@@ -209,6 +209,10 @@ class Names:
         """Whether a tensor outside the layers comes before them."""
         return any(word in name for word in self.first)
 
+    def images_of(self, config: JsonObject) -> list[int]:
+        """Tokens that stand for an image in the text of a model of this config."""
+        return [config[n] for n in self.images if isinstance(config.get(n), int)]
+
     def in_mtp(self, name: str) -> str | None:
         """`0.mlp.gate.weight` of an MTP layer's tensor; None for any other."""
         for head in self.mtp:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moetool.errors import MoetoolError
 from moetool.surgery import towers
 from moetool.surgery.family import Slot, Tower
-from moetool.surgery.groups import block_of, linear_of
+from moetool.surgery.groups import TEXT, block_of, linear_of
 from moetool.surgery.layout import Layout
 
 ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
@@ -125,6 +125,23 @@ class FfnBlock:
         if not first.whole or first.role == NORM or first.slot.shape is None:
             return hidden
         return first.slot.shape[0 if first.transposed else 1]
+
+
+def stands(layout: Layout) -> Iterator[tuple[str, str]]:
+    """Each tower of a family, and where experts of its FFNs lie; or the sentence that says why
+    they cannot.
+    """
+    if layout.kind != "dense":
+        return
+    known = towers.names(layout)
+    if not known:
+        yield TEXT, "nowhere: no stack of layers is known of it"
+    for name in known:
+        try:
+            block = FfnBlock.of(towers.layout_of(layout, name, layout.defaults))
+            yield name, f"{block.module}.experts"
+        except MoetoolError as problem:
+            yield name, f"nowhere: it has not {problem.where.get('expected')}"
 
 
 def _homeless(layout: Layout, expected: str, found: str) -> MoetoolError:

@@ -37,6 +37,7 @@ TEXT = "text"  # the tower that text goes through, where there are several
 # Who runs the experts, as transformers 5 has it in a config: its own classes refuse a name that
 # they do not know, where else the base's class would load the model without its experts.
 RUNS = "experts_implementation"
+MASKED = (TEXT, "encoder")  # towers whose padding a model's attention mask says
 FIRST = "experts"  # the usual name of a group
 FIRST_SITE = "ffn"  # the usual site
 BASES = ("under", "beside", "member", "gone")

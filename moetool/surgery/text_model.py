@@ -35,12 +35,14 @@ class TextModel:
         """Where a group stands."""
         return self.towers.get(group.tower, self)
 
+    def tower(self, name: str) -> str:
+        """The tower beside the text model that a name lies in, of those with groups; else nothing."""
+        return next((n for n, at in self.towers.items() if at.match(name)), "")
+
     def anywhere(self, name: str) -> tuple[Matched | None, Layout]:
-        """Which slot a name fills, here or in a tower with groups, and whose slot it is."""
-        for at in (self, *self.towers.values()):
-            if found := at.match(name):
-                return found, at.layout
-        return None, self.layout
+        """Which slot a name fills, in a tower with groups or here, and whose slot it is."""
+        at = self.towers.get(self.tower(name), self)
+        return at.match(name), at.layout
 
     @property
     def text(self) -> JsonObject:

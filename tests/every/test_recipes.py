@@ -11,12 +11,13 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from modeling import stacks
 
 import moetool
 from moetool import pipeline
@@ -89,6 +90,9 @@ NAMES = {
     "mixture-of-mamba",
     "uoe",
     "mono-internvl-1.5",
+    "clip-moe",
+    "robust-qa-switch",
+    "sparse-upcycling-vit",
 }
 REDUCED = ("prune", "merge")
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize", "extend")}
@@ -102,6 +106,8 @@ SMALL = {
     "mot": ["modality-ids=5"],
     "mixture-of-mamba": ["modality-ids=5"],
     "mono-internvl-1.5": ["modality-ids=5"],
+    "robust-qa-switch": ["layers=1"],
+    "sparse-upcycling-vit": ["experts=4"],
 }
 
 
@@ -131,8 +137,20 @@ def mamba() -> Path:
     return grown.base("mamba", Path(tempfile.mkdtemp()) / "mamba")
 
 
+@lru_cache(maxsize=4)
+def stack(name: str) -> Path:
+    """A model with another stack than one of text."""
+    return stacks.BY_NAME[name].save(Path(tempfile.mkdtemp()) / name)
+
+
 # Recipes whose source is of moetool's own model type, or of a family of theirs.
-OWN = {"mote-int4": mote, "mixture-of-mamba": mamba}
+OWN = {
+    "mote-int4": mote,
+    "mixture-of-mamba": mamba,
+    "clip-moe": partial(stack, "clip-text"),
+    "robust-qa-switch": partial(stack, "distilbert-text"),
+    "sparse-upcycling-vit": partial(stack, "vit-vision"),
+}
 
 
 def changes(recipe: Path, out: Path) -> list[str]:
@@ -187,7 +205,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 62 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 65 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

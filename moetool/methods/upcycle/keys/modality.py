@@ -97,8 +97,7 @@ class ModalityKey(MaskedKey):
                     found=self.own.modality_ids,
                     hint="`/` stands between modalities",
                 ) from None
-        config = ground.source.config
-        found = [config[n] for n in words().images if isinstance(config.get(n), int)]
+        found = words().images_of(ground.source.config)
         if not found:
             raise UsageError(
                 "the config names no token that stands for an image",
