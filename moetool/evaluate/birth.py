@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, Stopped
 from moetool.evaluate import logits
 from moetool.forward.answers import LOGIT_BYTES
 from moetool.forward.needs import PER_ATTENTION, held_whole
@@ -62,8 +62,12 @@ def measure(
     room, source = Room(device=prepared.options.common.device), prepared.origins[0]
     try:
         found = evaluate(written, _ids(), reference=source, room=room, tell=tell, stop=stop)
+    except Stopped:
+        raise
     except MoetoolError as problem:
         return problem.message
+    except Exception as problem:  # noqa: BLE001 - what was written is whole all the same
+        return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:200]}"
     return found | {"held_out": False, "drawn": DRAWN}
 
 

@@ -125,6 +125,7 @@ def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path)
         ({"form": "lora", "experts": 1}, {"request_gates": "1,0"}, "does not fit the experts"),
         ({"form": "lora"}, {"request_gates": "a"}, "no numbers"),
         ({"form": "lora"}, {"target": "mixtral", "base": "x"}, "are of an adapter"),
+        ({"form": "lora"}, {"for_": "vllm"}, "an adapter is none by itself"),
     ],
 )
 def test_what_no_adapter_computes(

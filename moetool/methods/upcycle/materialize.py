@@ -75,6 +75,13 @@ class Materializing(Served):
                 found=f"--target {self.target}",
                 hint="add --target peft, or leave them out",
             )
+        if self.target == to_peft.TARGET and self.named:
+            raise UsageError(
+                "--for judges models, and an adapter is none by itself",
+                expected="--target peft without --for",
+                found=f"--for {','.join(self.named)}",
+                hint="leave out --for: every client of PEFT reads it, on top of its base",
+            )
         self.gates()
 
     def gates(self) -> list[float]:
