@@ -142,8 +142,34 @@ def stacks(model: Any) -> Iterator[BuiltStack]:
 def entries(model: Any) -> list[JsonObject]:
     """What the family's data says of all towers; of several with one name the first."""
     found = [entry for stack in stacks(model) if (entry := stack.entry()) is not None]
+    found += projectors(model)
     names = [entry["name"] for entry in found]
     return [entry for n, entry in enumerate(found) if entry["name"] not in names[:n]]
+
+
+def projectors(model: Any) -> Iterator[JsonObject]:
+    """The module between a vision tower and the text model, where it is an FFN of two linears and
+    nothing else: a tower of one module.
+    """
+    from torch import nn
+
+    name, roles = WORDS["projector"]["name"], WORDS["projector"]["linears"]
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        linears = [n for n, child in children.items() if isinstance(child, nn.Linear)]
+        inside = sorted(n for n in children if n not in linears)
+        if path.rpartition(".")[2] == name and linears == [*roles] and inside == ["act"]:
+            yield {
+                "name": "projector",
+                "stack": path,
+                "config": "vision_config",
+                "fields": {"layers": "1", "hidden": "hidden_size"},
+                "stem": name,
+                "inside": "",
+                "block": "",
+                "linears": {role: [n, n] for n, role in roles.items()},
+                "steps": [],
+            }
 
 
 def _linears(layer: nn.Module) -> dict[str, str]:

@@ -49,6 +49,11 @@ class FfnLinears:
         """Width of a token."""
         return self.shapes[self.into[0]][1]
 
+    @property
+    def given(self) -> int:
+        """Width of what it gives."""
+        return self.shapes[self.out][0]
+
 
 class RowsOf(NamedTuple):
     """The rows of one expert: from `first` up to `last`, which is the next one's."""
@@ -209,7 +214,7 @@ class GroupedBlock(Grouped):
             more = self._one(group, law, x)
             made = more if made is None else made + more
         assert made is not None
-        return made.view(hidden_states.shape)
+        return made.view(*hidden_states.shape[:-1], -1)
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor) -> Tensor:
         """What one group gives."""

@@ -124,7 +124,8 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
         found, layout = at.anywhere(name)
         if found is None or not str(found.slot.role).startswith("expert."):
             continue
-        layer, expert = found.numbers.get("layer", layers), found.numbers.get("expert", 0)
+        nowhere = layers if "{layer}" in found.slot.name else 0  # one module has no number
+        layer, expert = found.numbers.get("layer", nowhere), found.numbers.get("expert", 0)
         here, most = places, experts
         if at.groups:
             held = grown.experts_in(layout, found.slot.name)

@@ -123,7 +123,7 @@ class Tower:
     layer's number in names on disk; `inside`, `block`: the FFN's module inside a layer, in the
     class and on disk (empty: the layer itself); `linears`: role -> the path of each in that module,
     and in the layer on disk; `steps`: what runs before the last linear, where no module runs all;
-    `when`: only with this config.
+    `when`: only with this config. A stem without a dot at its end is one module, with no layers.
     """
 
     name: str
@@ -136,6 +136,11 @@ class Tower:
     linears: dict[str, list[str]]
     steps: list[str]
     when: str | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one module: names say no layer, which is number 0."""
+        return not self.stem.endswith(".")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ class FfnBlock:
 
     @classmethod
     def _of_tower(cls, layout: Layout, tower: Tower) -> FfnBlock:
-        slots, head = {s.name: s for s in layout.tensors}, f"{tower.stem}{{layer}}"
+        slots, head = (
+            {s.name: s for s in layout.tensors},
+            tower.stem if tower.single else f"{tower.stem}{{layer}}",
+        )
         turned = layout.overlay.linears == "transposed"
 
         def linear(role: str) -> FfnLinear:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from moetool.errors import MoetoolError
-from moetool.surgery import places
+from moetool.surgery import places, towers
 from moetool.surgery.family import GroupSlot, Slot
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import MODEL_TYPE, Group
@@ -80,13 +80,15 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
         shape = [hidden if word == "hidden" else word for word in tensor.shape]
         role = "router" if tensor.name == "weight" else f"router.{tensor.name}"
         yield GroupSlot(f"{router}.{tensor.name}", [*shape], role, "held", held=routed)
+    alone = (tower := towers.lying(layout)) is not None and tower.single
+    given = None if alone else hidden  # what one module gives, no field of its own config says
     owner, reached = f"{block.module}.{group.name}", group.reached
     slot = partial(GroupSlot, layers="held", held=held, owner=owner, reached=reached)
     expert = f"{owner}.{{expert}}"
     if group.params.get("output_scale"):
         yield slot(f"{expert}.output_scale", ["1"], "expert.output_scale")
     for one in inside(group.form):
-        shape = [hidden if w == "hidden" else str(group.params.get(w)) for w in one.shape]
+        shape = [given if w == "hidden" else str(group.params.get(w)) for w in one.shape]
         role = f"expert.{one.name.replace('.', '_')}"
         yield slot(f"{expert}.{one.name}", [*shape], role)
     for linear in block.linears:

@@ -166,6 +166,8 @@ class Layout:
         list that says the same for every layer is that value; MoetoolError for another one.
         """
         name, text = self.fields.get(meaning), self.text(config)
+        if name is not None and name.isdigit():
+            return int(name)
         said = (text.get(one) for one in (name or "").split("|"))
         value = next((v for v in said if v is not None), None)
         if not isinstance(value, list) or meaning == "width":

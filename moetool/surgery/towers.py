@@ -16,7 +16,14 @@ from moetool.surgery.groups import TEXT
 from moetool.surgery.layout import Layout
 
 AUTO = "auto"
-KNOWN = (TEXT, "vision", "audio", "encoder", "decoder")  # of families that have several
+KNOWN = (
+    TEXT,
+    "vision",
+    "audio",
+    "encoder",
+    "decoder",
+    "projector",
+)  # of families that have several
 
 
 def names(layout: Layout) -> list[str]:
@@ -104,6 +111,8 @@ def _slots(layout: Layout, tower: Tower) -> Iterator[Slot]:
     """The family's slots in a tower, its layers' number as the text model's is written."""
     for slot in layout.tensors:
         rest = slot.name.removeprefix(tower.stem)
+        if tower.single and rest.startswith("."):  # shapes are said in fields of another part
+            yield Slot(slot.name, slot.shape and [None] * len(slot.shape), slot.role)
         if rest != slot.name and rest.startswith("{"):
             name = tower.stem + re.sub(r"^\{\w+\}", "{layer}", rest)
             yield Slot(name, slot.shape, slot.role, slot.layers, slot.when)

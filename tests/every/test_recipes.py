@@ -86,6 +86,7 @@ NAMES = {
     "mote-int4",
     "mot",
     "moh",
+    "parrot",
     "bam",
     "mixture-of-mamba",
     "uoe",
@@ -129,12 +130,12 @@ def mote() -> Path:
     return folder
 
 
-def mamba() -> Path:
-    """A tiny state-space model."""
+def small(family: str) -> Path:
+    """A tiny random model of a family."""
     sys.path.append(str(ROOT / "tests"))  # where this file is run by itself
     from modeling import grown
 
-    return grown.base("mamba", Path(tempfile.mkdtemp()) / "mamba")
+    return grown.base(family, Path(tempfile.mkdtemp()) / family)
 
 
 @lru_cache(maxsize=4)
@@ -150,6 +151,8 @@ OWN = {
     "clip-moe": partial(stack, "clip-text"),
     "robust-qa-switch": partial(stack, "distilbert-text"),
     "sparse-upcycling-vit": partial(stack, "vit-vision"),
+    "mixture-of-mamba": partial(small, "mamba"),
+    "parrot": partial(small, "llava"),
 }
 
 
@@ -205,7 +208,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 65 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 66 and len(CALIBRATED) == 18
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -15,7 +15,7 @@ import moetool
 from moetool.errors import MoetoolError
 from moetool.modeling.block import blocks
 
-COPY = {"key": "modality", "experts": 1, "top_k": 1, "modality_ids": str(IMAGE), "site": "mamba"}
+COPY = {"key": "modality", "experts": 1, "top_k": 1, "modality_ids": str(IMAGE), "site": "mixer"}
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -77,5 +77,5 @@ def test_gradients_of_training_and_with_checkpointing(family: str, tmp_path: Pat
 
 
 def test_other_families_have_no_mixer(models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(MoetoolError, match="no place for groups of experts at the site mamba"):
+    with pytest.raises(MoetoolError, match="no place for groups of experts at the site mixer"):
         moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **COPY)

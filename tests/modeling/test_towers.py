@@ -257,7 +257,11 @@ def test_towers_are_data_of_many_families() -> None:
     found = {n: towers.names(Layout.load(n)) for n in families()["dense"]}
     assert sum(bool(names) for names in found.values()) == 109
     assert sum("vision" in names for names in found.values()) == 28
-    assert found["t5"] == ["encoder", "decoder"] and found["llava"] == ["text", "vision"]
+    assert found["t5"] == ["encoder", "decoder"] and found["llava"] == [
+        "text",
+        "vision",
+        "projector",
+    ]
     assert stacks.PIXELS.shape[-1] == 16
 
 

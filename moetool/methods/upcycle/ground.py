@@ -82,6 +82,12 @@ class Ground:
         return first.sides(self.stored(first, self.layers[0]).shape)[1]
 
     @property
+    def given(self) -> int:
+        """Width of what comes out."""
+        last = self.block.last
+        return last.sides(self.stored(last, self.layers[0]).shape)[0]
+
+    @property
     def width(self) -> int:
         """Neurons of an FFN."""
         last = self.block.last
@@ -180,7 +186,7 @@ class Spot:
 
     def write_inside(self, build: Builder) -> None:
         """What experts have that are no FFNs: zero, or drawn as torch's linears are."""
-        hidden, dtype = self.ground.hidden, self.ground.dtype
+        hidden, dtype = self.ground.given, self.ground.dtype
         for expert, one in product(range(self.group.experts), inside(self.group.form)):
             name = f"{self.module}.{self.group.expert(expert, part=one.name)}"
             target = build.target(name, dtype, one.sides(hidden, self.group.params))

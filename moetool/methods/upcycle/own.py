@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, count
+from itertools import chain, count, product, starmap
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
@@ -45,13 +45,14 @@ def plan(
             found="--layers none",
             hint="leave out --layers",
         )
+    _check_widths(kind, ground)
     kind.check(ground)
     kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = _beside(ground, kind.group(ground)), Builder()
     names, into = ground.names(), dict[str, Into]()
     places: list[Place] = ["before", *range(ground.count), "after"]
+    gone = _gone(ground, group)
     for place in places:
-        gone = _gone(ground, group, place)
         for name in names.get(place, ()):
             if name not in gone:
                 into |= _copy(build, ground.source.tensors[name])
@@ -82,6 +83,17 @@ def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
     if groups.is_ours(sources[0].config):  # what its groups stand for may be gone
         rest = [replace(o, tensors=_common(o, first)) for o in rest]
     assemble.check_alike((first, *rest))
+
+
+def _check_widths(kind: ExpertKind, ground: Ground) -> None:
+    """Refuse experts that stand for what keeps a token's width, where it does not."""
+    if ground.hidden != ground.given and kind.keeps_width and kind.verb.site == groups.FIRST_SITE:
+        raise UsageError(
+            f"{kind.spelled} gives what is as wide as what it sees",
+            expected="an FFN that does",
+            found=f"{ground.hidden} -> {ground.given} at {ground.module(ground.layers[0])}",
+            hint="take other experts, for example --form lora or full",
+        )
 
 
 def _dense(source: Checkpoint) -> Checkpoint:
@@ -167,15 +179,14 @@ def _config(ground: Ground, group: Group) -> JsonObject:
     return groups.config_of(said, (*held, group)) | {"auto_map": dict(shim.AUTO_MAP)}
 
 
-def _gone(ground: Ground, group: Group, place: Place) -> set[str]:
-    """The FFN's own tensors in a layer whose experts stand in its stead."""
-    if group.base != "gone" or not isinstance(place, int) or place not in ground.layers:
+def _gone(ground: Ground, group: Group) -> set[str]:
+    """The FFNs' own tensors in the layers where experts stand in their stead."""
+    if group.base != "gone":
         return set()
-    linears = [*chain.from_iterable(block.linears for block in ground.blocks)]
-    gone = [one for one in linears if group.has(one.name)]
-    biases = (ground.bias(one, place) for one in gone)
-    own = (ground.stored(one, place) for one in gone)
-    return {one.name for one in (*own, *biases) if one is not None}
+    linears = chain.from_iterable(block.linears for block in ground.blocks)
+    gone = [*product((one for one in linears if group.has(one.name)), group.layers)]
+    own = [*starmap(ground.stored, gone), *starmap(ground.bias, gone)]
+    return {one.name for one in own if one is not None}
 
 
 def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:

@@ -27,7 +27,7 @@ class AdapterExperts(ExpertGroup):
         self.before = group.params.get("at") == "before"
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
-        dim, hidden = group.params["dim"], linears.hidden
+        dim, hidden = group.params["dim"], linears.given
         down = PlainMap(dim, hidden, drawn=True)
         return Expert((("adapter_down", down), ("adapter_up", PlainMap(hidden, dim))), {})
 

@@ -21,7 +21,7 @@ class FilmExperts(ExpertGroup):
     knows: ClassVar[Kinds] = {}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
-        hidden = linears.hidden
+        hidden = linears.given
         names = ("film_scale", "film_shift")
         return Expert(((name, PlainMap(hidden, hidden, bias=True)) for name in names), {})
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from moetool.modeling.block import Grouped, GroupedBlock
-from moetool.modeling.sites.site import GroupSite
+from moetool.modeling.sites.site import GroupSite, wrong
 from moetool.modeling.step_block import StepBlock
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import EMPTY, Group
 
 
 class FfnSite(GroupSite):
@@ -21,6 +21,16 @@ class FfnSite(GroupSite):
 
     def kind_of(self, block: FfnBlock) -> type[Grouped]:
         return StepBlock if block.steps else self.kind
+
+    def check(self, module: Grouped, group: Group) -> None:
+        super().check(module, group)
+        keeps = group.form == EMPTY or group.params.get("at") == "before"
+        if keeps and module.linears.hidden != module.linears.given:
+            raise wrong(
+                f"{group.form} experts at an FFN that changes the width of what goes through it",
+                f"{module.linears.hidden} -> {module.linears.hidden}",
+                f"{module.linears.hidden} -> {module.linears.given}",
+            )
 
     def grow(self, module: nn.Module, block: FfnBlock, groups: Sequence[Group]) -> None:
         super().grow(module, block, groups)

@@ -126,6 +126,8 @@ def _find(model: nn.Module, layout: Layout) -> nn.ModuleList | None:
             continue
         if name and isinstance(found, nn.ModuleList):
             return found
+        if name and any(tower.stack == said and tower.single for tower in layout.towers):
+            return nn.ModuleList([found])
     return None
 
 

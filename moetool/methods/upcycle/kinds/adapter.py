@@ -39,13 +39,17 @@ class AdapterKind(ExpertKind):
     own: Bottleneck
 
     def check(self, ground: Ground) -> None:
-        if self.own.adapter_dim > ground.hidden:
+        if self.own.adapter_dim > ground.given:
             raise UsageError(
                 "an adapter's bottleneck is wider than what goes through it",
-                expected=f"--adapter-dim at most {ground.hidden}",
+                expected=f"--adapter-dim at most {ground.given}",
                 found=f"--adapter-dim {self.own.adapter_dim}",
                 hint="for example --adapter-dim 64",
             )
+
+    @property
+    def keeps_width(self) -> bool:
+        return self.own.adapter_at == "before"
 
     def params(self, ground: Ground) -> JsonObject:
         said: JsonObject = {"dim": self.own.adapter_dim}

@@ -45,7 +45,7 @@ class FullKind(ExpertKind):
     own: Whole
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
-    sites = ("ffn", "attention", "mamba", "norms")
+    sites = ("ffn", "attention", "mixer", "norms")
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:

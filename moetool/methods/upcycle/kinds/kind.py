@@ -124,6 +124,11 @@ class ExpertKind(Word):
         return self.base
 
     @property
+    def keeps_width(self) -> bool:
+        """Whether its experts give what is as wide as what they see."""
+        return False
+
+    @property
     def choices(self) -> int:
         """What the router chooses among."""
         return self.verb.experts + (self.stands == "member")

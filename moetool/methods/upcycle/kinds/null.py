@@ -17,5 +17,9 @@ class NullKind(ExpertKind):
     base = "beside"
     starts = "zero"
 
+    @property
+    def keeps_width(self) -> bool:
+        return True
+
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         return {}

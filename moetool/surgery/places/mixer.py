@@ -9,11 +9,10 @@ from moetool.surgery.places import words
 from moetool.surgery.places.place import GroupPlace
 
 
-class MambaPlace(GroupPlace):
+class MixerPlace(GroupPlace):
     """its state-space mixer"""
 
-    name = "mamba"
-    noun = "mixer"
+    name = noun = "mixer"
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
         found = words.linears(layout, self.name)

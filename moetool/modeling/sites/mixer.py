@@ -51,10 +51,10 @@ class _Projection:
         return self(x.transpose(-1, -2)).transpose(-1, -2)
 
 
-class MambaSite(GroupSite):
+class MixerSite(GroupSite):
     """One group of whole projections."""
 
-    name = "mamba"
+    name = "mixer"
     kind = GroupedMixer
     forms = ("full",)
     bases = ("member",)
