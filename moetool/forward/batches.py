@@ -146,7 +146,8 @@ def make(
     notes, seq_len = [], cut.seq_len
     if longest and seq_len > longest:
         notes.append(
-            f"--seq-len {seq_len} is more than the model's {longest} positions: {longest} is used"
+            f"sequences have {longest} tokens, the most that this model takes, not --seq-len "
+            f"{seq_len}; give --seq-len {longest} or less to choose"
         )
         seq_len = longest
     words = _Words(Path(model), trusted)

@@ -179,7 +179,11 @@ def _sampled(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
 def too_large(source: Checkpoint, memory: int | None) -> str:
     """What is said where random ids stand in for a model that cannot write."""
     need, room = show_bytes(needed(source)), show_bytes(memory or LIMIT)
-    return f"the model cannot write its own text ({need} of memory, of {room}): random token ids"
+    return (
+        "random token ids stand for text: the model would write better text itself, but for that "
+        f"it must be in memory whole ({need}, and there may be {room}); raise --memory, or give "
+        "text with --calibrate FILE"
+    )
 
 
 def _too_large(source: Checkpoint, memory: int) -> MoetoolError:

@@ -258,16 +258,15 @@ class Solving:
     )
     own_share: float = option(
         0.4,
-        "share of the tokens that --refit solves on which is no text but what the model writes "
-        "itself (random ids where it does not fit into --memory), so that what the text does not "
-        "show is kept; 0: none",
+        "of the tokens that --refit solves on, the share that the model writes itself and that is "
+        "not from the text (random ids where the model does not fit into --memory), so that it "
+        "keeps what the text does not show; 0: text alone",
         unit="share",
         metavar="SHARE",
     )
     refit_tokens: int = option(
         32_768,
-        "tokens that --refit solves on; sending them through costs about 4 times what as many "
-        "tokens of calibration cost",
+        "tokens that --refit solves on; what that costs is said before the work",
         minimum=1,
     )
 

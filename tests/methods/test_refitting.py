@@ -92,4 +92,7 @@ def test_experts_with_few_tokens_are_counted(models: Callable[..., Path], tmp_pa
     done = api.prune(source, str(tmp_path / "out"), calibrate=text, refit_tokens=40, **CUT)
     assert sum(r["few"] for r in done["refit"].values()) > 0
     assert all(r["error_after"] <= r["error_before"] for r in done["refit"].values())
-    assert "experts saw fewer tokens than their width" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "experts saw fewer tokens than they have neurons"
+        in (tmp_path / "out/README.md").read_text()
+    )

@@ -22,6 +22,7 @@ def lines(reduced: Reduced, own: list[Line]) -> list[Line]:
         *(_text(found.data) if found.data else []),
         *(_protected(found) if found.protected else []),
         *refitted(found),
+        *_cost(found),
         Line("parameters", _sizes(reduced)),
     ]
 
@@ -79,24 +80,37 @@ def refitted(found: Found) -> list[Line]:
         return [Line("refit", f"no: {why}")] if why else []
     layer = max(found.refit, key=lambda n: found.refit[n].after)
     before, after = found.refit[layer].before, found.refit[layer].after
-    worst = f"squared error of the worst layer's output {before:.1%} -> {after:.1%}"
-    said = [
-        Line(
-            "refit",
-            f"down_proj solved again on {found.refit_tokens:,} tokens: {worst} (layer {layer})",
-        )
-    ]
-    if found.refit_work:
-        work = f"about {found.refit_work:.2g} times the work of the walk that decided"
-        said.append(Line("", f"{work} (--refit-tokens, --no-refit)"))
+    solved = f"down_proj of the experts that stay was solved again on {found.refit_tokens:,} tokens"
+    error = f"squared error of a layer's output: {before:.1%} -> {after:.1%} in the worst"
+    said = [Line("refit", solved + _drawn(found)), Line("", f"{error} (layer {layer})")]
     names = {TEXT: "text", **DRAWN}
     for kind, (was, now) in found.left_out.items():
-        said.append(Line("", f"of {names[kind]} left out {was:.1%} -> {now:.1%}, a layer's mean"))
+        shown = f"{was:.1%} -> {now:.1%} on {names[kind]} that it was not solved on"
+        said.append(Line("", f"{shown} (mean of all layers)"))
     few = sum(one.few for one in found.refit.values())
     if few:
-        told = f"{few} experts saw fewer tokens than their width: held near what they were"
-        said.append(Line("", told))
+        told = f"{few} experts saw fewer tokens than they have neurons, and were changed little"
+        said.append(Line("", f"{told}: more text or --refit-tokens changes them more"))
     return said
+
+
+def _cost(found: Found) -> list[Line]:
+    """What a refit took, to whoever may want it cheaper."""
+    if not found.refit_work:
+        return []
+    work = f"about {found.refit_work:.2g} times the work of the walk that decided"
+    return [Line("", f"{work}; fewer --refit-tokens or --no-refit take less")]
+
+
+def _drawn(found: Found) -> str:
+    """`, 40 % of them tokens that the model wrote itself (--own-share)`."""
+    for kind, what in DRAWN.items():
+        count = sum(f["tokens"] for f in found.refit_files if f.get("drawn") == kind)
+        share = count / max(1, found.refit_tokens)
+        if share:
+            by = " (--own-share)" if share < 1 else ""
+            return f", {'all' if share == 1 else f'{share:.0%}'} of them {what}{by}"
+    return ""
 
 
 def narrow(found: Found) -> list[str]:
@@ -106,9 +120,10 @@ def narrow(found: Found) -> list[str]:
     for kind, (before, after) in apart.items():
         if after * was > NARROW * now * before:
             return [
-                f"the text is narrow: refit brings it near ({was:.1%} -> {now:.1%} of it left out) "
-                f"and little else ({before:.1%} -> {after:.1%} of {DRAWN[kind]}): give text of more "
-                "kinds, or a larger --own-share"
+                f"the text is narrow: the refit lowers the error on text like it ({was:.1%} -> "
+                f"{now:.1%}), and much less on {DRAWN[kind]} ({before:.1%} -> {after:.1%}), so "
+                "what the text does not show gets worse; give text of more kinds, or a larger "
+                "--own-share"
             ]
     return []
 
