@@ -216,7 +216,7 @@ def test_shares_decide_tokens_and_padding_is_not_counted(tmp_path: Path) -> None
 
 def test_seq_len_and_vocabulary(tmp_path: Path) -> None:
     made = cut(text.read([str(TEXT)]), tokens=2000, seq_len=4096)
-    assert made.seq_len == 512 and any("512 positions" in n for n in made.notes)
+    assert made.seq_len == 512 and any("512 tokens" in n for n in made.notes)
     ids = lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 700]}])
     with pytest.raises(moetool.MoetoolError, match="outside the model's vocabulary"):
         cut(text.read([str(ids)]))
