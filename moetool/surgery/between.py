@@ -42,7 +42,7 @@ class _Run(NamedTuple):
     to: int
 
 
-class _Laid:
+class _Runs:
     """What of the sources stands in which shard."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def linked(jobs: Sequence[Work], there: Sequence[Shared]) -> list[Work]:
     """
     if not any(job.clone for job in jobs) or not clone.works_in(Path(jobs[0].path).parent):
         return list(jobs)
-    standing, told = _Laid(), []
+    standing, told = _Runs(), []
     for job in there:
         standing.add(_firsts(job), final(job.path))
     for job in jobs:

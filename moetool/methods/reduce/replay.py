@@ -73,7 +73,7 @@ def contradiction(found: Decided, mixture: Mixture, ratio: float, usual: float) 
 
 
 @dataclass(frozen=True)
-class Again:
+class Replay:
     """What a replay that is given no text does. `moved`: it only moves experts; `on`: what stands
     for text, and `usual`: how much of it, where nobody says otherwise.
     """
@@ -83,23 +83,23 @@ class Again:
     usual: Mapping[str, object] = field(default_factory=dict)
 
 
-def planned(values: Mapping[str, object], ways: Mapping[str, type[Way]]) -> Again:
+def planned(values: Mapping[str, object], ways: Mapping[str, type[Way]]) -> Replay:
     """Of the options of a verb: a refit on no text can be made again, one on text cannot."""
     file = Path(str(values.get("decisions") or ""))
     if not file.is_file():
-        return Again()
+        return Replay()
     try:
         said = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        return Again(moved=True)  # who reads the file says what is wrong with it
+        return Replay(moved=True)  # who reads the file says what is wrong with it
     way = ways.get(str(said.get("method"))) if isinstance(said, dict) else None
     told = (said.get("refit") if isinstance(said, dict) else None) or {}
     on = str(told.get("on")) if isinstance(told, dict) else ""
     looks = any(values.get(name) for name in LOOKS)
     if drawn.means(on) and not looks and values.get("refit") is not False:
         usual = {k: told[k] for k in ("tokens", "seq_len") if type(told.get(k)) is int}
-        return Again(False, on, usual)
-    return Again(moved=way is None or not way.solves)
+        return Replay(False, on, usual)
+    return Replay(moved=way is None or not way.solves)
 
 
 def without(found: Decided, *, refits: bool, seed: int) -> list[str]:
