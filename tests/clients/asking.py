@@ -33,11 +33,12 @@ ROWS = [[10 + (7 * i + 3 * i * i + 50 * row) % 140 for i in range(24)] for row i
 NEAR = 1e-5  # of the largest logit
 # Of a log-probability, where a client gives no logits; NEAR where logits are larger than five.
 NEAR_LOG = 5e-5
-# Arithmetic of less than float32, which is no other function: client -> family -> how near.
+# Arithmetic of less than float32, which is no other function: families of a client, and how near.
 ROUGHLY = {
-    "mlx": {"gemma": 5e-4, "gemma3_text": 5e-4, "starcoder2": 5e-4},
-    "llama.cpp": {"gemma": 5e-4, "gemma2": 5e-4, "gemma3_text": 5e-4, "starcoder2": 5e-4},
+    "mlx": ("gemma", "gemma3_text", "starcoder2"),
+    "llama.cpp": ("gemma", "gemma2", "gemma3_text", "starcoder2"),
 }
+ROUGH = 6e-4
 # vLLM's models of images want torchvision, and one attention of its CPU build 16 bits.
 LACKS = ("failed to be inspected", "expect weight to be bfloat16")
 LONG = 7200  # seconds after which a client is stuck
@@ -219,9 +220,14 @@ def measured(
     made = {}
     for client in (name for name in names if home(name)):
         answers = ask(client, models, root / "answers" / client)
-        rough = ROUGHLY.get(client, {})
+        rough = ROUGHLY.get(client, ())
         made[client] = {
-            o.name: judged(client, answers[o.name], references[o.name], rough.get(o.family, NEAR))
+            o.name: judged(
+                client,
+                answers[o.name],
+                references[o.name],
+                ROUGH if o.family in rough else NEAR,
+            )
             for o in outputs
         }
     return made

@@ -180,6 +180,12 @@ ASKED: dict[str, Mapping[str, Any]] = {
     "gemma2-theta": ROPE,
     "gemma2-wide": {"sliding_window": 256},
     "gemma3_text-wide": {"sliding_window": 256},
+    "gemma3_text-theta": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        }
+    },
     "cohere2-window": {"sliding_window": 16},
     "qwen2-tied": TIED,
     "qwen3-tied": TIED,

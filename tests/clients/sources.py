@@ -70,6 +70,7 @@ HUB: dict[str, dict[str, Any]] = {
         "rotary_dim": 16,
         "shared_intermediate_size": 0,
         "scoring_func": "sigmoid",
+        "use_routing_bias": True,
     },
 }
 SOURCES: dict[str, dict[str, Any]] = {

@@ -30,17 +30,7 @@ SOME = (
 
 
 # What an environment without torchvision, and an attention that wants 16 bits, leave out.
-UNTESTED = {
-    "vllm": {
-        "llava-llava",
-        "qwen3_vl-qwen3_vl_moe",
-        "qwen3_5_text-qwen3_5_moe_text",
-        "deepseek_v3",
-        "deepseek_v3-pruned",
-        "deepseek_v3-merged",
-        "deepseek_v3-pruned-v5",
-    }
-}
+UNTESTED = {"vllm": ("llava", "qwen3_vl", "qwen3_5_text-qwen3_5_moe_text", "deepseek_v")}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def test_what_there_is() -> None:
     verbs = Counter(output.verb for output in OUTPUTS.values())
     assert verbs == {
         **{"upcycle": 56, "prune": 28, "merge": 14, "convert_layout": 4},
-        **{"dequantize": 28, "": 24},
+        **{"dequantize": 29, "": 24},
     }
 
 
@@ -88,10 +78,13 @@ def test_every_output(root: Path, client: str) -> None:
     measured = asking.measured([client], OUTPUTS.values(), root)[client]
     assert measured.keys() == OUTPUTS.keys()
     compared = {n: m for n, m in measured.items() if m.state != "untested"}
-    assert measured.keys() - compared.keys() <= UNTESTED.get(client, set())
+    lacking = measured.keys() - compared.keys()
+    assert all(name.startswith(UNTESTED.get(client, ())) for name in lacking), lacking
     says = {name: asking.said(client, output.write(root)) for name, output in OUTPUTS.items()}
     apart = [f"{n}: {says[n]}, measured: {m}" for n, m in compared.items() if says[n] != m.state]
     assert not apart, "\n".join(apart)
+    rough = {o.family for n, o in OUTPUTS.items() if asking.NEAR < measured[n].gap < asking.ROUGH}
+    assert client == "vllm" or set(asking.ROUGHLY.get(client, ())) <= rough
 
 
 @pytest.fixture
