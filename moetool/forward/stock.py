@@ -119,6 +119,10 @@ def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
             use_safetensors=True,
             trust_remote_code=False,
         )
+        if groups.is_ours(raw):
+            from moetool.modeling.signals import NOISE, TASK
+
+            model.usual = {NOISE: 0, TASK: 0}  # what text alone does not say
         return model, info
 
 

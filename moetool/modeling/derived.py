@@ -6,11 +6,11 @@ For training they answer what trainers ask of a mixture: `output_router_logits` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from moetool.errors import MoetoolError
 from moetool.modeling import balance, ragged, signals
 from moetool.modeling.block import blocks
+from moetool.modeling.embedded import embedded
 from moetool.modeling.generation import prepared, taking, told
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
@@ -33,6 +34,7 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
     """What derived classes have beside their stock class."""
 
     stock: ClassVar[type[Any]]
+    usual: Mapping[str, float] = MappingProxyType({})  # signals that a caller leaves out
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -178,12 +180,14 @@ def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, An
     held = [*blocks(self)]
     if not held:
         return ragged.scored(self, run, args, kwargs)
-    heard = signals.note(held, args, kwargs)
-    try:
+    heard = signals.note(held, args, kwargs, getattr(self, "usual", {}))
+    if heard is None:
         return _scored(self, held, run, args, kwargs)
+    try:
+        with embedded(self, heard, held):
+            return _scored(self, held, run, args, kwargs)
     finally:
-        if heard is not None:
-            heard.over = True
+        heard.over = True
 
 
 def _scored(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -136,10 +137,15 @@ class Tokens:
         return self.mask[:, -length:].bool()
 
 
-def note(blocks: Sequence[Hears], args: Sequence[Any], kwargs: dict[str, Any]) -> Heard | None:
+def note(
+    blocks: Sequence[Hears],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    usual: Mapping[str, float] = MappingProxyType({}),
+) -> Heard | None:
     """Tell blocks what this call says to their routes; the arguments for them are taken out of
-    `kwargs`. None where no route looks at any. UsageError for an argument that no route looks at,
-    and where one is missing or not of the call's tokens.
+    `kwargs`. None where no route looks at any. `usual`: for arguments that are not given.
+    UsageError for one that no route looks at, and where one is missing or not of the call's tokens.
     """
     given = {n: v for n in GIVEN if (v := kwargs.pop(n, None)) is not None}
     readers = wanted_by(blocks)
@@ -154,6 +160,7 @@ def note(blocks: Sequence[Hears], args: Sequence[Any], kwargs: dict[str, Any]) -
             )
     if not wanted:
         return None
+    given = {n: v for n, v in usual.items() if n in wanted} | given
     call = Tokens.of(args, kwargs)
     heard = Heard(dict(_values(call, given, readers, wanted)), fresh=not call.past)
     for block in blocks:

@@ -29,7 +29,7 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery.inside import HELD
-from moetool.surgery.route import MODALITY, Route, RouterTensor, reached
+from moetool.surgery.route import KEYS, Route, RouterTensor, reached
 
 MODEL_TYPE = "moetool"
 VERSION = 1
@@ -233,8 +233,9 @@ def _group(data: object) -> Group:
 
 def _check(group: Group) -> None:
     _check_kinds(group)
-    if group.route.key == MODALITY and group.tower != TEXT:
-        raise _wrong("experts by modality beside the text model", f"tower {TEXT}", group.tower)
+    key = group.route.key
+    if key in KEYS and KEYS[key].hears and group.tower != TEXT:
+        raise _wrong(f"experts by {key} beside the text model", f"tower {TEXT}", group.tower)
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
         raise _wrong("a count is no whole number", "experts, top_k, layers", counts)

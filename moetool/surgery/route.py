@@ -70,7 +70,7 @@ class Route:
 class RouterTensor(NamedTuple):
     """A tensor of a router. Words of its shape: hidden (the width of a token), choices, rows
     (choices, or as many for each modality), an option's name, or 2*one. `when`: the option
-    without which it is not there; `start`: zero, or drawn as --router says.
+    without which it is not there; `start`: zero, drawn as --router says, or given.
     """
 
     name: str
@@ -86,21 +86,66 @@ class RouterTensor(NamedTuple):
 @dataclass(frozen=True)
 class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
-    router of this key may have a bias.
+    router of this key may have a bias; `hears`: whether it looks at what a call says.
     """
 
     tensors: tuple[RouterTensor, ...] = ()
     needs: Kinds = field(default_factory=dict)
     knows: Kinds = field(default_factory=dict)
     biased: bool = False
+    hears: bool = False
 
 
+POOLS = ("embeddings", "hidden")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _WEIGHT = RouterTensor("weight", ("choices", "hidden"))
 _MASKED = RouterTensor("weight", ("rows", "hidden"), "routers")
 KEYS: Mapping[str, RouteWord] = {
     ROUTED: RouteWord((_WEIGHT,), biased=True),
-    MODALITY: RouteWord((_MASKED,), {"allowed": list, "ids": list}, {"routers": ("one", "each")}),
+    MODALITY: RouteWord(
+        (_MASKED,), {"allowed": list, "ids": list}, {"routers": ("one", "each")}, hears=True
+    ),
     "always": RouteWord(),
+    # the domains' embeddings through a SwiGLU MLP are the rows of the router
+    "domain": RouteWord(
+        (
+            RouterTensor("domains", ("choices", "dim"), start="given"),
+            RouterTensor("gate", ("width", "dim")),
+            RouterTensor("up", ("width", "dim")),
+            RouterTensor("down", ("hidden", "width")),
+        ),
+        {"dim": int, "width": int},
+    ),
+    "neurons": RouteWord(
+        (
+            RouterTensor("gate", ("choices", "hidden"), "gated", "given"),
+            RouterTensor("up", ("choices", "hidden"), start="given"),
+        ),
+        {},
+        {"gated": bool, "act": ACTIVATIONS},
+    ),
+    # the noise level's embedding through a SwiGLU MLP
+    "noise": RouteWord(
+        (
+            RouterTensor("embed", ("dim", "1")),
+            RouterTensor("embed_bias", ("dim",), start="zero"),
+            RouterTensor("inner", ("2*width", "dim")),
+            RouterTensor("inner_bias", ("2*width",), start="zero"),
+            _WEIGHT._replace(shape=("choices", "width")),
+            RouterTensor("bias", ("choices",), start="zero"),
+        ),
+        {"dim": int, "width": int},
+        hears=True,
+    ),
+    "pooled": RouteWord(
+        (RouterTensor("norm", ("hidden",), "norm", "zero"), _WEIGHT),
+        {},
+        {"of": POOLS, "norm": bool},
+        biased=True,
+        hears=True,
+    ),
+    "sequence": RouteWord((_WEIGHT,), biased=True, hears=True),
+    "task": RouteWord((_MASKED,), {"allowed": list}, {"routers": ("one", "each")}, hears=True),
     "query": RouteWord(),
 }
 LAWS: Mapping[str, RouteWord] = {

@@ -64,6 +64,9 @@ VALUES: dict[str, tuple[str, ...]] = {
     "scale_group": ("128",),
     "top_k": ("1", "4"),
     "capacity": ("1",),
+    "noise_dim": ("8",),
+    "tasks": ("2",),
+    "neurons": ("0,1,2,3,4,5,6,7",),
     "temperature": ("0.5",),
     "least_weight": ("0",),
     "top_p": ("0.5",),
@@ -90,6 +93,7 @@ LEFT_OUT = {
     "ray_address": "does nothing without engine",
     "from_adapters": "another source; tests/methods/test_adapters.py has it",
     "modality_ids": "stands with the modality key alone; tests/modeling/test_other_experts.py has it",
+    "domains": "a file of numbers; tests/modeling/test_routes.py has it",
     "allowed": "stands with the modality key alone; tests/modeling/test_other_experts.py has it",
 }
 FROM = Field("from_", tuple, (), "fine-tunes", unit="whole")

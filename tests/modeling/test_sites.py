@@ -307,7 +307,8 @@ def test_heads_are_chosen_by_their_queries_or_by_a_router(
     key: str, models: Models, tmp_path: Path
 ) -> None:
     options = {"site": "heads", "key": key, "shared_heads": 1, "active_heads": 2}
-    report = written(models("llama"), tmp_path / "out", router="normal:0.5", **options)
+    options |= {"router": "normal:0.5"} if key == "token" else {}
+    report = written(models("llama"), tmp_path / "out", **options)
     assert report["certificate"]["level"] == "none"
     model = loaded(tmp_path / "out")
     block: Any = next(iter(blocks(model)))

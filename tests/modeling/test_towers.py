@@ -218,7 +218,7 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
         (
             "llava-text",
             {"tower": "vision", "form": "lora", "key": "modality"},
-            "text and images come together",
+            "what a call of the text model says",
         ),
         ("llava-text", {"tower": "vison"}, "vision"),
         ("llava-text", {"tower": "vision", "layers": "7"}, "0 to 1"),

@@ -28,7 +28,8 @@ _WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
 def decide(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
     """What a kind must read to plan."""
     _check_sources(kind, sources)
-    return kind.decide(sources, settings)
+    found = kind.decide(sources, settings)
+    return replace(found, extra=(*found.extra, *kind.key.files(settings.work)))
 
 
 def plan(
@@ -37,6 +38,7 @@ def plan(
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
     told = kind.told_by(found)
+    kind.key.attach(found.extra, len(sources))
     ground, *others = (kind.ground(source) for source in sources)
     if not ground.layers:
         raise UsageError(
@@ -47,6 +49,7 @@ def plan(
         )
     _check_widths(kind, ground)
     kind.check(ground)
+    kind.key.check_tower(ground.tower)
     kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = _beside(ground, kind.group(ground)), Builder()
     names, into = ground.names(), dict[str, Into]()

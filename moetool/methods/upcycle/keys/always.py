@@ -13,6 +13,7 @@ class AlwaysKey(RouteKey):
     """
 
     name = "always"
+    draws = False
     apart = False
     laws = ("hard", "soft")
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` reads all keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from moetool.data import JsonObject
@@ -14,16 +15,18 @@ from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word
-from moetool.surgery.groups import FIRST_SITE, Group
-from moetool.surgery.route import RouterTensor
-from moetool.surgery.spec import whole
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.groups import FIRST_SITE, TEXT, Group
+from moetool.surgery.route import KEYS, RouterTensor
+from moetool.surgery.spec import Target, whole
 
 
 class RouteKey(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `top_k`: experts of a token where nothing is said (0: as the form has it); `keeps`: whether the
     FFN itself is the first choice where experts are whole copies of it; `sites`: where it is;
-    `apart`: whether each token has scores of its own; `laws`: those that it goes with (empty: all).
+    `apart`: whether each token has scores of its own; `laws`: those that it goes with (empty: all);
+    `draws`: whether --router says how it starts.
     """
 
     top_k: ClassVar[int] = 0
@@ -31,6 +34,7 @@ class RouteKey(Word):
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
     apart: ClassVar[bool] = True
     laws: ClassVar[tuple[str, ...]] = ()
+    draws: ClassVar[bool] = True
 
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
@@ -76,6 +80,16 @@ class RouteKey(Word):
                 hint="leave out --law",
             )
 
+    def check_tower(self, tower: str) -> None:
+        """Refuse a tower that the caller's tokens do not go through, where it looks at these."""
+        if KEYS[self.name].hears and tower != TEXT:
+            raise UsageError(
+                f"--key {self.name} looks at what a call of the text model says",
+                expected=f"--tower {TEXT}",
+                found=f"--tower {tower}",
+                hint="in another tower, leave out --key: each patch or token is routed by itself",
+            )
+
     def check(self, ground: Ground, choices: int, top_k: int) -> None:
         """Refuse a model that has not what it looks at, from headers alone."""
 
@@ -90,12 +104,25 @@ class RouteKey(Word):
 
     def one(self, build: Builder, spot: Spot, tensor: RouterTensor, start: Router) -> None:
         """One tensor of it."""
-        name = f"{spot.module}.{spot.group.router}.{tensor.name}"
-        target = build.target(name, spot.ground.dtype, tensor.sides(spot.seen))
+        target = self.target(build, spot, tensor)
         if tensor.start == "zero" or start.law == "zero":
             build.zeros(target)
         else:
             build.task("draw", [], [whole(target)], **start.params(spot.seed, target.name))
+
+    def target(self, build: Builder, spot: Spot, tensor: RouterTensor) -> Target:
+        """Announce one."""
+        name = f"{spot.module}.{spot.group.router}.{tensor.name}"
+        return build.target(name, spot.ground.dtype, tensor.sides(spot.seen))
+
+    def files(self, work: str) -> tuple[Checkpoint, ...]:
+        """Tensors of its own that it was given, as files in a folder of this run's; UsageError
+        where it lacks them.
+        """
+        return ()
+
+    def attach(self, extra: Sequence[Checkpoint], sources: int) -> None:
+        """Plan with what was decided: these files, behind so many sources."""
 
     def certificate(self, made: Certificate, group: Group) -> Certificate:
         """What it changes of a certificate: nothing, for most."""

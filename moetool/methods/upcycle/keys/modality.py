@@ -14,7 +14,7 @@ from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground
 from moetool.methods.upcycle.keys.masked import Masked, MaskedKey, choosing, table
 from moetool.surgery import places
-from moetool.surgery.groups import TEXT, Group
+from moetool.surgery.groups import Group
 from moetool.surgery.layout import words
 from moetool.surgery.route import MODALITY
 
@@ -45,13 +45,6 @@ class ModalityKey(MaskedKey):
     own: Modalities
 
     def check(self, ground: Ground, choices: int, top_k: int) -> None:
-        if ground.tower != TEXT:
-            raise UsageError(
-                "experts by modality stand where text and images come together",
-                expected=f"--tower {TEXT}",
-                found=f"--tower {ground.tower}",
-                hint="in another tower, leave out --key: each patch or token is routed by itself",
-            )
         ids = self.ids(ground)
         self._table(len(ids) + 1, choices, top_k)
         vocab, every = ground.at.field("vocab"), [*chain.from_iterable(ids)]

@@ -9,4 +9,5 @@ class QueryKey(RouteKey):
     """How long the query of each head is, with --site heads: no router, nothing new to learn."""
 
     name = "query"
+    draws = False
     sites = ("heads",)

@@ -111,6 +111,13 @@ class ExpertKind(Word):
                 "where that is exact",
             )
         self.key.told(self.verb.site, self.combine)
+        if not self.key.draws and self.verb.router != AUTO:
+            raise UsageError(
+                f"--key {self.key.name} has no router that starts at random",
+                expected=f"--key {self.key.name} alone",
+                found=f"--router {self.verb.router}",
+                hint="leave out --router",
+            )
         self.combine.told(self.stands, self.verb.top_k)
 
     @property
