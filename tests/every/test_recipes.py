@@ -56,6 +56,7 @@ NAMES = {
     "llama-moe-v1",
     "llama-moe-v2",
     "reap",
+    "reap-global",
     "stun",
     "super-experts-only",
     "naee",
@@ -208,7 +209,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 66 and len(CALIBRATED) == 18
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 67 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 
