@@ -148,7 +148,6 @@ def stack(name: str) -> Path:
 # Recipes whose source is of moetool's own model type, or of a family of theirs.
 OWN = {
     "mote-int4": mote,
-    "mixture-of-mamba": mamba,
     "clip-moe": partial(stack, "clip-text"),
     "robust-qa-switch": partial(stack, "distilbert-text"),
     "sparse-upcycling-vit": partial(stack, "vit-vision"),
