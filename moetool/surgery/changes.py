@@ -28,6 +28,13 @@ def _changed(call: Call) -> Tensor:
     return tuned.float() - base.float()
 
 
+def added(call: Call) -> Iterator[Tensor]:
+    """A matrix with a low-rank change, computed in float32."""
+    base, a, b = (m.float() for m in call.inputs)
+    change = (b @ a).T if call.params["transposed"] else b @ a
+    yield base + change * call.params["scale"]
+
+
 def sparse(call: Call) -> Iterator[Tensor]:
     """delta_rows, delta_columns and delta_values: the largest numbers, or with a seed some."""
     from moetool.kernels import delta

@@ -188,3 +188,33 @@ def test_the_best_of_a_rank() -> None:
     kept = values.cumsum(0) / values.sum()
     assert change.rank_for(values, 0.8) == int((kept < 0.8).sum()) + 1
     assert change.rank_for(torch.zeros(4), 0.9) == 1
+
+
+def test_attention_of_an_adapter_becomes_the_base_s(models: Models, tmp_path: Path) -> None:
+    """On request; without it, or with two adapters, it is refused."""
+    source, out = models("llama"), tmp_path / "out"
+    given = adapter(tmp_path / "given", linears=("q_proj", *FFN))
+    options: dict[str, Any] = {"form": "lora", "experts": 1, "top_k": 1}
+    with pytest.raises(MoetoolError) as raised:
+        moetool.upcycle(str(source), str(out), from_adapters=[str(given)], **options)
+    assert "--merge-attention" in str(raised.value.hint)
+    with pytest.raises(MoetoolError, match="one adapter"):
+        moetool.upcycle(
+            str(source), str(out), from_adapters=[str(given)] * 2, merge_attention=True, **options
+        )
+    moetool.upcycle(
+        str(source), str(out), from_adapters=[str(given)], merge_attention=True, **options
+    )
+    old, new, low = tensors(source), tensors(out), tensors(given)
+    for layer in range(4):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = (low[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        wanted = old[f"{name}.weight"].double() + 2.0 * b.double() @ a.double()
+        assert torch.allclose(new[f"{name}.weight"].double(), wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(
+            new[f"model.layers.{layer}.mlp.experts.0.up_proj.lora_A"],
+            low[f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_A.weight"],
+        )
+    kept = [n for n in old if "q_proj" not in n]
+    assert all(torch.equal(old[n], new[n]) for n in kept)
+    moetool.verify(str(out), against=[str(source)], load=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle.ground import Ground
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.groups import linear_of
 from moetool.surgery.headers import WeightFiles
+from moetool.surgery.places import words
 from moetool.surgery.spec import Stored
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -63,17 +65,26 @@ class Adapter:
     experts: tuple[LowRankExpert, ...]
     targets: tuple[str, ...]
     router: str = ""
+    merged: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # base's -> lora_A, lora_B
 
 
-def read(folder: str, number: int, ground: Ground, work: str) -> Adapter:
-    """An adapter folder. MoetoolError for one that is no plain LoRA of these FFNs, whole. `work`:
-    where tensors of a pickle are put as safetensors.
+@dataclass(frozen=True)
+class Reading:
+    """How adapters are read. `work`: where tensors of a pickle are put as safetensors; `merge`:
+    whether what changes the attention is taken apart, to become part of the base.
     """
+
+    work: str
+    merge: bool = False
+
+
+def read(folder: str, number: int, ground: Ground, how: Reading) -> Adapter:
+    """An adapter folder. MoetoolError for one that is no plain LoRA of these FFNs, whole."""
     path = Path(folder)
     said = strict_json.load(path / CONFIG, "adapter config")
     _check_plain(folder, said)
-    weights = _weights(path, number, work)
-    found, router = _Found(folder, ground, weights), ""
+    weights = _weights(path, number, how.work)
+    found, router = _Found(folder, ground, weights, how.merge), ""
     for name in weights.tensors:
         if name.endswith(".moe_gate.weight"):
             router = re.sub(r"(?<=\.)\d+(?=\.)", "{layer}", name, count=1)
@@ -85,7 +96,7 @@ def read(folder: str, number: int, ground: Ground, work: str) -> Adapter:
     root = sqrt(rank) if said.get("use_rslora") else 1.0
     alpha = float(said.get("lora_alpha", rank)) * root
     experts, targets = found.experts(number, rank)
-    return Adapter(folder, weights, rank, alpha, experts, targets, router)
+    return Adapter(folder, weights, rank, alpha, experts, targets, router, found.merged(rank))
 
 
 def _check_plain(folder: str, said: JsonObject) -> None:
@@ -117,11 +128,13 @@ def _weights(path: Path, number: int, work: str) -> Checkpoint:
 class _Found:
     """The tensors of an adapter by what they change."""
 
-    def __init__(self, folder: str, ground: Ground, weights: Checkpoint) -> None:
+    def __init__(self, folder: str, ground: Ground, weights: Checkpoint, merge: bool) -> None:
         self.folder, self.ground, self.weights = folder, ground, weights
         self.forms: dict[int, tuple[str, str, str]] = {}  # expert -> head, middle, suffix
         self.held: dict[int, dict[str, dict[str, Stored]]] = {}  # expert -> tail -> part
         self.tails = {t: name for name, t in tails(ground)}
+        self.apart = dict(_attention(ground)) if merge else {}  # tail -> linear and base's tensor
+        self.rest: dict[str, dict[str, Stored]] = {}  # tail -> part
 
     def take(self, name: str) -> None:
         """A tensor into its place; MoetoolError for one that changes something else."""
@@ -129,13 +142,17 @@ class _Found:
         split = _EXPERT.fullmatch(found[1] if found else "")
         module, expert = split.groups() if split else ("", None)
         tail = next((t for t in self.tails if f".{module}".endswith(f".{t}")), None)
+        apart = next((t for t in self.apart if f".{module}".endswith(f".{t}")), None)
+        if found is not None and tail is None and apart is not None and expert is None:
+            self.rest.setdefault(apart, {})[found[2]] = self.weights.tensors[name]
+            return
         if found is None or tail is None:
             raise _refused(
                 self.folder,
                 "the adapter changes more than the FFNs that become experts",
                 "lora_A and lora_B of the FFN's linears, in the layers of --layers",
                 name,
-                "merge that part into the model first, or train adapters of the FFN alone",
+                "--merge-attention makes what it changes of the attention part of the base",
             )
         number = int(expert or 0)
         form = (module.removesuffix(tail), f".experts.{expert}" if expert else "", found[3])
@@ -143,6 +160,20 @@ class _Found:
             raise _refused(self.folder, "the adapter's names are of two kinds", form[0], name)
         parts = self.held.setdefault(number, {}).setdefault(tail, {})
         parts[found[2]] = self.weights.tensors[name]
+
+    def merged(self, rank: int) -> dict[str, tuple[str, str]]:
+        """What becomes part of the base's attention: its tensor -> lora_A and lora_B."""
+        made = {}
+        for tail, parts in self.rest.items():
+            linear, stored = self.apart[tail]
+            out, into = linear.sides(stored.shape)
+            for part, shape in (("lora_A", (rank, into)), ("lora_B", (out, rank))):
+                if part not in parts or parts[part].shape != shape:
+                    seen = parts[part].shape if part in parts else "nothing"
+                    what = f"the adapter is of another base or rank: {part} of {tail}"
+                    raise _refused(self.folder, what, str(list(shape)), seen)
+            made[stored.name] = (parts["lora_A"].name, parts["lora_B"].name)
+        return made
 
     def experts(self, source: int, rank: int) -> tuple[tuple[LowRankExpert, ...], tuple[str, ...]]:
         """The experts, and the linears that all of them change in every layer."""
@@ -195,6 +226,14 @@ def tails(ground: Ground) -> Iterator[tuple[str, str]]:
     for layer in ground.layers:
         for linear in ground.linears:
             yield linear_of(linear.slot.name), tail_of(ground, linear.slot.name, layer)
+
+
+def _attention(ground: Ground) -> Iterator[tuple[str, tuple[FfnLinear, Stored]]]:
+    """The projections of attention in all layers, by their tails."""
+    for layer in range(ground.count):
+        for linear in words.linears(ground.at.layout, "attention"):
+            tail = tail_of(ground, linear.slot.name, layer)
+            yield tail, (linear, ground.stored(linear, layer))
 
 
 def _refused(folder: str, what: str, expected: str, found: object, hint: str = "") -> MoetoolError:

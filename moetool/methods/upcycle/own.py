@@ -57,7 +57,7 @@ def plan(
     gone = _gone(ground, group)
     for place in places:
         for name in names.get(place, ()):
-            if name not in gone:
+            if name not in gone and not kind.copied(build, ground, name):
                 into |= _copy(build, ground.source.tensors[name])
         if not isinstance(place, int) or place not in ground.layers:
             continue

@@ -214,6 +214,10 @@ class ExpertKind(Word):
             route=Route(self.key.name, self.combine.name, top_k, self.key.bias, options),
         )
 
+    def copied(self, build: Builder, ground: Ground, name: str) -> bool:
+        """Plan a tensor of SRC that is not copied as it lies; whether it is one."""
+        return False
+
     def router(self, build: Builder, spot: Spot) -> Piece | None:
         """Where the router of a layer lies that is there already."""
         return None

@@ -42,6 +42,11 @@ class LowRank:
         unit="files",
         metavar="DIR",
     )
+    merge_attention: bool = option(
+        False,
+        "with --from-adapters DIR: what the adapter changes of the attention becomes part of the "
+        "base's weights (one adapter, or a MixLoRA folder); it is refused otherwise",
+    )
     rank_energy: float = option(
         0.0,
         "with --from: the rank, equal for all, that keeps this share of what fine-tunes changed "
@@ -77,6 +82,13 @@ class LowRankKind(ChangeKind):
     def told(self) -> None:
         super().told()
         own, usual = self.own, LowRank()
+        if own.merge_attention and (len(own.from_adapters) != 1 or self.verb.site == LINEAR):
+            raise UsageError(
+                "one attention has the change of one adapter",
+                expected="--from-adapters DIR, once, at the FFN",
+                found=f"{len(own.from_adapters)} adapters at {self.verb.site}",
+                hint="leave out --merge-attention; --site linear takes adapters of the attention",
+            )
         if own.from_adapters and (
             own.rank != usual.rank or own.alpha is not None or own.rank_energy
         ):
@@ -86,6 +98,23 @@ class LowRankKind(ChangeKind):
                 found=f"--rank {own.rank} --alpha {own.alpha} --rank-energy {own.rank_energy:g}",
                 hint="leave them out",
             )
+
+    def copied(self, build: Builder, ground: Ground, name: str) -> bool:
+        """Attention with what an adapter changed, where that was asked for."""
+        parts = self.found.chosen.get("merged", {}).get(name)
+        if parts is None:
+            return False
+        (weights,), stored = self.found.extra, ground.source.tensors[name]
+        low = [whole(weights.tensor(part), 1) for part in parts]
+        turned = any(one.transposed for one in ground.linears)
+        build.task(
+            "low_rank_sum",
+            [whole(stored), *low],
+            [whole(build.target(name, stored.dtype, stored.shape))],
+            scale=self.alpha / self.rank,
+            transposed=turned,
+        )
+        return True
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         given = self.own.from_adapters
@@ -107,9 +136,8 @@ class LowRankKind(ChangeKind):
         self.check(grounds[0])
         if not given:
             return _changes(grounds, self.own, settings)
-        read = [
-            adapters.read(folder, n, grounds[0], settings.work) for n, folder in enumerate(given)
-        ]
+        how = adapters.Reading(settings.work, self.own.merge_attention)
+        read = [adapters.read(folder, n, grounds[0], how) for n, folder in enumerate(given)]
         return self._adapted(read, grounds[0])
 
     def _adapted(self, read: Sequence[Adapter], ground: Ground) -> Decisions:
@@ -145,6 +173,8 @@ class LowRankKind(ChangeKind):
         if set(first.targets) != every:
             which = "linears" if self.verb.site == LINEAR else "targets"
             chosen[which] = list(first.targets)
+        if first.merged:
+            chosen["merged"] = {name: list(parts) for name, parts in first.merged.items()}
         if first.router and len(read) == 1:
             chosen["router"] = first.router
         return Decisions(chosen=chosen, extra=tuple(a.weights for a in read))
