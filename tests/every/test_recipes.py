@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from modeling import stacks
+from safetensors.torch import save_file
 
 import moetool
 from moetool import pipeline
@@ -81,6 +83,11 @@ NAMES = {
     "fit-6gb",
     "prune-then-quantize",
     "mono-internvl",
+    "moma",
+    "mode",
+    "nexus",
+    "awaker",
+    "dmoerm",
     "moiie",
     "pesc",
     "mofme",
@@ -105,6 +112,8 @@ SMALL = {
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
+    "moma": ["modality-ids=5"],
+    "awaker": ["rank=8"],
     "mot": ["modality-ids=5"],
     "mixture-of-mamba": ["modality-ids=5"],
     "mono-internvl-1.5": ["modality-ids=5"],
@@ -175,8 +184,17 @@ def changes(recipe: Path, out: Path) -> list[str]:
         f"source={OWN[recipe.stem]() if recipe.stem in OWN else MODEL}",
         f"out={out}",
         *([f"from={','.join([str(MODEL)] * len(models))}"] if models else []),
+        *([f"domains={domains()}"] if any(f.startswith("domains=") for f in found) else []),
         *SMALL.get(recipe.stem, ()),
     ]
+
+
+@lru_cache(maxsize=1)
+def domains() -> Path:
+    """Embeddings of four domains."""
+    file = Path(tempfile.mkdtemp()) / "domains.safetensors"
+    save_file({"domains": torch.eye(4)}, file)
+    return file
 
 
 def plan(recipe: Path, out: Path) -> Any:
@@ -208,7 +226,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 67 and len(CALIBRATED) == 19
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 72 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 
