@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -22,7 +25,7 @@ from safetensors.torch import load_file
 import moetool
 from moetool.errors import MoetoolError
 from moetool.modeling.block import GroupedBlock, blocks
-from moetool.surgery import groups, towers
+from moetool.surgery import ffn, groups, towers
 from moetool.surgery.layout import Layout, families
 
 Tensor = torch.Tensor
@@ -208,6 +211,94 @@ def test_training_goes_through_a_layer_that_runs_its_ffn_itself(tmp_path: Path) 
     assert all(torch.allclose(found[0][n], g, atol=1e-7) for n, g in found[1].items())
     assert found[0]["bert.encoder.layer.0.router.weight"].abs().max() > 0
     assert "MoeBertLayer" in model._no_split_modules
+
+
+def test_two_towers_of_one_model_have_groups_of_their_own(tmp_path: Path) -> None:
+    stack = BY_NAME["clip-vision"]
+    source = stack.save(tmp_path / "source")
+    wanted = outputs(stack, loaded(stack, source))
+    said = {"experts": 2, "top_k": 1, "target": "moetool"}
+    moetool.upcycle(str(source), str(tmp_path / "one"), tower="vision", layers="1", **said)
+    out = tmp_path / "out"
+    moetool.upcycle(str(tmp_path / "one"), str(out), tower="text", router="zero", **said)
+    model = loaded(stack, out)
+    named = {n for n, m in model.named_modules() if isinstance(m, GroupedBlock)}
+    layers = ("vision_model.encoder.layers.1", *(f"text_model.encoder.layers.{n}" for n in (0, 1)))
+    assert named == {f"{layer}.mlp" for layer in layers}
+    got = outputs(stack, model)
+    assert max(apart(a, b) for a, b in zip(got, wanted, strict=True)) <= 1e-5
+    asked = model(**stack.inputs(model.config), output_router_logits=True)
+    assert [len(scores) for scores in asked.router_logits] == [18, 18, 10]
+    assert asked.aux_loss > 0
+    found = moetool.inspect(str(out))
+    assert [group["tower"] for group in found["groups"]] == ["vision", "text"]
+    assert not found["unknown_tensors"]
+    rows = {(row.get("tower", ""), row["layer"]): row["experts"] for row in found["layers"]}
+    assert [rows["text", 0], rows["text", 1], rows["vision", 1]] == [2, 2, 2]
+    routers = 3 * 2 * 16
+    idle = (2 * (2 * 16 * 32 + 48)) + 2 * 16 * 24 + 40
+    assert found["parameters"] - found["active_parameters"] == idle
+    assert found["parameters"] > routers
+
+
+def test_verify_feeds_what_a_model_takes(tmp_path: Path) -> None:
+    for name, compared in (
+        ("vit-vision", True),
+        ("whisper-encoder", True),
+        ("llava-vision", False),
+    ):
+        stack, out = BY_NAME[name], tmp_path / f"{name}-out"
+        source = stack.save(tmp_path / name)
+        said = {"form": "ternary", "experts": 2, "top_k": 1, "tower": stack.says}
+        moetool.upcycle(str(source), str(out), **said)
+        found = moetool.verify(str(out), against=[str(source)], load=True)
+        if compared:
+            assert found["logits"]["relative"] > 1e-4 and found["logits"]["greedy_tokens"] == 0
+        else:
+            assert "does not go through the vision tower" in found["logits_skipped"]
+
+
+def test_archs_show_says_where_experts_can_stand() -> None:
+    found = {
+        n: dict(ffn.stands(Layout.load(n))) for n in ("opt", "t5", "bloom", "albert", "mixtral")
+    }
+    assert found["opt"] == {"text": "model.decoder.layers.{layer}.experts"}
+    assert found["t5"]["decoder"] == "decoder.block.{layer}.layer.2.DenseReluDense.experts"
+    assert "nowhere" in found["bloom"]["text"] and "nowhere" in found["albert"]["text"]
+    assert not found["mixtral"]
+
+
+_ABSENT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["moetool"] = None
+import transformers
+for folder, *classes in (one.split(",") for one in sys.argv[1:]):
+    for name in classes:
+        for how in ({}, {"trust_remote_code": True}):
+            try:
+                getattr(transformers, name).from_pretrained(folder, **how)
+            except Exception as problem:
+                print("REFUSED", problem)
+            else:
+                print("LOADED", name, folder)
+"""
+
+
+@pytest.mark.slow
+def test_without_moetool_no_class_loads_one(tmp_path: Path) -> None:
+    told = []
+    for name in ("bert-text", "vit-vision", "t5-encoder", "clip-vision", "llava-vision"):
+        stack, out = BY_NAME[name], tmp_path / f"{name}-out"
+        said = {"form": "lora", "rank": 2, "experts": 2, "tower": stack.says}
+        moetool.upcycle(str(stack.save(tmp_path / name)), str(out), **said)
+        told.append(f"{out},{stack.auto},AutoModel,{stack.cls}")
+    env = os.environ | {"HF_HOME": str(tmp_path), "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-c", _ABSENT, *told]
+    run = {"capture_output": True, "text": True, "env": env, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, check=False, **run)
+    assert "LOADED" not in done.stdout, done.stdout
+    assert done.stdout.count("REFUSED") == 5 * 3 * 2, done.stdout + done.stderr
 
 
 def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moetool.surgery.groups import EMPTY, FIRST_SITE, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import rows, whole
-from moetool.surgery.text_model import TextModel, text_model
+from moetool.surgery.text_model import TextModel, text_model, tower_of
 
 SCALE = "output_scale"
 # Laws that a class may have; the last one, trained to the end, is the best expert alone.
@@ -54,7 +54,7 @@ class HeldGroup:
             )
         left = tuple(filter(bare.adds_nothing, at.groups))
         group = _only(source, [one for one in at.groups if one not in left])
-        block = FfnBlock.of(text_model(groups.base_of(source.config)).layout)
+        block = FfnBlock.of(tower_of(groups.base_of(source.config), group.tower).layout)
         return cls(source, bare.base_of(source), at, group, block, left)
 
     @property
