@@ -53,6 +53,9 @@ NAMES = {
     "ders-bits",
     "rocket",
     "instructvla",
+    "awaker",
+    "lavin",
+    "pill",
     "moe-x",
     "evomoe",
     "llama-moe-v1",
@@ -86,7 +89,6 @@ NAMES = {
     "moma",
     "mode",
     "nexus",
-    "awaker",
     "dmoerm",
     "moiie",
     "pesc",
@@ -109,11 +111,12 @@ CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
     "instructvla": ["rank=8"],
+    "awaker": ["rank=8"],
+    "pill": ["modality-ids=5"],
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
     "moma": ["modality-ids=5"],
-    "awaker": ["rank=8"],
     "mot": ["modality-ids=5"],
     "mixture-of-mamba": ["modality-ids=5"],
     "mono-internvl-1.5": ["modality-ids=5"],
@@ -226,7 +229,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 72 and len(CALIBRATED) == 19
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 74 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

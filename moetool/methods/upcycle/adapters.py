@@ -69,7 +69,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Reading:
+class AdaptersRead:
     """How adapters are read. `work`: where tensors of a pickle are put as safetensors; `merge`:
     whether what changes the attention is taken apart, to become part of the base.
     """
@@ -78,7 +78,7 @@ class Reading:
     merge: bool = False
 
 
-def read(folder: str, number: int, ground: Ground, how: Reading) -> Adapter:
+def read(folder: str, number: int, ground: Ground, how: AdaptersRead) -> Adapter:
     """An adapter folder. MoetoolError for one that is no plain LoRA of these FFNs, whole."""
     path = Path(folder)
     said = strict_json.load(path / CONFIG, "adapter config")

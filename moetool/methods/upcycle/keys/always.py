@@ -15,6 +15,7 @@ class AlwaysKey(RouteKey):
     name = "always"
     draws = False
     apart = False
+    sites = ("ffn", "linear")
     laws = ("hard", "soft")
 
     @classmethod

@@ -23,7 +23,7 @@ FAMILY = "family"  # the activation that the FFN has
 
 
 @dataclass(frozen=True)
-class Whole(Attending):
+class WholeCopies(Attending):
     """The options of whole copies."""
 
     activation: str = option(
@@ -41,8 +41,8 @@ class FullKind(ExpertKind):
 
     name = "full"
     base = "gone"
-    Options: ClassVar[type] = Whole
-    own: Whole
+    Options: ClassVar[type] = WholeCopies
+    own: WholeCopies
     takes: ClassVar[tuple[str, ...]] = ("expert_map",)
     several = True
     sites = ("ffn", "attention", "mixer", "norms")

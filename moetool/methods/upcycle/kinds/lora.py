@@ -136,7 +136,7 @@ class LowRankKind(ChangeKind):
         self.check(grounds[0])
         if not given:
             return _changes(grounds, self.own, settings)
-        how = adapters.Reading(settings.work, self.own.merge_attention)
+        how = adapters.AdaptersRead(settings.work, self.own.merge_attention)
         read = [adapters.read(folder, n, grounds[0], how) for n, folder in enumerate(given)]
         return self._adapted(read, grounds[0])
 
