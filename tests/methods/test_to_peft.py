@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from methods.upcycled import IDS, apart, own_logits, trained
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
@@ -42,8 +42,7 @@ def merged(source: Path, adapter: Path, factor: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llama", {"alpha": 3.0}),
-        ("qwen2", {"layers": "0,2", "law": "softmax"}),
+        ("llama", {"alpha": 3.0, "law": "softmax"}),
         ("gpt2", {"law": "hard"}),
         ("phi3", {"key": "always", "layers": "1"}),
         ("qwen2", {"site": "linear", "layers": "1,3"}),
@@ -93,6 +92,19 @@ def test_a_gate_is_part_of_the_adapter(models: Models, tmp_path: Path) -> None:
     assert apart(merged(source, adapter), merged(source, tmp_path / "whole", 0.25)) < 1e-6
 
 
+def test_the_one_expert_of_a_request(models: Models, tmp_path: Path) -> None:
+    """Routers that send every token to the last expert compute what its adapter does."""
+    source, adapter = models("llama"), tmp_path / "adapter"
+    said = {"experts": 2, "top_k": 1, "rank": 4, "law": "hard", "router_bias": True}
+    own = trained(source, tmp_path / "own", form="lora", **said)
+    (file,) = own.glob("*.safetensors")
+    held = load_file(file)
+    last = {n: torch.tensor([0.0, 1e4]) for n in held if n.endswith("router.bias")}
+    save_file(held | last, file, {"format": "pt"})
+    moetool.materialize(str(own), str(adapter), target="peft", request_gates="0,1")
+    assert last and apart(merged(source, adapter), own_logits(own)) < 1e-5
+
+
 def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path) -> None:
     """Each linear W + sum of gates times (alpha / rank) B A, from the tensors of the experts."""
     source, adapter = models("llama"), tmp_path / "adapter"
@@ -119,7 +131,7 @@ def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path)
     ("options", "more", "said"),
     [
         ({"form": "lora"}, {}, "chooses among 2 experts for each token"),
-        ({"form": "lora"}, {"request_gates": "1,0"}, "not linear"),
+        ({"form": "lora"}, {"request_gates": "0.5,0.5"}, "not linear"),
         ({"form": "ternary"}, {}, "PEFT's adapters are low-rank"),
         ({"form": "adapter", "adapter_dim": 8}, {}, "PEFT's adapters are low-rank"),
         ({"form": "lora", "experts": 1}, {"request_gates": "1,0"}, "does not fit the experts"),

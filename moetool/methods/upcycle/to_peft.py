@@ -152,19 +152,23 @@ def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[f
 
 
 def _gated(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[float]:
-    """The weights of one request. Changes of a linear add up; those of a whole FFN do not."""
-    if group.site != LINEAR and group.experts > 1:
-        raise _refused(
-            source,
-            f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
-            "linear: no one change of its matrices is their sum",
-        )
+    """The weights of one request. Changes of a linear add up; those of a whole FFN do not, but one
+    alone is itself.
+    """
     if len(gates) != group.experts or not any(gates):
         raise UsageError(
             f"--request-gates does not fit the experts of group {group.name!r}",
             expected=f"{group.experts} numbers, not all zero",
             found=", ".join(f"{gate:g}" for gate in gates),
             hint="give the weight of each expert: 0.2,0.8,0,0",
+        )
+    alone = sorted(gates)[:-1] == [0.0] * (len(gates) - 1) and max(gates) == 1.0
+    if group.site != LINEAR and group.experts > 1 and not alone:
+        raise _refused(
+            source,
+            f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
+            "linear: no one change of its matrices is their sum",
+            "--request-gates 0,1,0,0 writes the one expert of a request",
         )
     return list(gates)
 
