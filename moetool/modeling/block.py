@@ -229,7 +229,7 @@ class GroupedBlock(Grouped):
         if not linears and not getattr(self, "chunk_size_feed_forward", 0):
             made: Tensor = self.stock.forward(self, x)
             return made
-        own = {n: Standin(one, getattr(self, n, None)) for n, one in (linears or {}).items()}
+        own = {name: Standin(one, self, name) for name, one in (linears or {}).items()}
         made = self.stock.forward(Swapped(self, own), x)
         return made
 
@@ -249,7 +249,7 @@ class Swapped:
     def __getattr__(self, name: str) -> Any:
         module = self.__dict__["_module"]
         found = getattr(module, name)
-        mine = getattr(found, "__self__", None) is module
+        mine = isinstance(found, MethodType) and found.__self__ is module
         return MethodType(found.__func__, self) if mine else found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,14 +261,17 @@ class Swapped:
 class Standin:
     """What runs in the place of a linear; it has the linear's dtype for whoever asks."""
 
-    def __init__(self, run: Linear, linear: Any) -> None:
-        self._run, self._linear = run, linear
+    __slots__ = ("_module", "_name", "_run")
+
+    def __init__(self, run: Linear, module: Any, name: str) -> None:
+        self._run, self._module, self._name = run, module, name
 
     @property
     def weight(self) -> Tensor | None:
         """Its own or the linear's, where either has one."""
         own = getattr(self._run, "weight", None)
-        return getattr(self._linear, "weight", None) if own is None else own
+        linear = getattr(self._module, self._name, None)
+        return getattr(linear, "weight", None) if own is None else own
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x)

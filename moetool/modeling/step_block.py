@@ -54,12 +54,11 @@ def _swapped(module: Any, stands: Mapping[str, Any]) -> Swapped:
     here: dict[str, Any] = {}
     for path, other in stands.items():
         name, _, rest = path.partition(".")
-        inner = getattr(module, name, None)
         if rest:
             deeper = {p.partition(".")[2]: o for p, o in stands.items() if p.startswith(f"{name}.")}
-            here[name] = _swapped(inner, deeper)
+            here[name] = _swapped(getattr(module, name), deeper)
         else:
-            here[name] = Standin(other, inner)
+            here[name] = Standin(other, module, name)
     return Swapped(module, here)
 
 
