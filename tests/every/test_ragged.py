@@ -237,3 +237,18 @@ def test_other_verbs(uneven: Path, tmp_path: Path, moetool: Run) -> None:
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["model_type"] == "moetool" and config["moetool"]["ragged"] is True
     assert tree(uneven)
+
+
+def test_layers_that_come_out_alike_need_no_class_of_their_own(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A budget may give every layer as many experts: then a stock class holds them."""
+    source = str(models("mixtral"))
+    report = moetool.prune(
+        source, str(tmp_path / "out"), uneven="ragged", method="random", refit=False, ratio=0.5
+    )
+    assert report["target_type"] == "mixtral" and report["counts"] == "uniform"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "mixtral" and config["num_local_experts"] == 4
+    assert not {"per_layer_config", "auto_map", "moetool"} & set(config)
+    assert not (tmp_path / "out" / "modeling_moetool.py").exists()

@@ -21,16 +21,13 @@ def decided(mixture: Mixture, copies: Copies) -> Decided:
     return Decided("extend", "copy", mixture.experts, layers)
 
 
-def uneven(made: Decided) -> str:
-    """How layers are written: uniform, or ragged where not all are extended alike."""
-    return "ragged" if len({d.count for d in made.layers.values()}) > 1 else "uniform"
-
-
 class Extender(Cutter):
-    """Writes copies as the cut writes experts; `router`: copy or never (extend/options.py)."""
+    """Writes copies as the cut writes experts, ragged where not all layers are extended alike;
+    `router`: copy or never (extend/options.py).
+    """
 
-    def __init__(self, writing: Writing, uneven: str, router: str) -> None:
-        super().__init__(writing, uneven, "centroid", None)
+    def __init__(self, writing: Writing, router: str) -> None:
+        super().__init__(writing, "ragged", "centroid", None)
         self.never = router == "never"
 
     def _entry(self, c: Counted, decision: Decision, group: int, out: Piece) -> None:

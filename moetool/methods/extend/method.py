@@ -68,7 +68,7 @@ class Extend(Method):
         copies.check(mixture)
         cut.check_router(mixture, copies, router)
         writing = Writing(mixture, cut.decided(mixture, copies), {}, (), settings)
-        cutter = cut.Extender(writing, cut.uneven(writing.decided), router)
+        cutter = cut.Extender(writing, router)
         plan = cutter.plan(self.options.form)
         seen = decisions.seen if isinstance(decisions, Used) else Usage()
         return Made(

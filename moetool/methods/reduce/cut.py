@@ -34,14 +34,16 @@ class Out(NamedTuple):
 
 
 class Cutter:
-    """Builds the plan. `uneven`: how layers with other numbers of experts are written; `router`:
-    which row a new expert gets (centroid, mean, logsumexp); `maker` plans experts that are no
-    copies.
+    """Builds the plan. `uneven`: how layers with other numbers of experts are written (ragged is
+    uniform where all hold as many: a stock class does); `router`: which row a new expert gets
+    (centroid, mean, logsumexp); `maker` plans experts that are no copies.
     """
 
     def __init__(self, writing: Writing, uneven: str, router: str, maker: Maker | None) -> None:
         self.mixture, self.decided, self.extra = writing.mixture, writing.decided, writing.extra
-        self.writing, self.uneven, self.router, self.maker = writing, uneven, router, maker
+        alike = len({layer.count for layer in writing.decided.layers.values()}) == 1
+        self.uneven = "uniform" if uneven == "ragged" and alike else uneven
+        self.writing, self.router, self.maker = writing, router, maker
         self.build = Builder()
         self.tables: dict[str, list[int]] = {}
         self.uniform = self._uniform()

@@ -195,7 +195,7 @@ class Way:
 
         cutter = Cutter(writing, self.options.uneven, self.router, self.maker(writing))
         plan = cutter.plan(self.options.form)
-        return Planned(plan, self.certificate(writing), self.options.uneven)
+        return Planned(plan, self.certificate(writing), cutter.uneven)
 
     def certificate(self, writing: Writing) -> Certificate:
         """How the result relates to its source."""
