@@ -178,24 +178,21 @@ class Mixture:
         return any(c.stored.parts for c in self.counted.values() if c.kind == "expert")
 
     def orientation(self, layer: int) -> JsonObject:
-        """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shape decides
-        where the two sides differ.
+        """How stacked matrices lie: {transposed, interleaved, hidden}; a file's own shapes decide
+        where the two sides of one differ. Both stacks are asked: `gate_up` is square where twice
+        the width is `hidden`, and `down` is not then.
         """
         hidden = int(self.layout.field("hidden", self.text_model.config) or 0)
         flags = self.layout.experts
         transposed = bool(
             flags.is_transposed or self.layout.overlay.gate_up.startswith("transposed")
         )
-        shape = next(
-            (
-                c.stored.shape
-                for c in self.by_layer[layer]
-                if c.role == "gate_up" and c.expert is None
-            ),
-            None,
-        )
-        if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
-            transposed = shape[1] == hidden and shape[2] != hidden
+        stacks = (c for c in self.by_layer[layer] if c.kind == "expert" and c.expert is None)
+        lying = {c.role: c.stored.shape[1:] for c in stacks}
+        for role, side in (("down", 1), ("gate_up", 0)):  # where `hidden` is when transposed
+            sides = lying.get(role, ())
+            if "gate_up" in lying and len(sides) == 2 and sides[0] != sides[1]:
+                transposed = sides[side] == hidden and sides[1 - side] != hidden
         return {
             "transposed": transposed,
             "interleaved": "interleaved" in self.layout.overlay.gate_up

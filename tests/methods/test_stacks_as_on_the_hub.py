@@ -18,6 +18,7 @@ from moetool import verbs
 from moetool.report.anatomy import anatomy
 from moetool.surgery import clients, complete
 from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.experts import Mixture
 from moetool.surgery.ops import run_task
 from moetool.surgery.spec import Piece, Task
 
@@ -28,7 +29,11 @@ GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
 @pytest.fixture(scope="module")
 def both(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """As transformers 5 saves a model, and as the Hub has it."""
-    saved, hub = models(FAMILY), tmp_path_factory.mktemp("hub")
+    return in_two_ways(models(FAMILY), tmp_path_factory.mktemp("hub"))
+
+
+def in_two_ways(saved: Path, hub: Path) -> dict[str, Path]:
+    """A model, and its copy whose stacks lie as on the Hub."""
     for file in saved.iterdir():
         (hub / file.name).write_bytes(file.read_bytes())
     tensors = load_file(hub / "model.safetensors")
@@ -56,6 +61,28 @@ def test_both_are_read_alike(
         logits.append(tiny.logits(tmp_path / name))
     assert logits[0].std() > 0.1
     assert abs(logits[0] - logits[1]).max() < 1e-5 * abs(logits[0]).max()
+
+
+@pytest.mark.parametrize("width", [32, 64], ids=["gate_up", "down"])
+def test_one_stack_may_be_square(width: int, models: Callable[..., Path], tmp_path: Path) -> None:
+    """Twice the width, or the width, is that of a token: the other stack says how both lie."""
+    text = tiny.MOE[FAMILY][1]["text_config"] | {"moe_intermediate_size": width}
+    (tmp_path / "hub").mkdir()
+    pair = in_two_ways(models(FAMILY, text_config=text), tmp_path / "hub")
+    merged = []
+    for name, source in pair.items():
+        out = tmp_path / f"{name}-merged"
+        verbs.make("merge")(str(source), str(out), ratio=0.5, method="alike", features="svd")
+        merged.append(load_file(out / "model.safetensors"))
+    lying = [
+        Mixture.of(Checkpoint.open(str(source))).orientation(0)["transposed"]
+        for source in pair.values()
+    ]
+    assert lying == [False, True]
+    assert merged[0].keys() == merged[1].keys()
+    for name, held in merged[0].items():
+        other = merged[1][name]
+        assert torch.allclose(held, other.transpose(1, 2) if ".experts." in name else other)
 
 
 def test_what_is_there_is_said_alike(both: dict[str, Path]) -> None:

@@ -119,5 +119,5 @@ def test_what_cannot_be(options: dict[str, Any], said: str, models: Models, tmp_
 
 def test_no_class_routes_by_linear(models: Models, tmp_path: Path) -> None:
     moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **LORA)
-    with pytest.raises(MoetoolError, match="site linear"):
+    with pytest.raises(MoetoolError, match="a router for each linear"):
         moetool.materialize(str(tmp_path / "out"), str(tmp_path / "native"))
