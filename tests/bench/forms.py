@@ -1,10 +1,11 @@
 """What forms of experts cost, in CPU time against the dense FFN in the same run.
 
-    python tests/bench/forms.py [--rounds 15] [--model DIR]
+    python tests/bench/forms.py [--rounds 15] [--model DIR | --places]
 
 One FFN of SmolLM2's size (576 x 1536), float32, one thread: every case runs once in each round, and
 the table shows the ratio of the least times. `--model` times a whole forward of that model with low-rank
-experts in every layer against the model itself.
+experts in every layer against the model itself. `--places` times a linear changed at a few places
+alone: its numbers added one by one, and spread out to a matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import moetool  # noqa: F401  (transformers learns of the model type)
+from moetool.modeling.experts import sparse
 from moetool.modeling.install import install
 from moetool.surgery import groups
 from moetool.surgery.groups import Group
@@ -116,12 +118,46 @@ def whole(folder: Path, rounds: int) -> None:
     print(f"logits apart at birth: {apart:.1e} of the largest")
 
 
+def places(rounds: int) -> None:
+    """The two ways of a change at a few places, milliseconds for so many rows of input."""
+    rows = (1, 8, 32, 128, 512)
+    print(f"| places | {' | '.join(f'{n} rows' for n in rows)} |")
+    print("|---" * (len(rows) + 1) + "|")
+    for share in (32, 128, 512, 2048):
+        linear = sparse.SparseLinear((WIDTH, HIDDEN), 1 / share)
+        at = torch.randperm(WIDTH * HIDDEN)[: len(linear.delta_values)].sort().values
+        linear.delta_rows.data[1:] = torch.bincount(at // HIDDEN, minlength=WIDTH).cumsum(0)
+        linear.delta_columns.data = (at % HIDDEN).to(linear.delta_columns.dtype)
+        linear.delta_rows.data[0] = 0
+        linear.delta_values.data.normal_()
+        print(f"| 1 in {share} |", " | ".join(both(linear, n, rounds) for n in rows), "|")
+
+
+@torch.no_grad()
+def both(linear: sparse.SparseLinear, rows: int, rounds: int) -> str:
+    """One by one / spread, the one that is taken in bold."""
+    x, base = torch.randn(rows, HIDDEN), torch.zeros(rows, WIDTH)
+
+    def way(spread: bool) -> Callable[[], Any]:
+        return lambda: linear.added(x, base, over=True, spread=spread)
+
+    ways = {"one by one": way(False), "spread": way(True)}
+    cells = [f"{seconds * 1e3:.2f}" for seconds in timed(ways, rounds, 5).values()]
+    taken = int(linear.spreads(rows))
+    cells[taken] = f"**{cells[taken]}**"
+    return " / ".join(cells)
+
+
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--rounds", type=int, default=15)
     asked.add_argument("--model", type=Path)
+    asked.add_argument("--places", action="store_true")
     said = asked.parse_args()
     torch.set_num_threads(1)
+    if said.places:
+        places(said.rounds)
+        return
     ffn(said.rounds)
     if said.model is not None:
         whole(said.model, min(said.rounds, 5))

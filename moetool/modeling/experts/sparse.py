@@ -18,7 +18,11 @@ from moetool.surgery.forms.sparse import columns, kept
 from moetool.surgery.groups import Group
 from moetool.surgery.strict import Kinds
 
-_FEW = 512  # below one of so many, numbers are added one by one: 1.0 against 1.6 ms for 64 rows
+# One by one, numbers cost their count for each row of input; spread out, they cost a matrix once.
+# CPU seconds are even where count x rows is a quarter of the matrix; more rows than _ROWS change
+# nothing, for then the product with the matrix costs as much as spreading it. Measured in
+# tests/bench/measured.md, "What forms of experts cost".
+_SPREAD, _ROWS = 4, 128
 
 
 class SparseLinear(AddedLinear):
@@ -30,7 +34,6 @@ class SparseLinear(AddedLinear):
         super().__init__()
         out, self.width = shape
         count, short = kept(keep, shape), codec.torch_dtype(columns(self.width))
-        self.few = count * _FEW <= out * self.width
         rows, places = (
             nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
             for size, dtype in ((out + 1, torch.int32), (count, short))
@@ -54,14 +57,23 @@ class SparseLinear(AddedLinear):
         return delta.Sparse(self.delta_rows, self.delta_columns.int(), self.delta_values)
 
     def forward(self, x: Tensor, base: Tensor | None = None, over: bool = False) -> Tensor:
+        return self.added(x, base, over, self.spreads(len(x)))
+
+    def spreads(self, rows: int) -> bool:
+        """Whether the change is made a matrix for so many rows of input, as it is cheaper."""
+        one_by_one = _SPREAD * len(self.delta_values) * min(rows, _ROWS)
+        return one_by_one > (len(self.delta_rows) - 1) * self.width
+
+    def added(self, x: Tensor, base: Tensor | None, over: bool, spread: bool) -> Tensor:
+        """As `forward`, in one of the two ways."""
         held = self.held()
-        if not self.few:
+        if spread:
             made = functional.linear(x, delta.spread(held, self.width).to(x.dtype))
             return onto(base, made, over)
         made = x.index_select(1, held.columns) * held.values.to(x.dtype)
         total = x.new_zeros(len(x), len(held.rows) - 1) if base is None else base
         add = total.index_add_ if over or base is None else total.index_add
-        return add(1, delta.owners(held), made)
+        return add(1, delta.owners(held), made.to(total.dtype))  # autocast makes two of them
 
     def dense(self, weight: Tensor) -> Tensor:
         return weight + delta.spread(self.held(), self.width)
