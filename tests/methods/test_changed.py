@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import moetool
 from moetool.errors import MoetoolError
 from moetool.kernels import packing
+from moetool.modeling.experts.sparse import SparseLinear
 from moetool.surgery.checkpoint import Checkpoint
 
 Models = Callable[..., Path]
@@ -156,6 +157,48 @@ def test_what_bits_weigh(bits: int, models: Models, tmp_path: Path) -> None:
     assert packing.codes(packed, bits, 64).max() == 2**bits - 1
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_places_are_added_in_two_ways_alike(rows: int) -> None:
+    """One by one or as a matrix, to what is given or alone, under autocast too."""
+    linear = SparseLinear((96, 64), 0.02).requires_grad_(False)
+    linear.reset()
+    linear.delta_values.normal_(generator=torch.Generator().manual_seed(0))
+    assert linear.spreads(rows) == (rows > 1)
+    x, base = torch.randn(rows, 64), torch.randn(rows, 96)
+    wanted = x.double() @ linear.dense(torch.zeros(96, 64)).double().T
+    for spread in (False, True):
+        assert apart(linear.added(x, None, False, spread), wanted) <= 1e-6
+        assert apart(linear.added(x, base, False, spread), base + wanted) <= 1e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            made = linear.added(x, base.bfloat16(), False, spread)
+        assert apart(made.float(), base + wanted) <= 2e-2
+
+
+@pytest.mark.parametrize("how", ["sparse", "1 bit", "lora"])
+def test_changed_biases_are_named(how: str, models: Models, tmp_path: Path) -> None:
+    """A change of a matrix holds no bias: whose is left out is said, before any work too."""
+    source = models("gpt2")
+    other, name = tuned(source, tmp_path / "tuned"), "transformer.h.1.mlp.c_fc.bias"
+    options: dict[str, Any] = {"experts": 2, **FORMS.get(how, {"form": "lora", "rank": 4})}
+
+    def warned(out: str, **more: Any) -> str:
+        given = {"experts_from": [str(source), str(other)], **options, **more}
+        return str(moetool.upcycle(str(source), str(tmp_path / out), **given)["warnings"])
+
+    assert "base's biases" not in warned("as it was", dry_run=True)
+    held = tensors(other)
+    held[name] = held[name] + 1e-3
+    save_file(held, other / "model.safetensors", {"format": "pt"})
+    for dry in (True, False):
+        said = warned("out", dry_run=dry)
+        assert f"in 1 of them is left out (2:{name})" in said and "--target moetool" in said
+    assert "base's biases" not in warned("other layers", layers="0", dry_run=True)
+    options = {"experts": 2, "target": "moetool", "form": "auto"}
+    assert "base's biases" not in warned("whole")
+    whole = tensors(tmp_path / "whole")["transformer.h.1.mlp.experts.1.c_fc.bias"]
+    assert torch.equal(whole, held[name])
 
 
 WITHOUT = """

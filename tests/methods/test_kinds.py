@@ -293,3 +293,18 @@ def test_other_verbs_refuse_it(verb: str, models: Models, tmp_path: Path) -> Non
     made(models("llama"), tmp_path / "out", **LORA, layers="0", top_k=1)
     with pytest.raises(MoetoolError, match="groups of experts"):
         getattr(moetool, verb)(str(tmp_path / "out"), str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("options", [{"form": "lora"}, {"form": "lora", "site": "linear"}])
+def test_an_ffn_that_is_gone_is_said(
+    options: dict[str, Any], models: Models, tmp_path: Path
+) -> None:
+    """What experts stand in the place of cannot be changed; other layers can."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    made(models("llama"), source, target="moetool", experts=2, layers="1")
+    with pytest.raises(MoetoolError) as raised:
+        moetool.upcycle(str(source), str(out), experts=2, layers="1", **options)
+    assert "'experts' stand in the place of this matrix" in str(raised.value)
+    assert raised.value.where["tensor"].startswith("model.layers.1.mlp.")
+    assert "--layers" in raised.value.hint
+    made(source, out, experts=2, layers="0", **options)

@@ -99,7 +99,10 @@ class Ground:
 
     def stored(self, linear: FfnLinear, layer: int) -> Stored:
         """The weight of a linear; MoetoolError where it is quantized, or no matrix."""
-        found = self.source.tensor(self.at.name(linear.slot.name, layer=layer))
+        name = self.at.name(linear.slot.name, layer=layer)
+        if name not in self.source.tensors:
+            self._check_there(name, layer)
+        found = self.source.tensor(name)
         fits = len(found.shape) == (1 if linear.role == NORM else 2)
         if found.parts is not None or found.dtype not in FLOATS or not fits:
             held = found.parts.form if found.parts else f"{found.dtype} {list(found.shape)}"
@@ -112,6 +115,22 @@ class Ground:
                 hint="`moetool dequantize` writes them in full",
             )
         return found
+
+    def _check_there(self, name: str, layer: int) -> None:
+        """Refuse what a group of experts stands in the place of."""
+        for group in self.at.groups:
+            blocks = places.named(group.site).of(self.at.layout, group)
+            here = any(name.startswith(f"{self.module(layer, block)}.") for block in blocks)
+            if here and group.base == "gone" and layer in group.layers:
+                raise MoetoolError(
+                    f"experts of the group {group.name!r} stand in the place of this matrix",
+                    file=self.source.folder,
+                    tensor=name,
+                    expected="a matrix that the layer has itself",
+                    found=f"{group.experts} {group.form} experts at the site {group.site}",
+                    hint="choose layers without that group (--layers), or begin with the model "
+                    "that this one was made from",
+                )
 
     def bias(self, linear: FfnLinear, layer: int) -> Stored | None:
         """The bias of a linear, where the layer has one."""

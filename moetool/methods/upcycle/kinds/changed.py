@@ -23,6 +23,9 @@ from moetool.surgery.spec import Piece, Stored, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+BIASES = "changed_biases"
+SHOWN = 8  # names in a sentence
+
 
 class ChangedMatrix(NamedTuple):
     """A matrix of a fine-tune less the base's, float64; `turned` to [out, in]."""
@@ -97,10 +100,14 @@ class ChangeKind(ExpertKind):
         self.check(grounds[0])
         seen = changes(grounds, settings)
         errors = {name: round(self.lost(change.float()), 6) for name, change in seen}
-        return Decisions(chosen={"errors": errors}, memory=memory(grounds[0]))
+        return looked({"errors": errors}, grounds)
 
     def told_by(self, found: Decisions) -> tuple[str, ...]:
         super().told_by(found)
+        return (*self._how_far(found), *_biases_told(found))
+
+    def _how_far(self, found: Decisions) -> tuple[str, ...]:
+        """What is lost of the matrices' changes, as a sentence."""
         errors: Mapping[str, float] = found.chosen.get("errors", {})
         if not errors:
             return ()
@@ -158,6 +165,39 @@ def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMa
         turned = apart.T if linear.transposed else apart
         yield ChangedMatrix(f"{number + 1}:{before.name}", turned)
         settings.tell(Stage("look"), done + 1, len(places))
+
+
+def looked(chosen: JsonObject, grounds: Sequence[Ground]) -> Decisions:
+    """What was decided of fine-tunes, with the names of the biases that they changed."""
+    biases = changed_biases(grounds)
+    more: JsonObject = {BIASES: biases} if biases else {}
+    return Decisions(chosen=chosen | more, memory=memory(grounds[0]))
+
+
+def changed_biases(grounds: Sequence[Ground]) -> list[str]:
+    """Biases that fine-tunes changed beside the matrices, as `1:model.layers.0.mlp.c_fc.bias`. A
+    change of a matrix holds none, so that each expert has the base's.
+    """
+    base, *tuned = grounds
+    found = []
+    for number, layer, linear in product(range(len(tuned)), base.layers, base.linears):
+        before, after = (one.bias(linear, layer) for one in (base, tuned[number]))
+        if before is None or after is None:
+            continue  # both lack it: sources are alike
+        if base.source.content(before) != tuned[number].source.content(after):
+            found.append(f"{number + 1}:{before.name}")
+    return found
+
+
+def _biases_told(found: Decisions) -> tuple[str, ...]:
+    names: Sequence[str] = found.chosen.get(BIASES, ())
+    if not names:
+        return ()
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return (
+        f"experts have the base's biases: what fine-tunes changed in {len(names)} of them is left "
+        f"out ({shown}); whole copies keep it (--target moetool, without --form)",
+    )
 
 
 def memory(base: Ground) -> int:

@@ -15,7 +15,7 @@ from moetool.methods.options import option
 from moetool.methods.upcycle import adapters
 from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, memory
+from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, looked
 from moetool.methods.upcycle.kinds.kind import LINEAR
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import linear_of
@@ -271,4 +271,4 @@ def _changes(grounds: Sequence[Ground], own: LowRank, settings: Settings) -> Dec
     if own.rank_energy:
         rank = max(change.rank_for(values, own.rank_energy) for values in seen.values())
     errors = {name: round(change.lost(values, rank), 6) for name, values in seen.items()}
-    return Decisions(chosen={"rank": rank, "errors": errors}, memory=memory(grounds[0]))
+    return looked({"rank": rank, "errors": errors}, grounds)
