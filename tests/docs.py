@@ -1,4 +1,4 @@
-"""README's tables of ways, pairs, recipes and forms, written from the registries: `python
+"""README's tables of ways, words, pairs, recipes and forms, written from the registries: `python
 tests/docs.py` rewrites them, `--check` says which are stale (exit code 1).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what a NAME is made from stands in
@@ -82,6 +82,26 @@ def default(way: dict[str, str]) -> str:
 def said(way: dict[str, str]) -> str:
     """Whether it needs text."""
     return "yes" if way["text"] else "no"
+
+
+def grammar() -> str:
+    """Every word of what a group of experts is, its docstring's first sentence, and the options that
+    it alone has.
+    """
+    from moetool.methods.options import fields
+    from moetool.methods.upcycle import growing
+    from moetool.surgery import places
+
+    rows = []
+    for axis, found in growing.axes().items():
+        for name, word in found.items():
+            own = ", ".join(f"`--{field.spelled}`" for field in fields(word.Options))
+            rows.append([f"`--{axis} {name}`", sentence(word.about()), own])
+    rows += [
+        [f"`--site {name}`", f"of a layer: {place.about()}", ""]
+        for name, place in places.known().items()
+    ]
+    return markdown(["word", "is", "its own options"], rows)
 
 
 def pairs() -> str:
@@ -176,6 +196,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ways of prune": lambda: ways("prune"),
     "ways of merge": lambda: ways("merge"),
     "ways of quantize": lambda: ways("quantize"),
+    "grammar of upcycle": grammar,
     "formats": formats,
     "pairs": pairs,
     "what works where": works,
