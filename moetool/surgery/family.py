@@ -153,7 +153,8 @@ class Overlay:
     the class computes the width of an FFN from more than its field; `linears`: transposed where
     the class's linears are Conv1D, whose weights are [in, out]; `adds_residual`: whether the FFN's
     forward takes the residual and adds it; `said`: config fields that transformers 5 leaves out and
-    other readers ask for; `derived`: such fields as formulas over others.
+    other readers ask for; `derived`: such fields as formulas over others; `ropes`: kinds of layers
+    with rotary settings of their own -> the older name of their base; the first's is scaled too.
     """
 
     law: RouterLaw = field(default_factory=RouterLaw)
@@ -168,6 +169,7 @@ class Overlay:
     adds_residual: bool = False
     said: JsonObject = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
+    ropes: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
     @classmethod

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from methods import upcycled
+
 from clients import sources
 from clients.sources import HUB, ROPE
 from moetool import verbs
@@ -59,6 +61,20 @@ class Output:
         if not folder.exists():
             sources.save(self.source, folder, self.config, condition)
         return folder
+
+
+class Learned(Output):
+    """An output whose experts are no longer what they were at birth: of the usual one, those that
+    change an FFN change nothing.
+    """
+
+    def write(self, root: Path) -> Path:
+        """Its folder below `root`, written and drawn anew once."""
+        new = not (root / self.name).exists()
+        out = super().write(root)
+        if new:
+            upcycled.train(out)
+        return out
 
 
 def trained() -> Path:
@@ -167,6 +183,12 @@ def _reduced() -> list[Output]:
     return [*made, *(Output(f"{f}-converted", f, "convert_layout", {"to": "fused"}) for f in fused)]
 
 
+THETAS = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+}
 # Dense families whose files are worth a try; of some, what clients tell apart in their configs.
 DENSE = (
     *("llama", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "granite"),
@@ -180,12 +202,7 @@ ASKED: dict[str, Mapping[str, Any]] = {
     "gemma2-theta": ROPE,
     "gemma2-wide": {"sliding_window": 256},
     "gemma3_text-wide": {"sliding_window": 256},
-    "gemma3_text-theta": {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e5},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
-        }
-    },
+    "gemma3_text-theta": THETAS,
     "cohere2-window": {"sliding_window": 16},
     "qwen2-tied": TIED,
     "qwen3-tied": TIED,
@@ -195,7 +212,8 @@ ASKED: dict[str, Mapping[str, Any]] = {
 def _full_again() -> list[Output]:
     """Quantized, and written in full once more: of dense models, and of one with experts."""
     asked = {family: {} for family in (*DENSE, "mixtral")} | ASKED
-    return [_dequantized(name, config) for name, config in asked.items()]
+    made = [_dequantized(name, config) for name, config in asked.items()]
+    return [*made, Output("gemma3_text-theta", "gemma3_text", config=THETAS)]
 
 
 def _dequantized(name: str, config: Mapping[str, Any]) -> Output:
@@ -204,6 +222,26 @@ def _dequantized(name: str, config: Mapping[str, Any]) -> Output:
     coded = Output("-".join(filter(None, (family, "int8", condition))), family, "quantize", how)
     coded = replace(coded, config=config)
     return Output(coded.name.replace("int8", "dequantized"), coded, "dequantize")
+
+
+def _materialized() -> list[Output]:
+    """Experts of moetool's own, in full as a class of transformers: source-target-form."""
+    lora, ternary = {"form": "lora", "rank": 4}, {"form": "ternary", "scale_group": 32}
+    one = {"law": "hard", "top_k": 1}
+    asked: dict[str, Mapping[str, Any]] = {
+        "llama-mixtral-lora": lora,
+        "qwen3-qwen3_moe-lora": lora,
+        "qwen2-qwen2_moe-lora": lora | {"law": "softmax"},
+        "llama-glm4_moe-lora": lora | one,
+        "llama-qwen2_moe-ternary": ternary,
+        "qwen2-qwen2_moe-ternary": ternary | {"exact": True},
+    }
+    made = []
+    for name, options in asked.items():
+        source, target, _ = name.split("-")
+        own = Learned(f"{name}-own", source, "upcycle", {"experts": 4, "top_k": 2} | options)
+        made.append(Output(name, own, "materialize", {"target": target}))
+    return made
 
 
 def _of(family: str, condition: str = "", config: Mapping[str, Any] | None = None) -> list[Output]:
@@ -218,7 +256,8 @@ def _of(family: str, condition: str = "", config: Mapping[str, Any] | None = Non
 
 
 OUTPUTS = {
-    output.name: output for output in (*_pairs(), *_conditions(), *_reduced(), *_full_again())
+    output.name: output
+    for output in (*_pairs(), *_conditions(), *_reduced(), *_full_again(), *_materialized())
 }
 # Of trained weights, the same function as the dense model's.
 _THREE = {"experts": 3, "top_k": 2, "router": "normal:0.5"}

@@ -19,7 +19,13 @@ IDS = torch.randint(10, 150, (2, 24), generator=torch.Generator().manual_seed(1)
 def trained(source: Path, out: Path, **options: Any) -> Path:
     """An upcycle whose experts are no longer what they were at birth."""
     moetool.upcycle(str(source), str(out), **options)
-    (file,) = out.glob("*.safetensors")
+    train(out)
+    return out
+
+
+def train(folder: Path) -> None:
+    """Draw what experts and routers hold anew, in place."""
+    (file,) = folder.glob("*.safetensors")
     held, drawn = load_file(file), torch.Generator().manual_seed(3)
     for name, tensor in held.items():
         if name.endswith(("lora_B", "output_scale", "delta_values")):
@@ -29,7 +35,6 @@ def trained(source: Path, out: Path, **options: Any) -> Path:
         elif name.endswith("weight_packed"):
             held[name] = tensor.roll(1, 0)
     save_file(held, file, {"format": "pt"})
-    return out
 
 
 def own_logits(folder: Path) -> torch.Tensor:

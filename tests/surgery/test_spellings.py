@@ -72,6 +72,28 @@ def test_contradictions_are_refused(given: dict[str, Any], word: str) -> None:
     assert word in str(refused.value) and refused.value.hint
 
 
+def test_kinds_of_layers_have_older_names_too() -> None:
+    """Under them the first kind alone can be scaled; where they cannot say it, nothing is said."""
+    full, local = ({"rope_type": "default", "rope_theta": base} for base in (1e5, 2e4))
+
+    def gemma(first: Any, second: Any, **more: Any) -> dict[str, Any]:
+        own = {"full_attention": first, "sliding_attention": second}
+        return {"model_type": "gemma3_text", "rope_parameters": own, **more}
+
+    bases = {"rope_theta": 1e5, "rope_local_base_freq": 2e4}
+    plain, scaled = gemma(full, local), gemma(full | YARN, local)
+    assert completed(plain) == plain | bases | {"rope_scaling": None}
+    assert completed(scaled) == scaled | bases | {"rope_scaling": YARN | {"rope_type": "yarn"}}
+    outer = {"model_type": "gemma3", "text_config": scaled}
+    assert completed(outer) == {"model_type": "gemma3", "text_config": completed(scaled)}
+    for unsaid in (gemma(full, local | YARN), gemma(full | {"partial_rotary_factor": 0.5}, local)):
+        assert completed(unsaid) is unsaid
+    assert completed(half := gemma(full, None)) is half
+    for name, base in (("rope_local_base_freq", 1e4), ("rope_theta", 1e6)):
+        with pytest.raises(MoetoolError, match="two things"):
+            completed(gemma(full, local, **{name: base}))
+
+
 def test_the_text_part_is_completed_where_it_lies() -> None:
     inner = {"model_type": "qwen3_vl_moe_text", "rope_parameters": MROPE | {"rope_theta": 5e6}}
     config = {"model_type": "qwen3_vl_moe", "text_config": inner, "vision_config": {"depth": 2}}
