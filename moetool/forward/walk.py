@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetool.errors import MoetoolError, Stopped
+from moetool.errors import MoetoolError
 from moetool.forward import block as blocks
 from moetool.forward import finite, stock
 from moetool.forward.adapter import Shell
@@ -29,6 +29,7 @@ from moetool.forward.catch import Catch, Look
 from moetool.forward.hidden import Hidden
 from moetool.forward.linears import Linears, Observer
 from moetool.forward.needs import compared_experts, needs
+from moetool.forward.through import TextThrough
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
@@ -76,10 +77,12 @@ class Eyes:
         return self.change is not None or (self.watch is not None and self.watch.changes)
 
 
-class Walk:
+class Walk(TextThrough):
     """One model and its text. `run` sends everything through; afterwards `logits` gives the head's
     answer batch by batch.
     """
+
+    kept = "; layers that are done are kept"
 
     def __init__(
         self,
@@ -327,25 +330,7 @@ class Walk:
                 hint="please report it; methods without text still work",
             )
 
-    def maybe_stop(self) -> None:
-        """Stopped where somebody wishes it."""
-        if self.stop.is_set():
-            raise Stopped(
-                "stopped while text went through the model",
-                file=self.budget.folder,
-                hint="run the same command again; layers that are done are kept",
-            )
-
-    @torch.no_grad()
-    def logits(self, number: int, start: int, stop: int) -> Tensor:
-        """The head's answer [sequences, stop - start, vocabulary] for a batch after `run`, places
-        start:stop only.
-        """
-        batch = self.batches.batches[number]
-        x = (
-            torch.from_numpy(np.array(self.hidden.read(number)))
-            .to(self.budget.device)
-            .reshape(*batch.ids.shape, self.width)
-        )
-        with stock.running(self.source.folder):
-            return self.calls.leave(batch, x, torch.arange(start, stop))
+    def last(self, number: int) -> Tensor:
+        shape = self.batches.batches[number].ids.shape
+        held = torch.from_numpy(np.array(self.hidden.read(number)))
+        return held.to(self.budget.device).reshape(*shape, self.width)

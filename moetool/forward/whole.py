@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetool.errors import MoetoolError, Stopped
+from moetool.errors import MoetoolError
 from moetool.forward import load, stock
 from moetool.forward.batches import Batches
 from moetool.forward.calls import Calls
 from moetool.forward.needs import whole
+from moetool.forward.through import TextThrough
 from moetool.forward.walk import Budget
 from moetool.progress import Progress, Stage, silent
 from moetool.surgery.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class WholeShell:
         return self.model.get_submodule(self.stack)
 
 
-class WholeModel:
+class WholeModel(TextThrough):
     """One model and its text: `run` sends everything through, afterwards `logits` gives the head's
     answer batch by batch, as those of `Walk` do. In float32, experts as packed as they are stored.
     """
@@ -98,20 +99,5 @@ class WholeModel:
     def _keep(self, module: nn.Module, args: Any, made: Any) -> None:
         self._made.append(made[0] if isinstance(made, tuple) else made)
 
-    def maybe_stop(self) -> None:
-        """Stopped where somebody wishes it."""
-        if self.stop.is_set():
-            raise Stopped(
-                "stopped while text went through the model",
-                file=self.source.folder,
-                hint="run the same command again",
-            )
-
-    @torch.no_grad()
-    def logits(self, number: int, start: int, stop: int) -> Tensor:
-        """The head's answer [sequences, stop - start, vocabulary] for a batch after `run`, places
-        start:stop only.
-        """
-        batch = self.batches.batches[number]
-        with stock.running(self.source.folder):
-            return self.calls.leave(batch, self._made[number], torch.arange(start, stop))
+    def last(self, number: int) -> Tensor:
+        return self._made[number]

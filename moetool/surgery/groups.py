@@ -40,6 +40,7 @@ RUNS = "experts_implementation"
 MASKED = (TEXT, "encoder")  # towers whose padding a model's attention mask says
 FIRST = "experts"  # the usual name of a group
 FIRST_SITE = "ffn"  # the usual site
+LINEAR = "linear"  # the site where each linear has a router of its own
 BASES = ("under", "beside", "member", "gone")
 MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
 PART = "part"  # the form of experts that are parts of what is there

@@ -97,7 +97,7 @@ class RouteWord:
 
 
 POOLS = ("embeddings", "hidden")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+_FIRES = ("silu", "gelu", "gelu_tanh", "relu")  # how a neuron that stands for an expert does
 _WEIGHT = RouterTensor("weight", ("choices", "hidden"))
 _MASKED = RouterTensor("weight", ("rows", "hidden"), "routers")
 KEYS: Mapping[str, RouteWord] = {
@@ -122,7 +122,7 @@ KEYS: Mapping[str, RouteWord] = {
             RouterTensor("up", ("choices", "hidden"), start="given"),
         ),
         {},
-        {"gated": bool, "act": ACTIVATIONS},
+        {"gated": bool, "act": _FIRES},
     ),
     # the noise level's embedding through a SwiGLU MLP
     "noise": RouteWord(

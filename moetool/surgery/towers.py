@@ -16,14 +16,7 @@ from moetool.surgery.groups import TEXT
 from moetool.surgery.layout import Layout
 
 AUTO = "auto"
-KNOWN = (
-    TEXT,
-    "vision",
-    "audio",
-    "encoder",
-    "decoder",
-    "projector",
-)  # of families that have several
+KNOWN = (TEXT, "vision", "audio", "encoder", "decoder", "projector")  # in the order of a help
 
 
 def names(layout: Layout) -> list[str]:

@@ -18,6 +18,7 @@ from moetool.surgery.spec import whole
 from moetool.surgery.text_model import text_model
 
 TARGET = "base"
+IN_FULL = "`moetool materialize` without --target writes experts in full, where a class has such"
 # Under these laws the only one that a token may use has the weight 1.
 ALONE = ("renormalised", "hard", "softmax", "soft")
 
@@ -70,8 +71,7 @@ def plan(source: Checkpoint, settings: Settings) -> Made:
                 "token misses its experts",
                 file=source.folder,
                 expected="groups that add nothing, or that text does not use",
-                hint="`moetool materialize` without --target writes experts in full, where a "
-                "class has such",
+                hint=IN_FULL,
             )
         text.append(named(group))
     base, build = base_of(source), Builder()

@@ -15,16 +15,16 @@ from moetool.methods.upcycle.targets import Conversion
 from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import EMPTY, FIRST_SITE, Group
+from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model, tower_of
 
 SCALE = "output_scale"
-# Laws that a class may have; the last one, trained to the end, is the best expert alone.
 # Why no class has experts there; of other sites it is said that none has.
-_ELSEWHERE = {"linear": "a router for each linear: classes with experts route once for a whole FFN"}
+_ELSEWHERE = {LINEAR: "a router for each linear: classes with experts route once for a whole FFN"}
+# Laws that a class may have; the last one, trained to the end, is the best expert alone.
 _LAWS = ("renormalised", "hard", "softmax", "soft", "gumbel")
 HALVES = ("BF16", "F16")
 

@@ -15,9 +15,10 @@ from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Made, ModelFacts
+from moetool.methods.upcycle.bare import ALONE, IN_FULL
 from moetool.surgery import groups, places
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import LINEAR, Group
 from moetool.surgery.layout import Layout
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Stored, whole
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from moetool.surgery.ffn import FfnLinear
 
 TARGET = "peft"
-FORM, LINEAR = "lora", "linear"
-# Under these laws the one expert that there is has the weight 1.
-ONE = ("renormalised", "hard", "softmax", "soft")
+FORM = "lora"
 DROPPED = "it is the base's, or a router that chooses among one"
 
 
@@ -134,7 +133,7 @@ def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[f
         raise _refused(source, f"{where} is more than a change of the text model's own linears")
     if gates:
         return _gated(source, group, gates)
-    if group.experts == 1 and group.route.law in ONE:
+    if group.experts == 1 and group.route.law in ALONE:
         return [1.0]
     if group.site == LINEAR:
         raise _refused(
@@ -228,6 +227,5 @@ def _refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:
         f"no adapter of PEFT computes this: {why}",
         file=source.folder,
         expected="low-rank experts that all tokens run with one weight",
-        hint=hint
-        or "`moetool materialize` without --target writes experts in full, where a class has such",
+        hint=hint or IN_FULL,
     )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
+from moetool.errors import MoetoolError
 from moetool.modeling.experts.group import ExpertGroup
+from moetool.surgery import strict
 from moetool.surgery.groups import Group
 
 
@@ -20,13 +21,7 @@ def forms() -> Mapping[str, type[ExpertGroup]]:
 
 def named(group: Group) -> type[ExpertGroup]:
     """Those of a group's form; MoetoolError where there is none, or none over its base."""
-    if group.form not in forms():
-        raise MoetoolError(
-            f"no experts have the form {group.form!r}",
-            file="config.json",
-            expected=", ".join(forms()),
-            hint=did_you_mean(group.form, forms()),
-        )
+    strict.word(group.form, tuple(forms()), "experts have the form")
     found = forms()[group.form]
     if group.base not in found.bases:
         raise MoetoolError(

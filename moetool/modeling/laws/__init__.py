@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
 from moetool.modeling.laws.law import CombineLaw
+from moetool.surgery import strict
 
 
 @lru_cache(maxsize=1)
@@ -19,11 +19,5 @@ def laws() -> Mapping[str, type[CombineLaw]]:
 
 def named(law: str) -> type[CombineLaw]:
     """MoetoolError with the nearest names where there is none."""
-    if law not in laws():
-        raise MoetoolError(
-            f"no route has the law {law!r}",
-            file="config.json",
-            expected=", ".join(laws()),
-            hint=did_you_mean(law, laws()),
-        )
+    strict.word(law, tuple(laws()), "route has the law")
     return laws()[law]

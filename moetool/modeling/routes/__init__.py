@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
 from moetool.modeling.routes.scorer import Scorer
+from moetool.surgery import strict
 
 
 @lru_cache(maxsize=1)
@@ -19,11 +19,5 @@ def keys() -> Mapping[str, type[Scorer]]:
 
 def named(key: str) -> type[Scorer]:
     """MoetoolError with the nearest names where there is none."""
-    if key not in keys():
-        raise MoetoolError(
-            f"no route has the key {key!r}",
-            file="config.json",
-            expected=", ".join(keys()),
-            hint=did_you_mean(key, keys()),
-        )
+    strict.word(key, tuple(keys()), "route has the key")
     return keys()[key]

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
 from moetool.modeling.sites.site import GroupSite
+from moetool.surgery import strict
 
 
 @lru_cache(maxsize=1)
@@ -21,11 +21,5 @@ def sites() -> Mapping[str, type[GroupSite]]:
 
 def named(site: str) -> GroupSite:
     """MoetoolError with the nearest names where there is none."""
-    if site not in sites():
-        raise MoetoolError(
-            f"no experts run at the site {site!r}",
-            file="config.json",
-            expected=", ".join(sites()),
-            hint=did_you_mean(site, sites()),
-        )
+    strict.word(site, tuple(sites()), "experts run at the site")
     return sites()[site]()

@@ -14,7 +14,7 @@ from moetool.modeling.experts.delta import AddedLinear, DeltaExperts
 from moetool.modeling.experts.group import ExpertGroup
 from moetool.modeling.sites.site import GroupSite
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import LINEAR, Group
 
 WHOLE = ""  # a linear's name inside itself
 
@@ -56,7 +56,7 @@ class LinearExperts(ExpertGroup):
 class LinearSite(GroupSite):
     """Experts are what is added to a linear."""
 
-    name = "linear"
+    name = LINEAR
     kind = GroupedLinear
     forms = ("kbit", "lora", "sparse")
     bases = ("beside",)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from moetool import discover
-from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery import strict
 from moetool.surgery.places.place import GroupPlace
 
 
@@ -19,11 +19,5 @@ def known() -> Mapping[str, type[GroupPlace]]:
 
 def named(site: str) -> GroupPlace:
     """MoetoolError with the nearest names where there is none."""
-    if site not in known():
-        raise MoetoolError(
-            f"no groups of experts stand at the site {site!r}",
-            file="config.json",
-            expected=", ".join(known()),
-            hint=did_you_mean(site, known()),
-        )
+    strict.word(site, tuple(known()), "groups of experts stand at the site")
     return known()[site]()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import Group, linear_of
+from moetool.surgery.groups import LINEAR, Group, linear_of
 from moetool.surgery.layout import Layout
 from moetool.surgery.places import words
 from moetool.surgery.places.place import GroupPlace
@@ -16,7 +16,7 @@ from moetool.surgery.places.place import GroupPlace
 class LinearPlace(GroupPlace):
     """every linear of its attention and FFN, each with a router of its own"""
 
-    name = noun = "linear"
+    name = noun = LINEAR
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
         found = (*words.linears(layout, "attention"), *FfnBlock.of(layout).linears)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.surgery.groups import LINEAR
 
 
 class AlwaysKey(RouteKey):
@@ -15,7 +16,7 @@ class AlwaysKey(RouteKey):
     name = "always"
     draws = False
     apart = False
-    sites = ("ffn", "linear")
+    sites = ("ffn", LINEAR)
     laws = ("hard", "soft")
 
     @classmethod

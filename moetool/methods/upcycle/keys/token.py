@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from moetool.methods.options import option
 from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.surgery.groups import LINEAR
 from moetool.surgery.route import ROUTED
 
 
@@ -23,7 +24,7 @@ class TokenKey(RouteKey):
     """Each token by itself: a linear router over what the FFN sees."""
 
     name = ROUTED
-    sites = ("ffn", "attention", "heads", "linear")
+    sites = ("ffn", "attention", "heads", LINEAR)
     Options: ClassVar[type] = TokenRouter
     own: TokenRouter
 

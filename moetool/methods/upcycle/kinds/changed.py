@@ -8,15 +8,14 @@ from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from moetool.data import JsonObject
-from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.kinds.kind import LINEAR, ExpertKind
+from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.surgery import ops
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnLinear
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import LINEAR, Group
 from moetool.surgery.reform import Into
 from moetool.surgery.spec import Piece, Stored, whole
 
@@ -141,15 +140,6 @@ class ChangeKind(ExpertKind):
             why = "experts come from adapters or fine-tunes: there is no single function to keep"
             return Certificate("none", why, None)
         return super().certificate(group, sources)
-
-    def _needs_tuned(self, sources: Sequence[Checkpoint]) -> None:
-        if len(sources) == 1:
-            raise UsageError(
-                f"{self.spelled} holds what fine-tunes changed",
-                expected="--from FINE-TUNE, once or more",
-                found="no --from",
-                hint="give fine-tunes, or use --form sparse, which can be trained from nothing",
-            )
 
 
 def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMatrix]:

@@ -48,7 +48,13 @@ class KbitKind(ChangeKind):
         return f"{self.own.delta_bits} bit{'s' if self.own.delta_bits > 1 else ''}"
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
-        self._needs_tuned(sources)
+        if len(sources) == 1:
+            raise UsageError(
+                f"{self.spelled} holds what fine-tunes changed",
+                expected="--from FINE-TUNE, once or more",
+                found="no --from",
+                hint="give fine-tunes, or use --form sparse, which can be trained from nothing",
+            )
         return super().decide(sources, settings)
 
     def check(self, ground: Ground) -> None:

@@ -23,7 +23,7 @@ from moetool.methods.upcycle.options import AUTO, Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word, words
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import FIRST, MODEL_TYPE, Group
+from moetool.surgery.groups import FIRST, LINEAR, MODEL_TYPE, Group
 from moetool.surgery.reform import Into
 from moetool.surgery.route import Route
 from moetool.surgery.spec import Piece
@@ -31,7 +31,6 @@ from moetool.surgery.spec import Piece
 # Options of upcycle that mean the same to experts of any kind.
 _ROUTED = ("experts", "top_k", "layers", "router", "key", "law")
 _COMMON = (*_ROUTED, "target", "form", "for_", "site", "tower", "name", "linears")
-LINEAR = "linear"  # the site
 
 
 class ExpertKind(Word):

@@ -16,9 +16,8 @@ from moetool.methods.upcycle import adapters
 from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, looked
-from moetool.methods.upcycle.kinds.kind import LINEAR
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import linear_of
+from moetool.surgery.groups import LINEAR, linear_of
 from moetool.surgery.reform import Into
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import Piece, whole
@@ -178,10 +177,6 @@ class LowRankKind(ChangeKind):
         if first.router and len(read) == 1:
             chosen["router"] = first.router
         return Decisions(chosen=chosen, extra=tuple(a.weights for a in read))
-
-    def told_by(self, found: Decisions) -> tuple[str, ...]:
-        self.found = found
-        return super().told_by(found)
 
     @property
     def kept(self) -> str:
