@@ -40,6 +40,7 @@ def _run(argv: list[str] | None) -> int:
     session.begin(shlex.join(["moetool", *typed]), line.mode)
     before = _catch_signals()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # __main__.py kept it out
         return _called(line.words)
     except MoetoolError as problem:
         session.sink.error(problem)

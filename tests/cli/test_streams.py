@@ -91,3 +91,22 @@ def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     assert shell(f"{gone} moetool upcycle demo {tmp_path}/out", tmp_path).returncode == 0
     done = shell(f"{gone} moetool upcycle demo out", tmp_path)
     assert done.returncode == 1 and b"working directory is gone" in done.stderr
+
+
+def test_an_interrupt_while_modules_are_imported_is_a_sentence() -> None:
+    code = """
+import os, signal, sys
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "moetool.cli.commands":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Early())
+sys.argv = ["moetool", "inspect", "demo"]
+from moetool.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3 and not done.stdout
+    assert done.stderr.startswith("error: stopped before anything was written\n  next: ")
