@@ -38,12 +38,17 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class does it. MoetoolError where a tensor of a group is missing: it would
-        be random, and transformers only warns.
+        """As the stock class does it. MoetoolError where a tensor of a group is missing (it would
+        be random) or of no group that the config speaks of (it would be left out), of which
+        transformers only warns; and where one has not the shape that the config says.
         """
         asked = kwargs.pop("output_loading_info", False)
-        made, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        said = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        made, info = super().from_pretrained(*args, **{**said, **kwargs})
+        if not kwargs.get("ignore_mismatched_sizes"):
+            _refuse_mismatched(made, info)
         _refuse_missing(made, info)
+        _refuse_left(made, info)
         return (made, info) if asked else made
 
     def initialize_weights(self) -> None:
@@ -88,6 +93,46 @@ def _refuse_missing(model: Any, info: dict[str, Any]) -> None:
             expected="every tensor that config.json speaks of",
             found=f"{len(lost)} missing",
             hint="`moetool verify` says what the checkpoint lacks: download or make it again",
+        )
+
+
+def _refuse_mismatched(model: Any, info: dict[str, Any]) -> None:
+    """MoetoolError where a tensor has another shape than the config says."""
+    for name, found, expected in sorted(info["mismatched_keys"], key=str):
+        raise MoetoolError(
+            "a tensor is not as config.json says",
+            file=str(model.config.name_or_path),
+            tensor=name,
+            expected=list(expected),
+            found=list(found),
+            hint="restore the config.json that came with the model",
+        )
+
+
+def _refuse_left(model: Any, info: dict[str, Any]) -> None:
+    """MoetoolError where the files have a tensor of a group that the config does not speak of, in
+    a module that the model has: a class without a tower leaves out what lies there.
+    """
+    said = {
+        "base_model_type": model.config.base_model_type,
+        groups.MODEL_TYPE: model.config.moetool,
+    }
+    words = {word for group in groups.read(said) for word in (group.name, group.router)}
+    here, head = dict(model.named_modules()), f"{model.base_model_prefix}."
+    left = []
+    for name in info["unexpected_keys"]:
+        parts = name.split(".")
+        stems = [".".join(parts[:n]) for n, part in enumerate(parts) if n and part in words]
+        if any({stem, head + stem, stem.removeprefix(head)} & here.keys() for stem in stems):
+            left.append(name)
+    if left:
+        raise MoetoolError(
+            "a tensor of a group of experts that config.json does not speak of",
+            file=str(model.config.name_or_path),
+            tensor=min(left),
+            expected="the config.json that came with the model",
+            found=f"{len(left)} that would be left out",
+            hint="restore config.json, or make the checkpoint again without this group",
         )
 
 

@@ -20,7 +20,6 @@ Read strictly, by whoever plans (methods/), decodes (forms) or runs (modeling/) 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -28,6 +27,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
+from moetool.surgery import strict
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import KEYS, Route, RouterTensor, reached
 
@@ -48,10 +48,12 @@ ACTIVATIONS = ("relu", "relu2", "gelu", "silu")  # that experts may have instead
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero
 # What trainers ask of a mixture, where the base is none.
 _TRAINED = {"output_router_logits": False, "router_aux_loss_coef": 0.01}
+MOST = 4096  # experts of a group; models in use have hundreds
 _KINDS = {"form": str, "name": str, "base": str, "site": str, "tower": str} | {
     "params": dict,
     "scale": float,
 }
+_LINEARS = ("targets", "linears")  # of params: names of linears
 _ROUTE_KINDS = {"key": str, "law": str, "bias": bool, "options": dict}
 
 
@@ -240,6 +242,8 @@ def _check(group: Group) -> None:
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
         raise _wrong("a count is no whole number", "experts, top_k, layers", counts)
+    if group.experts > MOST:
+        raise _wrong("more experts than a group can have", f"at most {MOST:,}", group.experts)
     if not group.layers or len(set(group.layers)) != len(group.layers):
         raise _wrong("layers of a group", "at least one, each once", list(group.layers))
     if group.base not in BASES:
@@ -256,9 +260,12 @@ def _check_kinds(group: Group) -> None:
     for thing, kinds in ((group, _KINDS), (group.route, _ROUTE_KINDS)):
         for name, kind in kinds.items():
             value = getattr(thing, name)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits or (kind is float and not math.isfinite(value)):
+            if not strict.fits(value, kind):
                 raise _wrong(f"`{name}` of a group", kind.__name__, repr(value))
+    for name in filter(group.params.__contains__, _LINEARS):
+        said = group.params[name]
+        if type(said) is not list or not said or not all(type(one) is str for one in said):
+            raise _wrong(f"`{name}` of a group", "a list of names of linears", repr(said))
 
 
 def _unusual(value: Group | Route) -> JsonObject:

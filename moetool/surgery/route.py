@@ -96,6 +96,7 @@ class RouteWord:
     hears: bool = False
 
 
+_IDS = 1 << 31  # token ids are below it
 POOLS = ("embeddings", "hidden")
 _FIRES = ("silu", "gelu", "gelu_tanh", "relu")  # how a neuron that stands for an expert does
 _WEIGHT = RouterTensor("weight", ("choices", "hidden"))
@@ -192,8 +193,8 @@ def _check_allowed(route: Route, choices: int) -> None:
         isinstance(row, list) and len(row) == choices and set(row) <= {0, 1} and sum(row) > 0
         for row in rows
     )
-    few = fit and min(map(sum, rows)) < route.top_k
-    if not rows or not fit or few or (ids is not None and len(rows) != len(ids) + 1):
+    few = not rows or not fit or min(map(sum, rows)) < route.top_k
+    if not fit or few or (ids is not None and len(rows) != len(ids) + 1):
         expected = f"a row of {choices} for each, at least top_k {route.top_k} of them 1"
         raise _unfit(f"`allowed` of a route by {route.key}", expected, rows)
     if ids is not None:
@@ -203,7 +204,7 @@ def _check_allowed(route: Route, choices: int) -> None:
 def _check_ids(ids: list[object]) -> None:
     seen: set[int] = set()
     for row in ids:
-        good = isinstance(row, list) and all(type(n) is int and n >= 0 for n in row)
+        good = isinstance(row, list) and all(type(n) is int and 0 <= n < _IDS for n in row)
         if not good or not isinstance(row, list) or seen & set(row):
             raise _unfit("`ids` of a route", "token ids of each modality, each in one alone", ids)
         seen |= set(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from moetool.data import JsonObject
@@ -10,17 +9,23 @@ from moetool.errors import MoetoolError, did_you_mean
 
 # Of each name: bool, int, float, str, list, or the words that the value may be.
 Kinds = Mapping[str, type | tuple[str, ...]]
+_LARGEST = 3.4e38  # that float32 holds
+_MOST = 1 << 16  # of whole numbers: ranks, widths, groups
 _HINT = "restore the config.json that came with the model"
 
 
 def fits(value: object, kind: type | tuple[str, ...], least: int = 0) -> bool:
-    """Whether a value is of a kind: whole numbers from `least` up, finite ones, one of the words."""
+    """Whether a value is of a kind: whole numbers from `least` up, numbers that float32
+    holds, one of the words.
+    """
     if isinstance(kind, tuple):
         return value in kind
     if kind is float:
-        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+        if not isinstance(value, int | float) or type(value) is bool:
+            return False
+        return abs(value) <= _LARGEST
     if kind is int:
-        return type(value) is int and value >= least
+        return type(value) is int and least <= value <= _MOST
     return type(value) is kind
 
 

@@ -268,6 +268,7 @@ def test_what_does_not_go_together(
         ({"params": {"rank": 5, "alpha": 8.0}}, "does not fit"),
         ({"params": {"rank": 4, "alpha": 8.0, "scal": 1}}, "scal"),
         ({"params": {"rank": "4", "alpha": 8.0}}, "int"),
+        ({"params": {"rank": 0, "alpha": 8.0}}, "`rank`"),
         ({"form": "lorra"}, "lora"),
         ({"experts": 3}, "lacks a part"),
         ({"experts": 1, "route": {"top_k": 1}}, "wrong shape"),

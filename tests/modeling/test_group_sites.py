@@ -18,7 +18,9 @@ from torch.nn import functional
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
-from moetool.modeling import signals
+from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.word import words
+from moetool.modeling import routes, signals
 from moetool.modeling.block import Grouped, blocks
 from moetool.report.anatomy import anatomy
 from moetool.surgery.checkpoint import Checkpoint
@@ -190,12 +192,20 @@ def test_text_alone_is_as_before_whatever_becomes_of_the_copies(
         assert torch.equal(logits(model, IDS), before)
 
 
+def test_routes_run_where_they_are_written() -> None:
+    """A key that the command refuses at a site is refused there in a config, too."""
+    for name, key in words(RouteKey).items():
+        where = routes.named(name).sites
+        assert not where or set(where) == set(key.sites), name
+
+
 @pytest.mark.parametrize(
     ("family", "options", "said"),
     [
         ("llama", {"site": "attn"}, "attention"),
         ("llama", {"site": "norms", "form": "lora"}, "--form full"),
-        ("llama", {"site": "norms"}, "--key token"),
+        ("llama", {"site": "norms"}, "go --key modality"),
+        ("llama", {"site": "norms", "key": "task"}, "--key task looks at what norms"),
         ("llama", {"attention_mix": "outputs", "target": "moetool"}, "--site attention"),
         ("phi3", MIX | {"site": "attention"}, "qkv_proj"),
         ("lfm2", COPY | {"site": "attention"}, "self_attn"),

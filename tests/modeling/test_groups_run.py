@@ -205,3 +205,29 @@ def test_what_a_config_says_wrongly_is_refused(sources: Made, tmp_path: Path) ->
             AutoModelForCausalLM.from_pretrained(folder)
         error = raised.value
         assert said in f"{error} {error.where} {error.hint}", change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": (0,)}, "does not speak of"),  # of two
+        ({"params": {"rank": 8, "alpha": 16.0, "targets": ["up_proj"]}}, "does not speak of"),
+        ({"route": Route(key="always", law="soft")}, "does not speak of"),
+        ({"params": {"rank": 4, "alpha": 4.0}}, "not as config.json says"),
+        ({"route": Route(key="neurons")}, "is missing"),
+        ({"params": {"rank": 10**9, "alpha": 4.0}}, "`rank`"),
+        ({"params": {"rank": 8, "alpha": 1e308}}, "`alpha`"),
+    ],
+)
+def test_an_edited_config_never_loads_as_another_model(
+    change: dict[str, Any], said: str, sources: Made, tmp_path: Path
+) -> None:
+    """Transformers would only warn of tensors that nothing takes."""
+    folder = grown.write(sources("llama"), tmp_path / "out", replace(LORA, layers=(0, 2)))
+    config = json.loads((folder / "config.json").read_text())
+    edited = replace(LORA, **{"layers": (0, 2), **change})
+    config["moetool"]["groups"] = [edited.as_json()]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoetoolError) as raised:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert said in str(raised.value) and raised.value.hint

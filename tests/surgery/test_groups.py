@@ -16,6 +16,11 @@ BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_si
 LORA = Group("lora", 4, (0, 2), params={"rank": 8}, route=Route(law="hard"))
 
 
+def _images(ids: list[Any]) -> dict[str, Any]:
+    """A route of four experts by modality."""
+    return {"key": "modality", "options": {"allowed": [[1, 1, 1, 1]] * 2, "ids": ids}}
+
+
 def told(**change: Any) -> dict[str, Any]:
     made = groups.config_of(dict(BASE), (LORA,))
     made["moetool"]["groups"][0] |= change
@@ -49,6 +54,12 @@ def test_names_inside_the_block() -> None:
         ({"experts": 2.5}, "whole number"),
         ({"route": {"top_k": 5}}, "1 to 4"),
         ({"name": "a.b"}, "letters"),
+        ({"experts": 10**9}, "at most 4,096"),
+        ({"scale": 10**400}, "`scale`"),
+        ({"params": {"rank": 8, "targets": None}}, "`targets`"),
+        ({"params": {"rank": 8, "linears": []}}, "`linears`"),
+        ({"route": {"key": "task", "options": {"allowed": []}}}, "`allowed`"),
+        ({"route": _images([[10**20]])}, "`ids`"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], said: str) -> None:

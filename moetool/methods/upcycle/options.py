@@ -15,10 +15,10 @@ from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import listed, words
 from moetool.surgery import places, towers
+from moetool.surgery.groups import MOST
 from moetool.surgery.route import ROUTED
 
 AUTO = "auto"
-MOST = 4096  # experts of a layer; models in use have hundreds
 
 
 def _keys() -> str:

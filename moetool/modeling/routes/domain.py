@@ -18,6 +18,7 @@ class DomainScorer(Scorer):
     """
 
     name: ClassVar[str] = "domain"
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
     domains: Tensor
     gate: Tensor
     up: Tensor

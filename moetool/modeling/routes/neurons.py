@@ -18,6 +18,7 @@ class NeuronsScorer(Scorer):
     """
 
     name: ClassVar[str] = "neurons"
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
     up: Tensor
 
     def __init__(self, group: Group, hidden: int) -> None:

@@ -17,6 +17,7 @@ class NoiseScorer(Scorer):
     """
 
     name: ClassVar[str] = "noise"
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
     reads: ClassVar[tuple[str, ...]] = (NOISE,)
     weight: Tensor
     embed: Tensor

@@ -24,6 +24,7 @@ class PooledScorer(KeptScorer):
     """
 
     name: ClassVar[str] = "pooled"
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
     weight: Tensor
 
     def __init__(self, group: Group, hidden: int) -> None:

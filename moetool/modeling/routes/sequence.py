@@ -16,6 +16,7 @@ class SequenceScorer(KeptScorer):
     """What the FFN sees of the first token that is no padding."""
 
     name: ClassVar[str] = "sequence"
+    sites: ClassVar[tuple[str, ...]] = ("ffn",)
     weight: Tensor
 
     def key(self, x: Tensor, heard: Heard) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
-from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery import groups, places
+from moetool.errors import MoetoolError
+from moetool.surgery import groups, places, strict
 from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.forms.form import Config, Form, Params, Recognised, Written, made_of
 from moetool.surgery.groups import Group
@@ -83,17 +83,7 @@ class InGroups(Form):
 
     def check(self, params: Params) -> None:
         """Refuse params that a group of this form cannot have."""
-        kinds = {**self.must, **self.may}
-        for name in self.must:
-            if name not in params:
-                raise wrong(self.name, f"without `{name}`", list(kinds), sorted(params))
-        for name, value in params.items():
-            if name not in kinds:
-                hint = did_you_mean(name, kinds)
-                raise wrong(self.name, f"with the unknown key {name!r}", list(kinds), name, hint)
-            numbers = (int, float) if kinds[name] is float else (kinds[name],)
-            if type(value) not in numbers:
-                raise wrong(self.name, f"with `{name}`", kinds[name].__name__, value)
+        strict.check(params, self.must, self.may, f"params of {self.name} experts")
 
     def shape(self, parts: InParts, base: Stored | None) -> tuple[int, ...]:
         """Of the whole matrix."""

@@ -14,7 +14,7 @@ from moetool.methods.contract import Builder, Certificate
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.route import Router
-from moetool.methods.upcycle.word import Word
+from moetool.methods.upcycle.word import Word, words
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import FIRST_SITE, TEXT, Group
 from moetool.surgery.route import KEYS, RouterTensor
@@ -57,11 +57,13 @@ class RouteKey(Word):
     def told(self, site: str, law: RouteLaw) -> None:
         """Refuse a place or a law that it does not go with."""
         if site not in self.sites:
+            known = words(RouteKey).items()
+            fitting = ", ".join(f"--key {name}" for name, key in known if site in key.sites)
             raise UsageError(
                 f"--key {self.name} looks at what {site} has not",
                 expected=f"--site {' or '.join(self.sites)}",
                 found=f"--key {self.name} at {site}",
-                hint="leave out --key",
+                hint=f"with --site {site} go {fitting}",
             )
         if law.apart and site != FIRST_SITE:
             raise UsageError(

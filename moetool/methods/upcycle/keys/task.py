@@ -27,6 +27,7 @@ class TaskKey(MaskedKey):
     Options: ClassVar[type] = Tasks
     own: Tasks
     keeps = False
+    sites = ("ffn", "attention")  # others need their own module as the first choice
     apart = False
 
     def check(self, ground: Ground, choices: int, top_k: int) -> None:
