@@ -14,6 +14,7 @@ from moetool.data import JsonMapping, JsonObject
 
 WORDS: JsonObject = json.loads((Path(__file__).parent / "words.json").read_text())
 LAYERS: int = WORDS["first"]["num_hidden_layers"]
+HEAD = "head_dim"  # the width of an attention head, as formulas have it
 _NUMBER = re.compile(r"(expert_)?(\d+)")
 
 
@@ -80,11 +81,15 @@ class Formulas:
         return Formulas({(a, None): f for (a, _), f in reversed(self.terms.items())}, self.second)
 
     def shape(self, template: str, shape: tuple[int, ...]) -> list[str | None]:
-        """A shape as formulas, None for a dimension without one."""
+        """A shape as formulas, None for a dimension without one; the width of a head alone is one
+        in layers only: a patch or a number of positions may be as wide by chance.
+        """
         other: tuple[int | None, ...] = self.second.get(template, ())
         if len(other) != len(shape):
             other = (None,) * len(shape)
-        return [self._one(a, b) for a, b in zip(shape, other, strict=True)]
+        found = [self._one(a, b) for a, b in zip(shape, other, strict=True)]
+        layered = "{layer}" in template
+        return [one if layered or one != HEAD else None for one in found]
 
     def _one(self, first: int, second: int | None) -> str | None:
         found = self.terms.get((first, second))
@@ -118,7 +123,7 @@ def _head_terms(fields: Mapping[str, tuple[str, int]], text: JsonMapping) -> dic
     return {
         f"{heads[0]}*head_dim": heads[1] * head,
         f"{kv[0]}*head_dim": kv[1] * head,
-        "head_dim": head,
+        HEAD: head,
         f"{heads[0]}*head_dim+2*{kv[0]}*head_dim": (heads[1] + 2 * kv[1]) * head,
     }
 

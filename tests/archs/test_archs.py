@@ -64,6 +64,13 @@ def test_layout_loads_strictly(name: str) -> None:
         )
 
 
+def test_a_patch_is_not_as_wide_as_a_head() -> None:
+    """CLIP's patches of 14 or 32 pixels, beside heads of 64."""
+    every = [slot for _, name in ALL for slot in Layout.load(name).tensors]
+    assert len(every) > 5000
+    assert not [s.name for s in every if "head_dim" in (s.shape or ()) and "{layer}" not in s.name]
+
+
 def test_unknown_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moetool.surgery import layout
 
