@@ -25,6 +25,7 @@ from moetool.modeling.block import Grouped, blocks
 from moetool.report.anatomy import anatomy
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group, Route
+from moetool.surgery.reserved import RESERVED
 
 Models = Callable[..., Path]
 COPY: dict[str, Any] = {
@@ -192,6 +193,16 @@ def test_text_alone_is_as_before_whatever_becomes_of_the_copies(
         assert torch.equal(logits(model, IDS), before)
 
 
+def test_names_that_modules_have_are_reserved(models: Models) -> None:
+    """A group of such a name would be written, and then no model could be built."""
+    layer = loaded(models("llama")).model.layers[0]
+    for module in (layer.mlp, layer.self_attn, layer.input_layernorm):
+        own = {name for name in dir(module) if name.isidentifier() and name[0] != "_"}
+        assert own - set(dict(module.named_parameters(recurse=False))) <= RESERVED | {
+            name for name, _ in module.named_children()
+        }
+
+
 def test_routes_run_where_they_are_written() -> None:
     """A key that the command refuses at a site is refused there in a config, too."""
     for name, key in words(RouteKey).items():
@@ -203,6 +214,8 @@ def test_routes_run_where_they_are_written() -> None:
     ("family", "options", "said"),
     [
         ("llama", {"site": "attn"}, "attention"),
+        ("llama", {"form": "lora", "name": "act_fn"}, "is called 'act_fn' there already"),
+        ("llama", {"site": "attention", "name": "train"}, "is called 'train' there already"),
         ("llama", {"site": "norms", "form": "lora"}, "--form full"),
         ("llama", {"site": "norms"}, "go --key modality"),
         ("llama", {"site": "norms", "key": "task"}, "--key task looks at what norms"),

@@ -19,6 +19,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
+from moetool.surgery.reserved import RESERVED
 from moetool.surgery.spec import Stored, whole
 from moetool.surgery.text_model import text_model
 
@@ -135,7 +136,7 @@ def _beside(ground: Ground, group: Group) -> Group:
                 f"called {group.name!r}",
                 hint="see `moetool inspect SRC`",
             )
-    if both := taken & {group.name, group.router}:
+    if both := (taken | RESERVED) & {group.name, group.router}:
         raise UsageError(
             f"something is called {both.pop()!r} there already",
             expected="a name of its own",
