@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import traceback
 from itertools import chain
 from typing import Any
 
@@ -24,7 +25,8 @@ def logits(folder: str, rows: list[list[int]]) -> Any:
     try:
         return _logits(folder, rows)
     except Exception as problem:  # noqa: BLE001 - it is what we ask for
-        said = f"{type(problem).__name__}: {problem}"
+        (*_, last) = traceback.extract_tb(problem.__traceback__)
+        said = f"{type(problem).__name__}: {str(problem) or last.line}"
     gc.collect()  # what the exception held, before the next model begins
     if LEFT in said:
         os._exit(AGAIN)

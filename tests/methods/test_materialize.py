@@ -51,6 +51,21 @@ def test_the_native_model_computes_the_same(
     moetool.verify(str(native), against=[str(own)], load=False)
 
 
+def test_scores_whose_sigmoids_are_all_one(models: Models, tmp_path: Path) -> None:
+    """The best of them is still the best: the router is made smaller by a power of two."""
+    said = {"form": "lora", "rank": 4, "law": "hard", "top_k": 1, "experts": 3}
+    own, native = trained(models("llama"), tmp_path / "own", **said), tmp_path / "native"
+    (file,) = own.glob("*.safetensors")
+    held = {n: t * 8 if n.endswith("router.weight") else t for n, t in load_file(file).items()}
+    save_file(held, file, {"format": "pt"})
+    moetool.materialize(str(own), str(native), target="glm4_moe")
+    assert apart(tiny.logits(native), own_logits(own)) < 1e-5
+    small = Checkpoint.open(str(native)).matrix("model.layers.1.mlp.gate.weight")
+    shares = (held["model.layers.1.mlp.router.weight"] / small).unique()
+    assert shares.numel() == 1 and shares.log2() == shares.log2().round() and shares >= 16
+    moetool.verify(str(native), against=[str(own)], load=False)
+
+
 @pytest.mark.parametrize(
     ("family", "target", "options", "said"),
     [

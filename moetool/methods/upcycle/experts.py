@@ -152,13 +152,14 @@ def write_moe(
 
 class GivenExperts(NamedTuple):
     """Experts that are there already: the layer's own FFN, one FFN each, what each one's output is
-    multiplied by, and the router.
+    multiplied by, and the router, with what it is multiplied by.
     """
 
     ffn: Ffn
     experts: Sequence[Ffn]
     scales: Sequence[float]
     router: Piece
+    cooled: float = 1.0
 
 
 def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenExperts) -> None:
@@ -177,7 +178,11 @@ def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenEx
                 build.task("affine", [getattr(ffn, role)], [out], scale=factor)
             else:
                 build.copy(getattr(ffn, role), out)
-    build.copy(given.router, whole(_routed(build, chosen, layer, given.ffn)))
+    routed = whole(_routed(build, chosen, layer, given.ffn))
+    if given.cooled == 1.0:
+        build.copy(given.router, routed)
+    else:
+        build.task("affine", [given.router], [routed], scale=given.cooled)
     if chosen.target.overlay.shared:
         _shared(build, chosen, layer, given.ffn)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil, log2, sqrt
 
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle import bare
@@ -18,7 +19,7 @@ from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import ROUTED
-from moetool.surgery.spec import rows, whole
+from moetool.surgery.spec import Piece, rows, whole
 from moetool.surgery.text_model import TextModel, text_model, tower_of
 
 SCALE = "output_scale"
@@ -27,6 +28,7 @@ _ELSEWHERE = {LINEAR: "a router for each linear: classes with experts route once
 # Laws that a class may have; the last one, trained to the end, is the best expert alone.
 _LAWS = ("renormalised", "hard", "softmax", "soft", "gumbel")
 HALVES = ("BF16", "F16")
+REACH = 4.0  # of scores: their sigmoids differ as float32 tells the scores apart
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,27 @@ class HeldGroup:
     def given(self, layer: int, scales: dict[str, float]) -> GivenExperts:
         """What is there of a layer."""
         every = range(self.group.experts)
-        router = self.source.tensor(f"{self._module(layer)}.{self.group.router}.weight")
         return GivenExperts(
             self.expert(layer, None) if self.group.base != "gone" else self.ffn,
             [self.expert(layer, e) for e in every],
             [scales.get(self._scale(layer, e), 1.0) for e in every],
-            whole(router),
+            self._router(layer),
         )
+
+    def _router(self, layer: int) -> Piece:
+        return whole(self.source.tensor(f"{self._module(layer)}.{self.group.router}.weight"))
+
+    def cooled(self) -> dict[str, float]:
+        """Layer -> the power of two by which its router may be multiplied so that sigmoids of its
+        scores differ: float32 rounds those of 17 and more to 1. Inputs are normed, to about one.
+        """
+        found = {}
+        for layer in self.group.layers:
+            weights = self.source.numbers(self._router(layer))
+            reach = sqrt((weights**2).sum(1).max() * weights.shape[1])
+            if reach > REACH:
+                found[str(layer)] = 2.0 ** -ceil(log2(reach / REACH))
+        return found
 
     def layer(self, chosen: Conversion, number: int) -> Layer:
         """The layer as the new family has it."""

@@ -120,7 +120,9 @@ class Materialize(Method):
     options: Materializing
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
-        """The experts' output scales, which become part of their down_proj."""
+        """The experts' output scales, which become part of their down_proj, and of routers whose
+        scores go through a sigmoid that only ranks them, by how much they are made smaller.
+        """
         if self.options.target in (to_peft.TARGET, bare.TARGET):
             return Decisions()
         held = HeldGroup.of(sources[0])
@@ -128,7 +130,9 @@ class Materialize(Method):
             name: float(sources[0].numbers(whole(sources[0].tensor(name)))[0])
             for name in held.scales()
         }
-        return Decisions(chosen={"scales": scales} if scales else {})
+        ranks = self._chosen(held).target.overlay.law.score not in SOFTMAX
+        told = {"scales": scales, "routers": held.cooled() if ranks else {}}
+        return Decisions(chosen={name: what for name, what in told.items() if what})
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every expert in full; all else moves byte for byte, by the names of the new family."""
@@ -139,12 +143,14 @@ class Materialize(Method):
         held = HeldGroup.of(sources[0])
         chosen = self._chosen(held)
         scales: dict[str, float] = decisions.chosen.get("scales", {})
+        routers: dict[str, float] = decisions.chosen.get("routers", {})
         build, trunk = Builder(), Trunk.of([held.dense], chosen, None)
         trunk.write(build, "before")
         for number in range(chosen.source.field("layers", chosen.config)):
             trunk.write(build, number)
             if number in held.group.layers:
-                write_given(build, chosen, held.layer(chosen, number), held.given(number, scales))
+                given = held.given(number, scales)._replace(cooled=routers.get(str(number), 1.0))
+                write_given(build, chosen, held.layer(chosen, number), given)
             else:
                 trunk.write_ffn(build, number)
         trunk.write(build, "after")
