@@ -1,8 +1,8 @@
 """Routes of groups of experts, as a config says them: what is looked at (the *key*), how scores
 become experts and weights (the *law*), and the tensors that a router has for both.
 
-One entry a key and one a law: `modeling/routes/` and `modeling/laws/` run them, `methods/upcycle/
-keys/` and `laws/` write them.
+One entry a key and one a law: `modeling/routes/` and `modeling/laws/` run them; the `keys/` and
+`laws/` of the verb that makes groups write them.
 """
 
 from __future__ import annotations
