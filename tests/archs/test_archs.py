@@ -26,7 +26,13 @@ def test_counts() -> None:
     adjusting = {name for name, said in overlay.items() if "adjusts_width" in said}
     turned = {name for name, said in overlay.items() if "linears" in said}
     adding = {name for name, said in overlay.items() if "adds_residual" in said}
-    missing = {"cohere2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"}  # what its readers ask for
+    missing = {
+        "cohere2",
+        "gemma3",
+        "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+    }  # what its readers ask for
     assert set(overlay) == set(families()["moe"]) | adjusting | turned | adding | missing
     assert adjusting == {"lfm2"} and turned == {"gpt2"} and adding == {"bloom"}
 
