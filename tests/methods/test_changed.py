@@ -199,6 +199,12 @@ def test_changed_biases_are_named(how: str, models: Models, tmp_path: Path) -> N
     assert "base's biases" not in warned("whole")
     whole = tensors(tmp_path / "whole")["transformer.h.1.mlp.experts.1.c_fc.bias"]
     assert torch.equal(whole, held[name])
+    held["transformer.ln_f.weight"] = held["transformer.ln_f.weight"] * 1.5
+    save_file(held, other / "model.safetensors", {"format": "pt"})
+    said = warned("trunk", dry_run=True)
+    assert (
+        "beside the matrices of its experts" in said and "most in transformer.ln_f.weight" in said
+    )
 
 
 WITHOUT = """

@@ -4,7 +4,7 @@ FFNs' blocks. Any dense family whose FFN the layout data finds can have one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, product, starmap
 
@@ -23,6 +23,7 @@ from moetool.surgery.reserved import RESERVED
 from moetool.surgery.spec import Stored, whole
 from moetool.surgery.text_model import text_model
 
+TRUNKS = "trunks"  # in a report: how far each source's other tensors are from the first one's
 _WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
 
 
@@ -30,7 +31,35 @@ def decide(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) 
     """What a kind must read to plan."""
     _check_sources(kind, sources)
     found = kind.decide(sources, settings)
-    return replace(found, extra=(*found.extra, *kind.key.files(settings.work)))
+    extra = (*found.extra, *kind.key.files(settings.work))
+    if len(sources) == 1:
+        return replace(found, extra=extra)
+    trunks = assemble.trunk_report(tuple(map(_dense, sources)), _kept_of_first(kind, sources[0]))
+    return replace(found, extra=extra, report=found.report | {TRUNKS: trunks})
+
+
+def _kept_of_first(kind: ExpertKind, source: Checkpoint) -> list[str]:
+    """Tensors that only the first source gives: all but the matrices that experts are made of, and
+    their biases.
+    """
+    ground = kind.ground(source)
+    own = set()
+    for layer, linear in product(ground.layers, ground.linears):
+        own.add(ground.stored(linear, layer).name)
+        bias = ground.bias(linear, layer)
+        own |= {bias.name} if bias is not None else set()
+    return [name for name in _dense(source).tensors if name not in own]
+
+
+def _trunks_told(found: Decisions) -> Iterator[str]:
+    """Say what of a fine-tune no expert holds."""
+    for row in found.report.get(TRUNKS, ()):
+        if row["distance"]:
+            yield (
+                f"what {row['source']} changed beside the matrices of its experts is left out: the "
+                f"model has SRC's (relative distance {row['distance']:.2g}, most in "
+                f"{row['furthest']})"
+            )
 
 
 def plan(
@@ -38,7 +67,7 @@ def plan(
 ) -> Made:
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
-    told = kind.told_by(found)
+    told = (*kind.told_by(found), *_trunks_told(found))
     kind.key.attach(found.extra, len(sources))
     ground, *others = (kind.ground(source) for source in sources)
     if not ground.layers:
@@ -69,7 +98,7 @@ def plan(
     config = _config(ground, group)
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
     made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
-    facts = _facts(ground, group, made)
+    facts = replace(_facts(ground, group, made), trunks=tuple(found.report.get(TRUNKS, ())))
     certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
     far = certificate.level == "none"
     return Made(made, certificate, made.config, {}, facts, told, files, compared=far)
