@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,12 @@ _WIDE = {
 _LIMIT = 127  # of int8
 _TINY = 1e-30
 _NEAR = 2**18  # codes that are unpacked at a time
+_LOW = 0x03030303  # the lowest code of each of four bytes
+# Numbers of 24 bits as three digits from -128 to 127: what is added, and turned, to have them.
+_HALVES, _MOST, _DIGITS = 0x8080, 127 * 2**16, 3
+_SHIFTS = {n: torch.tensor(n, dtype=torch.int32) for n in (2, 4, 6, 8, 16)}  # plain numbers cost
+# Processors that multiply bytes and lose nothing of their sums: AVX2 alone is none of them.
+_BYTES = torch._C._has_mkldnn and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
 
 def packed(codes: Tensor) -> Tensor:
@@ -71,7 +77,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bytes_: Tensor, rounded: bool) -> Tensor:
         ctx.save_for_backward(bytes_)
-        return _rounded_product(x, bytes_) if rounded else _product(x, bytes_)
+        if rounded:
+            return _rounded_product(x, bytes_)
+        in_digits = _in_digits(x, bytes_)
+        return _digits_product(Digits.of(x), bytes_) if in_digits else _product(x, bytes_)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,15 +88,55 @@ class _Product(torch.autograd.Function):
         return grad @ unpacked(bytes_, grad.dtype), None, None
 
 
-def product(x: Tensor, bytes_: Tensor, scale: Tensor, rounded: bool = False) -> Tensor:
+class Digits(NamedTuple):
+    """Tokens as whole numbers of 24 bits: `digits` int8 [in, 3 * tokens], in the order of
+    `_by_place`; `step`: what 1 means for each token [tokens].
+    """
+
+    digits: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Digits:
+        """Of x [tokens, in], float32."""
+        tokens, width = x.shape
+        step = _step(x, _MOST).view(-1)
+        whole = x.new_empty(CODES, width // CODES, tokens)
+        torch.div(x.view(tokens, -1, CODES).permute(2, 1, 0), step, out=whole)
+        turned = whole.round_().int().add_(_HALVES).bitwise_xor_(_HALVES).view(width, tokens)
+        made = torch.empty(width, _DIGITS, tokens, dtype=torch.int8)
+        for i in range(_DIGITS):
+            made[:, i] = turned >> _SHIFTS[8 * i] if i else turned
+        return cls(made.view(width, -1), step)
+
+
+class Once:
+    """The digits of the input that several matrices see, made once."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._made: Digits | None = None
+
+    def __call__(self, x: Tensor) -> Digits:
+        if self._made is None or x is not self._of:
+            self._of, self._made = x, Digits.of(x)
+        return self._made
+
+
+def product(
+    x: Tensor, bytes_: Tensor, scale: Tensor, rounded: bool = False, once: Once | None = None
+) -> Tensor:
     """x [tokens, in] times the codes transposed, times `scale` [1] -> [tokens, out]. `rounded`: x
-    as int8 with one scale a token (absmax); its gradient is that of x unrounded.
+    as int8 with one scale a token (absmax); its gradient is that of x unrounded. `once`: shared by
+    the products of one x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         made: Tensor = _Product.apply(x, bytes_, rounded)  # type: ignore[no-untyped-call]
         return made * scale.to(x.dtype)
     if rounded:
         return _rounded_product(x, bytes_, scale)
+    if _in_digits(x, bytes_):
+        return _digits_product((once or Digits.of)(x), bytes_, scale)
     if x.shape[-1] < len(bytes_):
         return _product(x * scale.to(x.dtype), bytes_)
     return _product(x, bytes_) * scale.to(x.dtype)
@@ -104,6 +153,34 @@ def _product(x: Tensor, bytes_: Tensor) -> Tensor:
         those = slice(first, first + rows)
         multiply(bytes_[those], made[those])
     return made.T
+
+
+def _in_digits(x: Tensor, bytes_: Tensor) -> bool:
+    """Whether tokens can be multiplied as digits, and that is faster."""
+    if torch.compiler.is_compiling() or not _BYTES or x.device.type != "cpu":
+        return False
+    words = bytes_.shape[-1] % CODES == 0 and bytes_.is_contiguous()
+    return words and x.dtype == torch.float32 and len(x) > 0
+
+
+def _digits_product(x: Digits, bytes_: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Digits are multiplied exactly, so all that is lost is what lies below 2^-24 of a token's
+    largest number: less than sums of floats lose, or, where one number is far above all others,
+    two or three times as much.
+    """
+    many = torch._int_mm(_by_place(bytes_), x.digits).float()
+    low, middle, high = many.view(len(bytes_), _DIGITS, -1).unbind(1)
+    made = torch.add(low, middle, alpha=2**8).add_(high, alpha=2**16)
+    return made.mul_(x.step if scale is None else x.step * scale).T
+
+
+def _by_place(bytes_: Tensor) -> Tensor:
+    """uint8 [out, in / 4] -> codes int8 [out, in]: all first ones of a byte, all second..."""
+    words = bytes_.view(torch.int32)
+    made = torch.empty(len(words), CODES, words.shape[1], dtype=torch.int32)
+    for i in range(CODES):
+        torch.bitwise_and(words >> _SHIFTS[2 * i] if i else words, _LOW, out=made[:, i])
+    return made.view(torch.int8).view(len(words), -1).sub_(1)
 
 
 def _plain(x: Tensor, bytes_: Tensor, out: Tensor) -> None:
@@ -135,9 +212,9 @@ def _rounded_product(x: Tensor, bytes_: Tensor, scale: Tensor | None = None) -> 
     return (sums * (step if scale is None else step * scale)).to(x.dtype)
 
 
-def _step(x: Tensor) -> Tensor:
-    """What 1 means for each token [tokens, 1], so that its largest number is 127."""
-    return x.detach().float().abs().amax(-1, keepdim=True).clamp(min=_TINY) / _LIMIT
+def _step(x: Tensor, most: int = _LIMIT) -> Tensor:
+    """What 1 means for each token [tokens, 1], so that its largest number is `most`."""
+    return x.detach().float().abs().amax(-1, keepdim=True).clamp(min=_TINY) / most
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Picked:
         if tokens == 1:
             if weight is not None and chosen.drops:
                 weight = weight[flat >= 0]
-            here = [e for e in flat.tolist() if e >= 0]
+            here = (e for e in flat.tolist() if e >= 0)
             runs = tuple(RowsOf(e, n, n + 1) for n, e in enumerate(here))
             return cls(None, weight, runs, tokens, k, sums)
         order = flat.argsort(stable=True)
@@ -98,7 +98,9 @@ class Picked:
 
     def rows(self, x: Tensor) -> Tensor:
         """Of x [tokens, width], in order."""
-        return x.expand(len(self.runs), -1) if self.token is None else x[self.token]
+        if self.token is not None:
+            return x[self.token]
+        return x if len(self.runs) == 1 else x.expand(len(self.runs), -1)
 
     def take(self, x: Tensor, run: RowsOf) -> Tensor:
         """Of x [tokens, width], those of one expert."""

@@ -44,6 +44,23 @@ def test_products_and_their_gradients(tokens: int) -> None:
         assert torch.allclose(scale.grad, (grad * made).sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("in_digits", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_either_way_of_multiplying_is_near_beside_a_large_number(
+    tokens: int, in_digits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two_bits, "_BYTES", in_digits)
+    draw = torch.Generator().manual_seed(tokens)
+    codes = torch.randint(-1, 2, (24, 160), generator=draw).to(torch.int8)
+    x, bytes_ = torch.randn(tokens, 160, generator=draw), two_bits.packed(codes)
+    x[:, 3] *= 1000
+    once = two_bits.Once()
+    for given in (x, x * 2, x.T.contiguous().T):
+        made = two_bits.product(given, bytes_, HALF, once=once)
+        wanted = given.double() @ codes.double().T * 0.5
+        assert (made.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
 def test_rounded_activations_are_whole_steps_of_each_tokens_largest() -> None:
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
     step = x.double().abs().amax(-1, keepdim=True) / 127

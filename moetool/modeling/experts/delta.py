@@ -82,6 +82,9 @@ class DeltaExperts(ExpertGroup):
         if name not in self[0]._modules:
             return base
         over = _may_overwrite(rows)
+        if len(picked.runs) == 1:  # a single token, mostly
+            alone: Tensor = self[picked.runs[0].expert].get_submodule(name)(rows, base, over)
+            return alone
         made = [self[e].get_submodule(name)(rows[a:b], base[a:b], over) for e, a, b in picked.runs]
         return base if over else torch.cat(made)
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moetool.modeling.experts.delta import AddedLinear, DeltaExperts
 from moetool.surgery.groups import Group
@@ -31,12 +32,12 @@ class LowRankLinear(AddedLinear):
         init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, base: Tensor | None = None, over: bool = False) -> Tensor:
-        low = x @ self.lora_A.T
+        low, up = functional.linear(x, self.lora_A), self.lora_B.t()
         if base is None:
-            return low @ self.lora_B.T * self.scale
+            return low @ up * self.scale
         if over:
-            return base.addmm_(low, self.lora_B.T, alpha=self.scale)
-        return torch.addmm(base, low, self.lora_B.T, alpha=self.scale)
+            return base.addmm_(low, up, alpha=self.scale)
+        return torch.addmm(base, low, up, alpha=self.scale)
 
     def dense(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.lora_B @ self.lora_A)

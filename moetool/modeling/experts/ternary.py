@@ -4,6 +4,7 @@ one matrix at a time is unpacked, or multiplied with as it lies.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.kernels import ternary, two_bits
-from moetool.modeling.block import FfnLinears, GroupedBlock
+from moetool.modeling.block import FfnLinears, GroupedBlock, Linear
 from moetool.modeling.experts.group import ExpertGroup, dense_of
 from moetool.modeling.piece import GrownPart
 from moetool.surgery.strict import Kinds
@@ -92,7 +93,8 @@ class TernaryLinear(GrownPart):
                 missing.remove(f"{prefix}master")
                 self.hold_master(None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, once: two_bits.Once | None = None) -> Tensor:
+        """x [rows, in]; `once` is shared by the linears of one expert."""
         if self.master is not None:
             x = two_bits.rounded(x) if self.rounds else x
             held = ternary.straight(self.master, self.group)
@@ -101,7 +103,7 @@ class TernaryLinear(GrownPart):
             held = self.dense() if self._weight is None else self._weight
             x = two_bits.rounded(x) if self.rounds else x
             return functional.linear(x, held.to(x.dtype), self.bias)
-        made = two_bits.product(x, self.weight_packed, self.weight_scale, self.rounds)
+        made = two_bits.product(x, self.weight_packed, self.weight_scale, self.rounds, once)
         return made if self.bias is None else made + self.bias
 
     def dense(self) -> Tensor:
@@ -129,6 +131,10 @@ class TernaryExperts(ExpertGroup):
 
     def part(self, params: JsonObject, linears: FfnLinears, name: str) -> nn.Module:
         return TernaryLinear(params, linears, name)
+
+    def swapped(self, block: GroupedBlock, expert: nn.Module) -> dict[str, Linear]:
+        once = two_bits.Once()
+        return {n: partial(part, once=once) for n, part in expert.named_children()}
 
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         return dense_of(self[expert], block.linears.names)
