@@ -117,12 +117,13 @@ def _refuse_left(model: Any, info: dict[str, Any]) -> None:
         "base_model_type": model.config.base_model_type,
         groups.MODEL_TYPE: model.config.moetool,
     }
-    words = {word for group in groups.read(said) for word in (group.name, group.router)}
+    words = set(chain.from_iterable((g.name, g.router) for g in groups.read(said)))
     here, head = dict(model.named_modules()), f"{model.base_model_prefix}."
     left = []
     for name in info["unexpected_keys"]:
         parts = name.split(".")
-        stems = [".".join(parts[:n]) for n, part in enumerate(parts) if n and part in words]
+        above = (n for n in range(1, len(parts)) if parts[n] in words)
+        stems = [".".join(parts[:n]) for n in above]
         if any({stem, head + stem, stem.removeprefix(head)} & here.keys() for stem in stems):
             left.append(name)
     if left:

@@ -26,8 +26,8 @@ OWN = {
     "experts.jsonl",
     "model.safetensors.index.json",
     shim.FILE,
-    "adapter_config.json",
 }
+ADAPTER = "adapter_config.json"  # made by those that write an adapter; one beside a model is not
 _KNOWN = re.compile(
     r"""tokenizer[\w.-]*\.json | special_tokens_map\.json | added_tokens\.json | tekken\.json
       | (vocab|merges|normalizer|bpe)[\w.-]*\.(json|txt|bpe|codes)
@@ -49,7 +49,7 @@ def travels(name: str) -> bool:
 
 def is_output(name: str) -> bool:
     """Whether an output of moetool, or any plain checkpoint, may hold a file of this name."""
-    return name in OWN or travels(name) or is_weights(name)
+    return name in (*OWN, ADAPTER) or travels(name) or is_weights(name)
 
 
 def is_weights(name: str) -> bool:
@@ -73,7 +73,8 @@ def travelling(folder: str | Path) -> list[str]:
 
 def left_behind(folder: str | Path) -> str:
     """One line that names what does not travel; empty where there is nothing to say."""
-    names = sorted(n for n in os.listdir(folder) if not is_output(n) and not n.startswith("."))
+    seen = (n for n in os.listdir(folder) if not n.startswith("."))
+    names = sorted(n for n in seen if n == ADAPTER or not is_output(n))
     if not names:
         return ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

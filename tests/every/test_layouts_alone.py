@@ -54,6 +54,8 @@ def make(layout: Layout, folder: Path) -> dict[str, Any]:
         }.items()
         if k in known
     }
+    if layout.text_config:  # some text models are tied where their config says nothing
+        text["tie_word_embeddings"] = False
     config: dict[str, Any] = text
     for part in reversed([p for p in layout.text_config.split(".") if p]):
         config = {part: config}

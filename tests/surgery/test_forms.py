@@ -96,6 +96,7 @@ def test_the_forms_there_are() -> None:
         "gguf",
         "in_gguf",
         "int8_activations",
+        "kbit",
         "lora",
         "mxfp4",
         "mxfp4_packed",
@@ -104,6 +105,7 @@ def test_the_forms_there_are() -> None:
         "nvfp4",
         "packed_asym",
         "packed_int",
+        "sparse",
         "ternary",
     ]
     with pytest.raises(MoetoolError, match="no form 'fp8_blok'"):

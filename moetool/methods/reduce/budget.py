@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moetool.errors import UsageError
 from moetool.methods.reduce.counts import check_count
 from moetool.surgery.experts import Mixture
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def uniform(mixture: Mixture, ratio: float) -> int:
@@ -56,7 +58,7 @@ def across(
     shares: list[tuple[float, int, int]] = []
     for layer, row in scores.items():
         whole = max(1e-300, float(row.sum())) if budget == "sensitivity" else 1.0
-        shares += [(float(s) / whole, layer, e) for e, s in enumerate(np.maximum(row, 0))]
+        shares += [(float(s) / whole, layer, e) for e, s in enumerate(row.clip(min=0))]
     for _, layer, _ in sorted(shares):
         if not total:
             break

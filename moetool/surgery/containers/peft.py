@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import ClassVar
 
 from moetool.data import JsonObject
+from moetool.surgery import companions
 from moetool.surgery.containers.container import Shard, Whole
 from moetool.surgery.containers.safetensors import Safetensors
 from moetool.surgery.spec import Target
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = companions.ADAPTER, "adapter_model.safetensors"
 
 
 class PeftFolder(Safetensors):
