@@ -38,7 +38,8 @@ def table(said: str, usual: str, kinds: int, choices: int, top_k: int) -> list[l
             "--allowed does not fit" if said else "the usual table has too few experts for it",
             expected=f"{kinds} rows of {choices} digits 0 or 1, at least --top-k {top_k} of them 1",
             found=said or usual,
-            hint="--top-k 1, or for example --experts 3 --top-k 2 --allowed 0111/1110",
+            hint="leave out --top-k and --law: one expert a token is usual; or say who may use "
+            "what, for example --experts 3 --top-k 2 --allowed 0111/1110",
         )
     return [[int(digit) for digit in row] for row in rows]
 
