@@ -11,7 +11,7 @@ from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
 from moetool.methods.certificates import LEVELS
-from moetool.surgery import complete, forms, sound
+from moetool.surgery import complete, sound
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.containers import gguf, peft
 from moetool.surgery.headers import WeightFiles
@@ -129,20 +129,16 @@ def check_parts(checkpoint: Checkpoint) -> None:
     """The small parts of packed matrices: shapes as they are, scales that are numbers. Raises
     VerificationFailed.
     """
-    for matrix in checkpoint.tensors.values():
-        if matrix.parts is None or forms.named(matrix.parts.form).container != "safetensors":
-            continue
-        for part in matrix.parts.tensors:
-            wrong = sound.flaw(checkpoint, part, matrix)
-            if wrong:
-                raise VerificationFailed(
-                    "a part of a packed matrix was changed",
-                    file=f"{checkpoint.folder}/{part.file}",
-                    tensor=part.name,
-                    expected=wrong[0],
-                    found=wrong[1],
-                    hint="make the output again",
-                )
+    packed = sound.parts(checkpoint, lambda form: form.container == "safetensors")
+    for part, wrong in sound.flaws(checkpoint, packed):
+        raise VerificationFailed(
+            "a part of a packed matrix was changed",
+            file=f"{checkpoint.folder}/{part.file}",
+            tensor=part.name,
+            expected=wrong[0],
+            found=wrong[1],
+            hint="make the output again",
+        )
 
 
 def check_names(checkpoint: Checkpoint) -> int:

@@ -5,6 +5,7 @@ scale that is no number, a code that stands for nothing, a place outside of its 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable, Iterator
 
 from moetool.errors import MoetoolError
 from moetool.kernels import codec
@@ -19,20 +20,39 @@ def check(checkpoint: Checkpoint) -> None:
     """Refuse experts of groups with a part that cannot be right; what they share with others, and
     matrices in other forms, are not read.
     """
+    own = (p for p in parts(checkpoint, _in_groups) if p[0].name not in checkpoint.tensors)
+    for part, wrong in flaws(checkpoint, own):
+        raise MoetoolError(
+            "a part of a packed matrix is damaged",
+            file=f"{checkpoint.folder}/{part.file}",
+            tensor=part.name,
+            expected=wrong[0],
+            found=wrong[1],
+            hint="download the checkpoint again, or make it again",
+        )
+
+
+def _in_groups(form: forms.Form) -> bool:
+    return form.in_groups
+
+
+def parts(
+    checkpoint: Checkpoint, wanted: Callable[[forms.Form], bool]
+) -> Iterator[tuple[Stored, Stored]]:
+    """Every part of the packed matrices in forms that are wanted, with its matrix."""
     for matrix in checkpoint.tensors.values():
-        if matrix.parts is None or not forms.named(matrix.parts.form).in_groups:
-            continue
-        for part in matrix.parts.tensors:
-            wrong = None if part.name in checkpoint.tensors else flaw(checkpoint, part, matrix)
-            if wrong:
-                raise MoetoolError(
-                    "a part of a packed matrix is damaged",
-                    file=f"{checkpoint.folder}/{part.file}",
-                    tensor=part.name,
-                    expected=wrong[0],
-                    found=wrong[1],
-                    hint="download the checkpoint again, or make it again",
-                )
+        if matrix.parts is not None and wanted(forms.named(matrix.parts.form)):
+            for part in matrix.parts.tensors:
+                yield part, matrix
+
+
+def flaws(
+    checkpoint: Checkpoint, looked_at: Iterable[tuple[Stored, Stored]]
+) -> Iterator[tuple[Stored, tuple[str, str]]]:
+    """Parts that cannot be right, each with what it should be and is."""
+    for part, matrix in looked_at:
+        if wrong := flaw(checkpoint, part, matrix):
+            yield part, wrong
 
 
 def flaw(checkpoint: Checkpoint, part: Stored, matrix: Stored) -> tuple[str, str] | None:
