@@ -24,9 +24,11 @@ KEYS = {
     "out": "the folder to write; empty: --set out=",
     "seed": "everything random derives from it",
     "options": "what the verb is told",
-    "steps": "instead of method and options: several of them, each reads what the one before makes",
+    "steps": "instead of method and options: several of them, each reads what the one before makes, "
+    "and with `from: true` the further models again",
 }
 _STEP = ("method", "options")
+_IN_STEP = (*_STEP, "from")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Recipe:
             made,
             command,
             tuple(before),
+            last.further,
         )
 
 
@@ -69,7 +72,9 @@ def read(path: str | Path, changes: list[str]) -> Recipe:
             **{f"mistake {i}": p for i, p in enumerate(problems, 1)},
             hint="correct the file, or use --set key=value",
         )
-    steps = tuple(Step(s["method"], s.get("options") or {}) for s in _steps(data))
+    steps = tuple(
+        Step(s["method"], s.get("options") or {}, s.get("from") is True) for s in _steps(data)
+    )
     further = tuple(data.get("from") or ())
     return Recipe(steps, data["source"], further, data["out"], data.get("seed", 0))
 
@@ -191,7 +196,10 @@ def _of_steps(data: JsonObject) -> list[str]:
         f"{key} stands beside steps: it belongs into one of them" for key in _STEP if key in data
     ]
     for number, step in enumerate(said, 1):
-        wrong = [f"unknown key {k!r}: {did_you_mean(k, _STEP)}" for k in step if k not in _STEP]
+        known = _IN_STEP if number > 1 and "from" in data else _STEP
+        wrong = [f"unknown key {k!r}: {did_you_mean(k, known)}" for k in step if k not in known]
+        if "from" in step and not wrong and type(step["from"]) is not bool:
+            wrong = [f"from={step['from']!r} is not true or false"]
         found += [f"step {number}: {problem}" for problem in wrong + _of_step(step)]
     return found
 

@@ -26,7 +26,7 @@ def decided(
 ) -> Prepared:
     """Decide and plan, step after step; the promise so far is that of deciding."""
     before: tuple[Prepared, ...] = ()
-    count, peak = len(options.before) + 1, 0
+    count, peak, further = len(options.before) + 1, 0, sources[1:]
     for number, step in enumerate(options.before, 1):
         one = _asked(options, step)
         mine = replace(
@@ -34,14 +34,16 @@ def decided(
             work=str(Path(settings.work, "steps", str(number))),
             tell=_named(settings.tell, f"{number}/{count} {step.method}"),
         )
-        made = _one(one, methods.make(step.method, step.values), sources, mine)
+        read = _read(sources, before, further if step.further else ())
+        made = _one(one, methods.make(step.method, step.values), read, mine)
         made = replace(made, before=before)
         shown = _shown(made, mine)
         before, sources, peak = (*before, made), (shown.files,), max(peak, made.peak, shown.peak)
     if before:
         named = _named(settings.tell, f"{count}/{count} {options.method}")
         settings = replace(settings, tell=named)
-    last = _one(options, method, sources, settings)
+    read = _read(sources, before, further if options.further else ())
+    last = _one(options, method, read, settings)
     judged = works.of(last.made, sources[0].folder)
     certificate = weakest([p.made.certificate for p in (*before, last)])
     told = works.warnings(judged, works.traits(last.made, sources[0].folder))
@@ -77,8 +79,15 @@ def check(options: Options) -> None:
             )
 
 
+def _read(
+    sources: tuple[Checkpoint, ...], before: Sequence[Prepared], further: Sequence[Checkpoint]
+) -> tuple[Checkpoint, ...]:
+    """What a step reads: the first one all sources, a later one what the one before it makes."""
+    return (*sources, *further) if before else sources
+
+
 def _asked(options: Options, step: Step) -> Options:
-    return replace(options, method=step.method, values=step.values, before=())
+    return replace(options, method=step.method, values=step.values, before=(), further=step.further)
 
 
 def _one(

@@ -12,13 +12,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import inside, tree
 from every.test_faults import KILLER
+from safetensors.torch import load_file
 
 import moetool
 from moetool import pipeline
@@ -27,6 +30,7 @@ from moetool.methods.certificates import weakest
 from moetool.methods.contract import Certificate
 from moetool.recipe import read
 
+ROOT = Path(__file__).resolve().parents[1]
 Steps = list[tuple[str, dict[str, Any]]]
 PRUNE = ("prune", {"ratio": 0.5, "method": "router-distance"})  # nothing runs
 INT8 = ("quantize", {"format": "int8/channel", "method": "rtn", "loader-check": False})
@@ -118,6 +122,60 @@ def test_only_what_is_computed_is_written_in_between(
     lying = shown.tensors.items()
     own = {os.path.realpath(shown.place(t).path) for n, t in lying if n not in rest.tensors}
     assert own == {str(p.resolve()) for p in source.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_later_step_reads_the_further_models_again(
+    shared: bool, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """BAM, whole: attentions and FFNs of each model, the mean of all else."""
+    paths = [models("llama", seed=n) for n in range(4)]
+    file, more = ROOT / "recipes" / "upcycle" / "bam.yaml", [str(p) for p in paths[1:]]
+    told = {"from_": more, "1.attention-shared-kv": shared}
+    report = moetool.run(str(file), source=str(paths[0]), out=str(tmp_path / "out"), **told)
+    assert report["certificate"]["level"] == "none"
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    each = [load_file(p / "model.safetensors") for p in paths]
+    own = ["q_proj", "o_proj"] if shared else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    parts = [("self_attn.experts", own), ("mlp.ffns", ["gate_proj", "up_proj", "down_proj"])]
+    layers = json.loads((paths[0] / "config.json").read_text())["num_hidden_layers"]
+    left = {n for n in made if "router" not in n}
+    for (site, linears), layer, number in product(parts, range(layers), range(4)):
+        for one in linears:
+            name = f"model.layers.{layer}.{site}.{number}.{one}.weight"
+            theirs = name.replace(f"{site}.{number}", site.partition(".")[0])
+            assert torch.equal(made[name], each[number][theirs])
+            left.remove(name)
+    assert {n.split(".")[-2] for n in left} == {
+        *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"),
+        *({"k_proj", "v_proj"} if shared else ()),
+    }
+    for name in left:
+        mean = torch.stack([one[name].double() for one in each]).mean(0)
+        assert torch.equal(made[name], mean.float())
+    found = moetool.verify(str(tmp_path / "out"), against=[*map(str, paths)], load=False)
+    assert found["verified"] == "bytes" and len(found["steps"]) == 1
+    again = moetool.run(str(file), source=str(paths[0]), out=str(tmp_path / "out"), **told)
+    assert "already there" in again["warnings"][0]
+    with pytest.raises(VerificationFailed):  # another fine-tune than the one that it was made of
+        moetool.verify(str(tmp_path / "out"), against=[*map(str, paths[:3]), str(paths[0])])
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"from": True}, "step 1: unknown key 'from'"),
+        ({"from": "x"}, "step 2: from='x' is not true or false"),
+    ],
+)
+def test_from_of_a_step_is_read_strictly(step: dict[str, Any], words: str, tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = [{"method": "upcycle"}, {"method": "prune"}]
+    steps[int(words[5]) - 1] |= step
+    said = {"steps": steps, "source": "a", "out": "b", "from": ["c"]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(UsageError) as refused:
+        read(tmp_path / "r.yaml", [])
+    assert words in str(refused.value)
 
 
 def test_what_a_step_solved_is_sealed(

@@ -62,7 +62,7 @@ def verify(
     _same_sources(sources, record)
     with tempfile.TemporaryDirectory(prefix="moetool-") as folder:
         before = _before(sources, record, checkpoint.folder, Path(folder))
-        read = [before[-1].shown] if before else sources
+        read = _read(sources, before, record)
         again = _plan_again(read, record, checkpoint.folder)
         made = replace(again.made, certificate=_certificate(before, again.made))
         level = _certified(checkpoint, record, made)
@@ -175,8 +175,8 @@ def _before(
 ) -> list[Before]:
     """Every step before the last, from the sources on."""
     found: list[Before] = []
-    read = list(sources)
     for number, step in enumerate(record.get("before", ())):
+        read = _read(sources, found, step)
         made = _plan_again(read, step, folder).made
         _same_plan(made, step, folder)
         everything = [*read, *_extra(step)]
@@ -186,8 +186,16 @@ def _before(
         rest = view.make(parts.rest, everything, how).files if parts.rest else None
         shown = view.of(made.plan, everything, parts.runs, rest, gone)
         found.append(Before(made, shown, {"method": step["method"], **_account(read, made)}))
-        read = [shown]
     return found
+
+
+def _read(
+    sources: Sequence[Checkpoint], before: Sequence[Before], step: JsonObject
+) -> list[Checkpoint]:
+    """What a step read: the first one all sources, a later one what the one before it makes."""
+    if not before:
+        return list(sources)
+    return [before[-1].shown, *(sources[1:] if step.get("further") else ())]
 
 
 def _certificate(before: Sequence[Before], made: Made) -> Certificate:

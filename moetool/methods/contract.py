@@ -316,6 +316,7 @@ class Step:
 
     method: str
     values: Mapping[str, object] = field(default_factory=dict)
+    further: bool = False  # after another step: whether it reads the command's sources[1:] too
 
 
 @dataclass(frozen=True)
@@ -329,6 +330,7 @@ class Options:
     common: Common = field(default_factory=Common)
     command: str = ""  # as it was typed, for the model card
     before: tuple[Step, ...] = ()  # where a recipe has several
+    further: bool = False  # with steps before: as of a step
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,7 @@ class Prepared:
     @property
     def named(self) -> int:
         """How many of `sources` came first, before what deciding left."""
-        return 1 if self.before else len(self.options.sources)
+        return 1 if self.before and not self.options.further else len(self.options.sources)
 
     @property
     def origins(self) -> tuple[Checkpoint, ...]:
@@ -379,9 +381,8 @@ class Builder:
 
     def target(self, name: str, dtype: str, shape: tuple[int, ...]) -> Target:
         """Announce an output tensor."""
-        made = Target(name, dtype, shape)
-        self.targets.append(made)
-        return made
+        self.targets.append(Target(name, dtype, shape))
+        return self.targets[-1]
 
     def copy(self, piece: Piece, out: Piece) -> None:
         """Bytes as they are."""

@@ -51,6 +51,7 @@ def record(prepared: Prepared, report: Report, written: Checkpoint | None = None
         "options": said["options"],
         "seed": prepared.options.common.seed,
         "max_shard": prepared.options.common.max_shard_size,
+        **_further(prepared),
         "sources": [
             {"name": n, "files": s.fingerprint(), "content": identity.content(s)}
             for n, s in zip(prepared.names, prepared.origins, strict=False)
@@ -106,11 +107,17 @@ def _step(prepared: Prepared, summary: Summary) -> JsonObject:
         "options": said["options"],
         "seed": prepared.options.common.seed,
         "max_shard": prepared.options.common.max_shard_size,
+        **_further(prepared),
         "report": {k: v for k, v in said.items() if k not in (*_OF_THE_RUN, *_ELSEWHERE)},
         "extra": [_headers(s) for s in prepared.sources[prepared.named :]],
         "decisions": prepared.chosen,
         "tables": prepared.plan.tables,
     }
+
+
+def _further(prepared: Prepared) -> JsonObject:
+    """Whether a later step read the further sources too."""
+    return {"further": True} if prepared.before and prepared.options.further else {}
 
 
 def sealed(prepared: Prepared, written: Checkpoint) -> dict[str, str]:

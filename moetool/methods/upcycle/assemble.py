@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
+from moetool.methods.contract import Certificate
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.layout import Layout
 from moetool.surgery.spec import FLOATS, Piece
@@ -108,6 +109,23 @@ def trunk_weights(spec: str, sources: int) -> list[float] | None:
         expected="base, mean, weights:a,b,... or interp:x",
         hint="for example --trunk mean",
     )
+
+
+def check_trunk(spec: str, sources: int) -> None:
+    """Refuse a mix of the trunks of one model; UsageError."""
+    if sources == 1 and spec != "base":
+        raise UsageError(
+            "--trunk does nothing without --from",
+            expected="--from MODEL",
+            found=f"--trunk {spec[:40]} alone",
+            hint="give the models whose trunks are meant, or leave out --trunk",
+        )
+
+
+def mixed() -> Certificate:
+    """Of what is made of several models."""
+    why = "experts or trunk come from different models: there is no single function to keep"
+    return Certificate("none", why, None)
 
 
 def check_alike(sources: Sequence[Checkpoint]) -> None:

@@ -124,13 +124,7 @@ class Upcycle(Several):
         if self.way.grows:
             return own.decide(self.way, sources, settings)
         assemble.check_alike(sources)
-        if len(sources) == 1 and self.options.trunk != "base":
-            raise UsageError(
-                "--trunk does nothing without --from",
-                expected="--from MODEL",
-                found=f"--trunk {self.options.trunk[:40]} alone",
-                hint="give the models whose trunks are meant, or leave out --trunk",
-            )
+        assemble.check_trunk(self.options.trunk, len(sources))
         chosen = self._spelling(sources).conversion
         kind, _ = carve.parse(self.options.carve, self.options.split)
         needed = 0

@@ -4,12 +4,13 @@ FFNs' blocks. Any dense family whose FFN the layout data finds can have one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, product, starmap
+from typing import NamedTuple
 
 from moetool.data import JsonObject
-from moetool.errors import UsageError
+from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Decisions, Made, ModelFacts, Settings
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
@@ -20,7 +21,7 @@ from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.reform import Into
 from moetool.surgery.reserved import RESERVED
-from moetool.surgery.spec import Stored, whole
+from moetool.surgery.spec import FLOATS, Stored, whole
 from moetool.surgery.text_model import text_model
 
 TRUNKS = "trunks"  # in a report: how far each source's other tensors are from the first one's
@@ -67,7 +68,7 @@ def plan(
 ) -> Made:
     """The plan and its certificate; every refusal that needs only headers happens here."""
     _check_sources(kind, sources)
-    told = (*kind.told_by(found), *_trunks_told(found))
+    told = (*kind.told_by(found), *(_trunks_told(found) if kind.verb.trunk == "base" else ()))
     kind.key.attach(found.extra, len(sources))
     ground, *others = (kind.ground(source) for source in sources)
     if not ground.layers:
@@ -83,11 +84,16 @@ def plan(
     kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = _beside(ground, kind.group(ground)), Builder()
     names, into = ground.names(), dict[str, Into]()
+    mixed = _mixed(kind, sources)
     places: list[Place] = ["before", *range(ground.count), "after"]
     gone = _gone(ground, group)
     for place in places:
         for name in names.get(place, ()):
-            if name not in gone and not kind.copied(build, ground, name):
+            if name in gone or kind.copied(build, ground, name):
+                continue
+            if name in mixed:
+                mixed[name].write(build)
+            else:
                 into |= _copy(build, ground.source.tensors[name])
         if not isinstance(place, int) or place not in ground.layers:
             continue
@@ -100,6 +106,8 @@ def plan(
     made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
     facts = replace(_facts(ground, group, made), trunks=tuple(found.report.get(TRUNKS, ())))
     certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
+    if mixed:
+        certificate = assemble.mixed()
     far = certificate.level == "none"
     return Made(made, certificate, made.config, {}, facts, told, files, compared=far)
 
@@ -112,6 +120,7 @@ def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
             found=f"{len(sources) - 1} --from",
             hint="leave out --from",
         )
+    assemble.check_trunk(kind.verb.trunk, len(sources))
     first, *rest = map(_dense, sources)
     if groups.is_ours(sources[0].config):  # what its groups stand for may be gone
         rest = [replace(o, tensors=_common(o, first)) for o in rest]
@@ -192,6 +201,43 @@ def _modules(ground: Ground, group: Group) -> set[str]:
 
 def _shown(group: Group) -> str:
     return ", ".join(map(str, group.layers))
+
+
+def _mixed(kind: ExpertKind, sources: Sequence[Checkpoint]) -> Mapping[str, Mixed]:
+    """The tensors that --trunk mixes: all numbers that every source has. Groups that SRC has are
+    its own.
+    """
+    weights = assemble.trunk_weights(kind.verb.trunk, len(sources))
+    if weights is None:
+        return {}
+    first, *others = sources
+    shared = (n for n in first.tensors if all(n in other.tensors for other in others))
+    held = {n: [source.tensors[n] for source in sources] for n in shared}
+    for name, stored in held.items():
+        if any(one.parts is not None for one in stored):
+            raise MoetoolError(
+                "a trunk in another form than full cannot be mixed",
+                file=first.folder,
+                tensor=name,
+                expected=f"numbers: {', '.join(FLOATS)}",
+                found=next(one.parts.form for one in stored if one.parts),
+                hint="`moetool dequantize` writes the models in full",
+            )
+    return {n: Mixed(s, weights) for n, s in held.items() if s[0].dtype in FLOATS}
+
+
+class Mixed(NamedTuple):
+    """One tensor of several models, and how much of each is to be in it."""
+
+    stored: Sequence[Stored]
+    weights: list[float]
+
+    def write(self, build: Builder) -> None:
+        """Plan it."""
+        first = self.stored[0]
+        out = whole(build.target(first.name, first.dtype, first.shape))
+        pieces = [whole(one, number) for number, one in enumerate(self.stored)]
+        build.task("combine", pieces, [out], weights=self.weights)
 
 
 def _copy(build: Builder, stored: Stored) -> dict[str, Into]:

@@ -43,7 +43,7 @@ class FullKind(ExpertKind):
     base = "gone"
     Options: ClassVar[type] = WholeCopies
     own: WholeCopies
-    takes: ClassVar[tuple[str, ...]] = ("expert_map",)
+    takes: ClassVar[tuple[str, ...]] = ("expert_map", "trunk")
     several = True
     sites = ("ffn", "attention", "mixer", "norms")
 
