@@ -26,7 +26,9 @@ _NEAR = 2**18  # codes that are unpacked at a time
 _LOW = 0x03030303  # the lowest code of each of four bytes
 # Numbers of 24 bits as three digits from -128 to 127: what is added, and turned, to have them.
 _HALVES, _MOST, _DIGITS = 0x8080, 127 * 2**16, 3
-_SHIFTS = {n: torch.tensor(n, dtype=torch.int32) for n in (2, 4, 6, 8, 16)}  # plain numbers cost
+_CPU = torch.device("cpu")  # said: this module may be imported while a model is built on another
+# tensors, for plain numbers cost more
+_SHIFTS = {n: torch.tensor(n, dtype=torch.int32, device=_CPU) for n in (2, 4, 6, 8, 16)}
 # Processors that multiply bytes and lose nothing of their sums: AVX2 alone is none of them.
 _BYTES = torch._C._has_mkldnn and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
@@ -54,7 +56,6 @@ def _rows(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([(every >> 2 * i & 3) - 1 for i in range(CODES)], -1).to(dtype)
 
 
-_CPU = torch.device("cpu")
 # a plain dict: compilers look through it, and through no cached function
 _ROWS = {(dtype, _CPU): _rows(dtype, _CPU) for dtype in _WIDE}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
 
@@ -68,3 +70,12 @@ def test_rounded_activations_are_whole_steps_of_each_tokens_largest() -> None:
     made = two_bits.product(x, two_bits.packed(CODES), HALF, rounded=True)
     assert torch.allclose(made.double(), wanted @ CODES.double().T * 0.5, atol=1e-5)
     assert torch.allclose(two_bits.rounded(x).double(), wanted, atol=1e-6)
+
+
+def test_it_may_be_imported_while_a_model_is_built_elsewhere() -> None:
+    """transformers builds models on the meta device, and experts import this then."""
+    with torch.device("meta"):
+        held = runpy.run_path(two_bits.__file__)
+    codes = CODES[:, :16]
+    made = held["product"](torch.ones(2, 16), two_bits.packed(codes), HALF)
+    assert torch.allclose(made, codes.float().sum(1).expand(2, -1) / 2)

@@ -16,6 +16,7 @@ from moetool.methods.quantize.refuse import FULL
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.forms import Spelled
+from moetool.surgery.forms.form import float_of
 from moetool.surgery.roles import ROLES, Matrix, Roles
 from moetool.surgery.spec import Target
 
@@ -115,7 +116,7 @@ def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
         if asked is None:
             left[matrix.name] = f"the plan leaves {matrix.role} as they are"
             continue
-        target = Target(matrix.name, matrix.dtype, matrix.shape)
+        target = Target(matrix.name, _scaled(source, matrix), matrix.shape)
         given = forms.settled(asked, target)
         if why := forms.named(given.form).misfit(target, given.params):
             misfits.append((matrix, given, why))
@@ -131,6 +132,13 @@ def choose(source: Checkpoint, scheme: Scheme, options: Quantizing) -> Choice:
         told = refuse.unread(source, choice, loader, force=options.force)
         choice = replace(choice, warnings=(*choice.warnings, *told))
     return choice
+
+
+def _scaled(source: Checkpoint, matrix: Matrix) -> str:
+    """The dtype of what scales a matrix: its own, but float32 where the model has another one.
+    Loaders compute with a matrix in the dtype of its scales, which is then neither's.
+    """
+    return matrix.dtype if matrix.dtype == float_of(source.config, matrix.dtype) else "F32"
 
 
 def _nothing(source: Checkpoint, scheme: Scheme, roles: Roles) -> MoetoolError:

@@ -46,7 +46,7 @@ class PackedInt(CompressedTensors):
     }
 
     def settled(self, target: Target, params: Params) -> Params:
-        return {**params, "scale": scaled_by(target.dtype)}
+        return {"scale": scaled_by(target.dtype), **params}
 
     def weights_of(self, params: Params) -> JsonObject:
         group = params["group"]

@@ -35,7 +35,7 @@ class Scaled(CompressedTensors):
         return self.kinds[0] if params.get("activations") else "naive-quantized"
 
     def settled(self, target: Target, params: Params) -> Params:
-        return {**params, "scale": scaled_by(target.dtype)}
+        return {"scale": scaled_by(target.dtype), **params}
 
     def weights_of(self, params: Params) -> JsonObject:
         return weights(8, self.type, params["strategy"])
