@@ -239,14 +239,12 @@ def test_golden_plan(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_about_names_the_code_and_says_what_is_exact() -> None:
-    """Quantize's recipes are formats' more than papers', and have no code to be exact to."""
     code = r"[Nn]o (official )?code|\b[Cc]ode\b[^.]*?[\w-]+/[\w.-]+|official: [\w-]+/"
     for recipe in RECIPES:
         data = yaml.safe_load(recipe.read_text())
         said = f"{data['paper']} {data['about']}"
-        if recipe.parent.name != "quantize":
-            assert re.search(code, said), f"{recipe.stem}: which official code, or none found"
-            assert re.search(r"\b([Ee]xact(ly)?|[Aa]pproximate|[Uu]nknown)\b", said), recipe.stem
+        assert re.search(code, said), f"{recipe.stem}: which official code, or none found"
+        assert re.search(r"\b([Ee]xact(ly)?|[Aa]pproximate|[Uu]nknown)\b", said), recipe.stem
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from moetool.methods.merge.combine import COMBINE
 from moetool.methods.merge.way import MergeWay
 from moetool.methods.options import PANELS
 from moetool.methods.options import fields as fields_of
+from moetool.methods.prune import stun
 from moetool.methods.prune.way import PruneWay
 from moetool.methods.reduce import beside
 from moetool.methods.reduce.asked import Asked
@@ -477,3 +479,17 @@ def test_a_way_without_text_whose_options_need_some(
     with pytest.raises(api.UsageError, match="needs text") as error:
         api.merge(str(models("mixtral")), str(tmp_path / "out"), method="alike", **told)
     assert "alike" not in (error.value.hint or "") and "options" in (error.value.hint or "")
+
+
+def test_outliers_are_over_the_mean_of_the_whole_layer() -> None:
+    """OWL (arXiv 2310.05175): all matrices of a layer are one heap of scores."""
+    dice = np.random.default_rng(0)
+    wide, narrow = dice.standard_cauchy((3, 8, 6)), 9 * dice.normal(size=(3, 6, 4))
+    energy = [dice.uniform(1, 50, (3, 6)), dice.uniform(1, 2, (3, 4))]
+    held = SimpleNamespace(gate_up=torch.from_numpy(wide), down=torch.from_numpy(narrow))
+    seen = SimpleNamespace(in_sq=energy[0], mid_sq=energy[1])
+    view: Any = SimpleNamespace(experts=3, block=SimpleNamespace(experts=held), seen=seen)
+    pairs = zip((wide, narrow), energy, strict=True)
+    heap = np.concatenate([(np.abs(w) * np.sqrt(e)[:, None]).ravel() for w, e in pairs])
+    expected = (heap > stun.OUTLIER * heap.mean()).mean()
+    assert 0 < expected < 0.2 and stun.outliers(view) == pytest.approx(expected, abs=1e-9)

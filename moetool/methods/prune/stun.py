@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from moetool.methods.reduce.writing import Writing
 from moetool.surgery.spec import Piece
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moetool.methods.contract import Builder
     from moetool.methods.reduce.decided import Decided
     from moetool.methods.reduce.decision import Decision
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from moetool.methods.reduce.writing import Cluster
     from moetool.surgery.checkpoint import Checkpoint
 
-OUTLIER = 5.0  # times the layer's mean score: what OWL calls an outlier weight
+OUTLIER = 5.0  # times the layer's mean score: outlier weights in each of OWL's own commands
 SPREAD = 0.08  # how far a layer's share may lie from the mean (OWL's lambda)
 
 
@@ -111,21 +113,29 @@ class Wanda:
 
 
 def outliers(view: View) -> float:
-    """Share of a layer's weights whose |w| sqrt(input energy) is above OUTLIER times the mean."""
+    """Share of a layer's weights whose |w| sqrt(input energy) is above OUTLIER times the mean of
+    all of the layer.
+    """
+    total = count = 0.0
+    for score in _scores(view):
+        total, count = total + float(score.double().sum()), count + score.numel()
+    bar = OUTLIER * total / count
+    return sum(int((score > bar).sum()) for score in _scores(view)) / count
+
+
+def _scores(view: View) -> Iterator[Tensor]:
+    """Wanda's score of every weight, a matrix of an expert at a time."""
     import numpy as np
     import torch
 
-    experts, found, total = view.block.experts, 0, 0
+    experts = view.block.experts
     for e in range(view.experts):
         for matrix, energy in (
             (experts.gate_up[e], view.seen.in_sq[e]),
             (experts.down[e], view.seen.mid_sq[e]),
         ):
             scale = torch.from_numpy(np.sqrt(energy)).float()[None, :].to(matrix.device)
-            score = matrix.float().abs() * scale
-            found += int((score > OUTLIER * score.mean()).sum())
-            total += score.numel()
-    return found / total
+            yield matrix.float().abs() * scale
 
 
 def shares(outliers: dict[int, float], ratio: float, total: float) -> dict[int, float]:
