@@ -29,7 +29,7 @@ from moetool.methods.options import Common
 from moetool.progress import Clock, Progress, silent, unheard
 from moetool.report import card, provenance
 from moetool.surgery import companions, complete, ops, promise, scan, source
-from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.device import check_device, check_engine
 from moetool.surgery.place import check_target, check_work, existing, resolved
 from moetool.surgery.writer import Writer
@@ -300,6 +300,8 @@ def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) 
         quality=found.quality,
         proof=found.proof,
     )
+    if written.findings:
+        report = replace(report, certificate=report.certificate.unsound)
     if not is_long(prepared.options):
         return report
     return replace(
@@ -319,4 +321,7 @@ def _report(prepared: Prepared, written: Shards, times: Times, found: Measured) 
 def _already(prepared: Prepared) -> Report:
     said = "the output was already there, whole, from this very plan: nothing was written"
     shards = len(prepared.plan.shards)
-    return Report.of(summary(prepared), warnings=(said,), resumed_shards=shards)
+    report = Report.of(summary(prepared), warnings=(said,), resumed_shards=shards)
+    record = read_json(Path(prepared.options.out, "moetool.json"), what="record of moetool")
+    recorded, unsound = record["report"]["certificate"], report.certificate.unsound
+    return replace(report, certificate=unsound) if recorded["why"] == unsound.why else report

@@ -39,6 +39,17 @@ class Certificate:
     def __str__(self) -> str:
         return f"exact_if: {self.why}" if self.level == "exact_if" else self.level
 
+    @property
+    def unsound(self) -> Certificate:
+        """What is left of it where a source holds NaN or inf: what goes through these is no number,
+        and equals nothing.
+        """
+        if self.level == "none":
+            return self
+        return Certificate(
+            "none", f"a source holds NaN or inf (else {self.level}: {self.why})", None
+        )
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -62,10 +62,11 @@ def derived(base: str) -> Any:
     """
     if int(transformers.__version__.partition(".")[0]) < _MAJOR:
         raise MoetoolError(
-            "models with groups of experts need transformers 5",
+            "models of moetool's own type need transformers 5",
             expected=f"transformers {_MAJOR} or newer",
             found=transformers.__version__,
-            hint="upgrade transformers, or write a native model with `moetool materialize`",
+            hint="upgrade transformers; where a native class computes the same, `moetool materialize` "
+            "writes groups of experts as that",
         )
     known = transformers.CONFIG_MAPPING
     if base not in known or base == groups.MODEL_TYPE:

@@ -156,6 +156,11 @@ def family_of(config: Mapping[str, Any]) -> str:
     return str(config.get("base_model_type" if is_ours(config) else "model_type"))
 
 
+def name_of(config: Mapping[str, Any], family: str) -> str:
+    """What a model of a family is called: moetool's own type where it is of that."""
+    return MODEL_TYPE if is_ours(config) else family
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether a config is of a model with groups."""
     return config.get("model_type") == MODEL_TYPE

@@ -360,3 +360,8 @@ def test_not_finite(
         and "warning:" in loose.stderr
         and "model.layers.2.mlp.up_proj.weight" in loose.stderr
     )
+    assert "none: a source holds NaN or inf (else exact: " in loose.stdout + loose.stderr
+    again = moetool("upcycle", source, tmp_path / "out", "--json")
+    assert again.json["certificate"]["level"] == "none" and again.json["seconds"] == 0
+    words = ("--against", source, "--no-load")
+    assert moetool("verify", tmp_path / "out", *words).returncode == 0

@@ -220,6 +220,8 @@ def test_other_verbs(uneven: Path, tmp_path: Path, moetool: Run) -> None:
     made = moetool("convert-layout", uneven, tmp_path / "fused", "--to", "fused", "--json")
     assert made.json["clients"]["transformers5"]["state"] == "works"
     assert made.json["clients"]["vllm"]["state"] == "refuses"
+    assert "materialize" not in json.dumps(made.json["clients"])  # which has no class for it either
+    assert (made.json["source_type"], made.json["target_type"]) == ("moetool", "moetool")
     assert moetool("convert-layout", tmp_path / "fused", tmp_path / "single").returncode == 0
     one, two = Checkpoint.open(uneven), Checkpoint.open(tmp_path / "single")
     assert all(

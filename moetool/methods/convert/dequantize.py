@@ -21,7 +21,7 @@ from moetool.methods.contract import (
 from moetool.methods.convert import layout, lie
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.surgery import reform
+from moetool.surgery import groups, reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plain_experts import PlainExperts
@@ -109,9 +109,10 @@ def _told(config: JsonObject, dtype: str) -> JsonObject:
 def _facts(source: Checkpoint, plan: Plan) -> ModelFacts:
     at = text_model(source.config)
     mixture = Mixture.of(source) if at.layout.kind == "moe" else None
+    family = groups.name_of(source.config, at.layout.model_type)
     return ModelFacts(
-        source_type=at.layout.model_type,
-        target_type=at.layout.model_type,
+        source_type=family,
+        target_type=family,
         layers=mixture.layers if mixture else (),
         experts=mixture.experts if mixture else 0,
         top_k=mixture.top_k if mixture else 0,

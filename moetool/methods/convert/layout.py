@@ -21,7 +21,7 @@ from moetool.methods.convert import lie
 from moetool.methods.convert.lie import LAYOUTS
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.surgery import reform
+from moetool.surgery import groups, reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plain_experts import PlainExperts
 from moetool.surgery.plan import Outputs, Plan
@@ -89,9 +89,10 @@ class ConvertLayout(Method):
 def _facts(experts: PlainExperts, to: str, plan: Plan) -> ModelFacts:
     first = experts.pieces(experts.layers[0], 0)
     top_k = experts.layout.field("top_k", experts.config)
+    family = groups.name_of(experts.source.config, experts.layout.model_type)
     return ModelFacts(
-        source_type=experts.layout.model_type,
-        target_type=experts.layout.model_type,
+        source_type=family,
+        target_type=family,
         layers=experts.layers,
         experts=experts.count,
         top_k=top_k,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from moetool.data import JsonObject
 from moetool.surgery import groups
 from moetool.surgery.clients.cells import Cell
-from moetool.surgery.clients.traits import FACTS, Fact, Traits, words
+from moetool.surgery.clients.traits import FACTS, RAGGED, Fact, Traits, words
 from moetool.surgery.forms import factored
 from moetool.surgery.layout import kinds
 
-_OURS = (groups.MODEL_TYPE, factored.MODEL_TYPE)
+_OURS = (groups.MODEL_TYPE, RAGGED, factored.MODEL_TYPE)
 
 
 @dataclass(frozen=True)

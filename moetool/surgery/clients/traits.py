@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery.groups import MODEL_TYPE
+from moetool.surgery import groups
 from moetool.surgery.pair import rope
 from moetool.surgery.spec import Stored, Target
 from moetool.surgery.text_model import TextModel, text_model
 
+RAGGED = "moetool_ragged"  # what a model of moetool's own type is called that has no groups
 _SILU = ("silu", "swish", None)
 Fact = str | bool
 
@@ -68,12 +69,14 @@ def traits(
         at = text_model(config)
     except MoetoolError:
         return Traits(family, folder=folder)
+    ours = groups.is_ours(config)
+    family = RAGGED if ours and not at.groups else family
     own = _inside(config, at.path)
     lie = "own" if container else _lie(at, tuple(names))
     seen = Looked(at, at.text, own, lie, _turned(at, names))
     facts = {name: read(seen) for name, read in _READ.items()}
     facts |= {"container": container or "safetensors", "idle": idle}
-    facts["ragged"] = facts["ragged"] and family != MODEL_TYPE  # whose class has such layers
+    facts["ragged"] = facts["ragged"] and not ours  # whose class has such layers
     return Traits(family, facts, frozenset(own), folder)
 
 
