@@ -14,6 +14,7 @@ from moetool.methods.options import Served
 from moetool.surgery import clients, containers, forms, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Assigned, Judged, Traits
+from moetool.surgery.clients.traits import RAGGED
 from moetool.surgery.forms.form import float_of
 from moetool.surgery.layout import Matched
 from moetool.surgery.plan import Plan
@@ -136,8 +137,10 @@ def _refuse(serves: Sequence[str], output: Traits, found: Iterable[Judged]) -> N
 
 
 def _next(output: Traits, broken: Sequence[str]) -> str:
-    """Single experts, where they would help."""
+    """Another cut, or single experts, where they would help."""
     usual = "leave out --for, and the report says what works where"
+    if output.family == RAGGED:
+        return "cut the model it was made from with --uneven ghost or zeroed, or --budget uniform"
     if output.facts.get("layout") != "fused":
         return usual
     single = replace(output, facts={**output.facts, "layout": "per-expert"})

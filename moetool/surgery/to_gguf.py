@@ -11,7 +11,7 @@ from math import prod
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.kernels import turn
-from moetool.surgery import forms
+from moetool.surgery import forms, groups, ragged
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.containers import gguf
 from moetool.surgery.forms.gguf import PLAIN
@@ -78,6 +78,7 @@ class _Arranging:
 
     def __post_init__(self) -> None:
         self.at = text_model(self.wanted.config)
+        _refuse_ragged(self.wanted.config)
         self.family = families.family(self.at, str(self.wanted.config.get("model_type")))
         self.targets: dict[str, Target] = {}
         self.tasks: list[Task] = []
@@ -225,6 +226,17 @@ class _Arranging:
                 f"{len(self.halved)} tensors are written in f16, whose rows are no whole number of "
                 f"blocks: {', '.join(self.halved[:3])}"
             )
+
+
+def _refuse_ragged(config: JsonObject) -> None:
+    """MoetoolError where layers have numbers of experts of their own: a GGUF file has one."""
+    if groups.is_ragged(config):
+        raise MoetoolError(
+            "a GGUF file has one number of experts for all layers, and these hold different ones",
+            field=ragged.KEY,
+            expected="layers that are alike",
+            hint="cut the model it was made from with --uneven ghost or zeroed, or --budget uniform",
+        )
 
 
 def _slab(piece: Piece, number: int) -> Piece:

@@ -217,6 +217,10 @@ def test_other_verbs(uneven: Path, tmp_path: Path, moetool: Run) -> None:
     assert done.returncode == 1 and "different numbers of experts" in done.stderr
     done = moetool("upcycle", uneven, tmp_path / "out")
     assert done.returncode == 1 and "already has experts" in done.stderr
+    for words in (["--format", "gguf:q8_0", "--force"], ["--format", "int8", "--for", "vllm"]):
+        done = moetool("quantize", uneven, tmp_path / "out", *words)
+        assert done.returncode in (1, 2) and "different" in done.stderr
+        assert "--uneven ghost or zeroed" in done.stderr and "bug" not in done.stderr
     made = moetool("convert-layout", uneven, tmp_path / "fused", "--to", "fused", "--json")
     assert made.json["clients"]["transformers5"]["state"] == "works"
     assert made.json["clients"]["vllm"]["state"] == "refuses"

@@ -453,6 +453,47 @@ def test_other_numbers_in_each_layer(
     moetool.verify(str(tmp_path / "out"), against=[str(source)])
 
 
+@pytest.mark.parametrize(
+    ("family", "named", "counts"),
+    [
+        ("mixtral", (), "ragged"),
+        ("mixtral", ("transformers5",), "ragged"),
+        ("glm4_moe", ("vllm",), "ghost"),
+        ("glm4_moe", ("transformers5", "mlx"), "ghost"),
+    ],
+)
+def test_a_budget_needs_no_more_words(
+    family: str, named: tuple[str, ...], counts: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """--uneven auto: ragged where it is read, else what is exact."""
+    source, out, numbers = models(family), tmp_path / "out", tmp_path / "numbers.jsonl"
+    rows = np.random.default_rng(3).integers(3, 90, (6, 40)).tolist()
+    numbers.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+    told = {"calibrate": [str(numbers)], "tokens": 240, "seq_len": 40, "refit": False}
+    told |= {"ratio": 0.3, "budget": "sensitivity", "for_": named}
+    report = moetool.prune(str(source), str(out), **told)
+    assert report["counts"] == counts and len(report["experts_after"]) > 1
+    layers = Decided.from_json(report["decisions"]).layers
+    want = expected(source, layers, lambda n, block, layer: block.with_experts(layer.leads))
+    with torch.no_grad():
+        loaded = moetool.load(out, dtype="float32").eval()
+        close(loaded(input_ids=torch.from_numpy(IDS)).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("family", "uneven", "hint"),
+    [("mixtral", "auto", "budget uniform; --uneven zeroed"), ("glm4_moe", "ragged", "ghost pads")],
+)
+def test_clients_without_layers_of_their_own_numbers(
+    family: str, uneven: str, hint: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Refused before any text is looked at (this one is not there), with what to say instead."""
+    told = {"budget": "global", "uneven": uneven, "for_": ("vllm",), "calibrate": ["none"]}
+    with pytest.raises(moetool.UsageError, match="other numbers of experts") as refused:
+        moetool.prune(str(models(family)), str(tmp_path / "out"), **told)
+    assert hint in str(refused.value)
+
+
 def test_ghosts_need_a_bias(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     with pytest.raises(moetool.UsageError, match="selection bias"):
         moetool.prune(

@@ -296,8 +296,9 @@ def test_decisions_of_another_model_or_too_few(models: Callable[..., Path], tmp_
     ragged = keep(6)
     ragged["layers"]["1"] = {"keep": [0, 1, 2]}
     (tmp_path / "d.json").write_text(json.dumps(ragged))
+    told = {"decisions": str(tmp_path / "d.json"), "uneven": "uniform"}
     with pytest.raises(api.UsageError, match="different numbers"):
-        api.prune(str(models("mixtral")), str(tmp_path / "out"), decisions=str(tmp_path / "d.json"))
+        api.prune(str(models("mixtral")), str(tmp_path / "out"), **told)
 
 
 def test_rendered_decisions_are_json_a_layer_a_line() -> None:
@@ -336,7 +337,7 @@ def test_lists_for_servers_name_every_expert_once() -> None:
         ("prune", {"method": "reep"}, "did you mean reap"),
         ("prune", {"method": "reap"}, "needs text"),
         ("prune", {"calibrate": "a", "stats": "b"}, "exclude each other"),
-        ("prune", {"budget": "sensitivity"}, "zeroed, ghost or ragged"),
+        ("prune", {"budget": "sensitivity", "uneven": "uniform"}, "zeroed, ghost or ragged"),
         ("prune", {"uneven": "raged"}, "not known"),
         ("prune", {"layout": "raged"}, "not known"),
         ("prune", {"layout": "ghost", "uneven": "ragged"}, "different things"),

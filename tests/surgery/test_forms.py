@@ -502,7 +502,8 @@ def test_layers_of_uneven_numbers_are_counted_the_same(
     uneven: str, models: Made, tmp_path: Path
 ) -> None:
     how = {"budget": "sensitivity", "uneven": uneven, "ratio": 0.4} | text(tmp_path)
-    made = api.prune(str(models("deepseek_v3")), str(tmp_path / "out"), **how)
+    source = models("glm4_moe" if uneven == "ghost" else "deepseek_v3")  # whose router has groups
+    made = api.prune(str(source), str(tmp_path / "out"), **how)
     seen = api.inspect(str(tmp_path / "out"))
     keys = ("parameters", "active_parameters")
     assert [made[k] for k in keys] == [seen[k] for k in keys]

@@ -44,7 +44,7 @@ class D2Moe(MergeWay):
     def told(self) -> None:
         super().told()
         o = self.options
-        if o.uneven != "uniform" or o.budget != "uniform" or o.refit or o.propagate:
+        if o.uneven not in ("auto", "uniform") or o.budget != "uniform" or o.refit or o.propagate:
             raise UsageError(
                 "base-delta keeps every expert: --uneven, --budget, --refit and --propagate do not apply",
                 hint="leave them out",

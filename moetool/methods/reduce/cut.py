@@ -13,7 +13,7 @@ from typing import NamedTuple
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder
-from moetool.methods.reduce import router_rows
+from moetool.methods.reduce import router_rows, uneven
 from moetool.methods.reduce.beside import solved_name
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Cluster, Maker, Writing
@@ -34,15 +34,15 @@ class Out(NamedTuple):
 
 
 class Cutter:
-    """Builds the plan. `uneven`: how layers with other numbers of experts are written (ragged is
-    uniform where all hold as many: a stock class does); `router`: which row a new expert gets
-    (centroid, mean, logsumexp); `maker` plans experts that are no copies.
+    """Builds the plan. `how`: how layers with other numbers of experts are written (ragged and
+    ghost are uniform where all hold as many: a stock class does); `router`: which row a new expert
+    gets (centroid, mean, logsumexp); `maker` plans experts that are no copies.
     """
 
-    def __init__(self, writing: Writing, uneven: str, router: str, maker: Maker | None) -> None:
+    def __init__(self, writing: Writing, how: str, router: str, maker: Maker | None) -> None:
         self.mixture, self.decided, self.extra = writing.mixture, writing.decided, writing.extra
         alike = len({layer.count for layer in writing.decided.layers.values()}) == 1
-        self.uneven = "uniform" if uneven == "ragged" and alike else uneven
+        self.uneven = "uniform" if how in ("ragged", "ghost") and alike else how
         self.writing, self.router, self.maker = writing, router, maker
         self.build = Builder()
         self.tables: dict[str, list[int]] = {}
@@ -109,7 +109,7 @@ class Cutter:
                 "layers would keep different numbers of experts",
                 expected="one number (--uneven uniform)",
                 found=sorted(counts),
-                hint="--uneven zeroed (loads everywhere, saves nothing), ghost (exact where the router has a selection bias), or ragged (small, and loads with moetool installed)",
+                hint="--uneven ragged (small, and loads with moetool installed), ghost (exact where the router has a selection bias), or zeroed (loads everywhere, saves nothing)",
             )
         return max(counts)
 
@@ -173,18 +173,8 @@ class Cutter:
                 for e in range(self.mixture.experts)
             ]
         missing = self.uniform - decision.count if self.uneven == "ghost" else 0
-        if missing and (self.mixture.side(number, "router.bias") is None):
-            raise UsageError(
-                f"ghost experts need a selection bias, and {self.mixture.layout.model_type} has none",
-                tensor=f"layer {number}",
-                hint="--uneven zeroed or ragged, or --budget uniform",
-            )
-        if missing and self.mixture.groups > 1:
-            raise UsageError(
-                "ghost experts would shift the groups of a group-limited router",
-                tensor=f"layer {number}",
-                hint="--budget uniform, or --uneven zeroed",
-            )
+        if missing:
+            uneven.check_ghost(self.mixture, number)
         return [*range(decision.count), *[None] * missing]
 
     def _expert(

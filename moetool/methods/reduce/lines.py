@@ -141,10 +141,22 @@ def notes(reduced: Reduced) -> list[Line]:
 
 
 _FORMS = {
+    "ghost": [
+        Line(
+            "note",
+            "layers keep different numbers of experts: where some are missing, empty ones stand that a selection bias keeps out, so that every client of the family loads it",
+        )
+    ],
+    "zeroed": [
+        Line(
+            "note",
+            "experts that went put out zero and still lie in the files: nothing is smaller (--uneven ragged or ghost is)",
+        )
+    ],
     "ragged": [
         Line(
             "note",
-            "layers hold different numbers of experts (per_layer_config): transformers loads it with moetool installed (import moetool); vLLM, llama.cpp and mlx-lm refuse it",
+            "layers hold different numbers of experts (per_layer_config): transformers loads it with moetool installed (import moetool); vLLM, llama.cpp and mlx-lm refuse it (--uneven says what else there is)",
         )
     ],
     "factored": [

@@ -14,7 +14,7 @@ BUDGETS = ("uniform", "sensitivity", "global")
 DRAWN_TOKENS = 16_384  # of a calibration without text
 # told, these mean text: they are refused alone, as ever
 LOOKS = ("calibrate", "stats", "text_field", "trust_remote_code")
-UNEVEN = ("uniform", "zeroed", "ghost", "ragged")
+UNEVEN = ("auto", "uniform", "zeroed", "ghost", "ragged")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class What:
         choices=BUDGETS,
     )
     uneven: str = option(
-        "uniform",
-        "how layers with different numbers of experts are written: zeroed (loads everywhere, "
-        "saves nothing), ghost (exact where the router has a selection bias) or ragged (small, "
-        "model type moetool: transformers loads it with moetool installed)",
+        "auto",
+        "how layers with different numbers of experts are written: ragged (small, model type "
+        "moetool: transformers loads it with moetool installed), ghost (padded to as many, exact "
+        "where the router has a selection bias), zeroed (loads everywhere, saves nothing), uniform "
+        "(refused), or auto: ragged, and for clients of --for that do not read it ghost where it "
+        "is exact",
         WHAT,
         choices=UNEVEN,
         was="layout",  # until 1.0
@@ -84,8 +86,8 @@ class Reducing(Storing, Served, Gate, Solving, Text, What):
         if self.budget != "uniform" and self.uneven == "uniform":
             raise UsageError(
                 f"--budget {self.budget} keeps other numbers of experts in each layer, and --uneven uniform cannot hold them",
-                expected="--uneven zeroed, ghost or ragged",
-                hint="zeroed loads everywhere and saves nothing; ghost is exact where the router has a selection bias; ragged is small, and loads with moetool installed",
+                expected="--uneven auto, zeroed, ghost or ragged",
+                hint="leave out --uneven uniform",
             )
         if not 0.0 <= self.own_share < 1.0:
             raise UsageError(

@@ -71,6 +71,7 @@ class Reduce(Several):
         return options if options.gated or options.text else None
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
+        from moetool.methods.reduce import uneven
         from moetool.methods.reduce.asked import Asked
         from moetool.methods.reduce.decide import decide, mixture_of
 
@@ -79,6 +80,7 @@ class Reduce(Several):
         if self.bare is not None:
             self._settle(mixture, settings.memory)
         self.way.check(mixture)
+        uneven.check(mixture, self.way.options)
         notes = (*self.remarks, *self.way.notes(mixture))
         asked = Asked(self.verb, self.way, mixture, settings, notes)
         return decide(asked)

@@ -190,10 +190,12 @@ class Way:
 
     def write(self, writing: Writing) -> Planned:
         """The plan; every refusal that needs only headers happens here."""
+        from moetool.methods.reduce import uneven
         from moetool.methods.reduce.cut import Cutter
         from moetool.methods.reduce.writing import Planned
 
-        cutter = Cutter(writing, self.options.uneven, self.router, self.maker(writing))
+        how = uneven.of(writing.mixture, self.options)
+        cutter = Cutter(writing, how, self.router, self.maker(writing))
         plan = cutter.plan(self.options.form)
         return Planned(plan, self.certificate(writing), cutter.uneven)
 
