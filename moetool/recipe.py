@@ -125,7 +125,8 @@ def _steps(data: JsonObject) -> list[JsonObject]:
 
 def _meant(data: JsonObject, key: str) -> list[JsonObject]:
     """The steps that `--set KEY=` is for: `2.format` and `quantize.format` name one; any other name
-    is for all that have such an option, one of a gate for the last of them.
+    is for all that have such an option, one of a gate for the last of them, one of a word (`--key
+    modality`) for those that say it, where any does.
     """
     from moetool.methods.field import GATE
 
@@ -145,7 +146,18 @@ def _meant(data: JsonObject, key: str) -> list[JsonObject]:
         )
     panels = [_panel(str(step.get("method")), name) for step in steps]
     found = [step for step, panel in zip(steps, panels, strict=True) if panel]
+    found = [step for step in found if _says_word(step, name)] or found
     return found[-1:] if GATE in panels else found or steps[-1:]
+
+
+def _says_word(step: JsonObject, name: str) -> bool:
+    """Whether a step names the word that an option belongs to."""
+    from moetool import methods
+
+    fields = methods.load(str(step.get("method"))).fields()
+    of = next((f.of for f in fields if f.name == name.replace("-", "_")), ())
+    said = step.get("options")
+    return isinstance(said, dict) and bool(set(of).intersection(map(str, said.values())))
 
 
 def _panel(verb: str, name: str) -> str:

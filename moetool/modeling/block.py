@@ -6,7 +6,7 @@ linears stay its children (so names on disk stay), and routers and experts are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -181,11 +181,13 @@ class Grouped(nn.Module):
         """Whether the law leaves out padding, and the attention mask says which tokens are."""
         return KEPT in law.reads and group.tower in MASKED
 
-    def picked(self, group: Group, law: CombineLaw, x: Tensor) -> Picked:
-        """Who works on the tokens x [tokens, hidden], by the group's route."""
+    def picked(self, group: Group, law: CombineLaw, x: Tensor, lie: Sequence[int] = ()) -> Picked:
+        """Who works on the tokens x [tokens, hidden], by the group's route. `lie`: [batch, length]
+        of them, where these are known.
+        """
         router = getattr(self, group.router)
         router.check()
-        scores, likely = router(x, self.heard), router.likely(x)
+        scores, likely = router(x, told(self.heard, group, x, lie)), router.likely(x)
         kept = self.heard.find(KEPT, len(x)) if self._padded(group, law) else None
         chosen = law.choose(scores, Beside(self.training, kept, likely))
         if self.seen is not None and group.router_tensors:
@@ -213,14 +215,14 @@ class GroupedBlock(Grouped):
         if all(group.base == "beside" for group, _ in self.held):
             made = self.ffn(x)
         for group, law in self.held:
-            more = self._one(group, law, x)
+            more = self._one(group, law, x, hidden_states.shape[:-1])
             made = more if made is None else made + more
         assert made is not None
         return made.view(*hidden_states.shape[:-1], -1)
 
-    def _one(self, group: Group, law: CombineLaw, x: Tensor) -> Tensor:
+    def _one(self, group: Group, law: CombineLaw, x: Tensor, lie: Sequence[int]) -> Tensor:
         """What one group gives."""
-        picked = self.picked(group, law, x)
+        picked = self.picked(group, law, x, lie)
         if not picked.runs:  # nobody
             return torch.zeros_like(x)
         made: Tensor = getattr(self, group.name).run(self, x, picked)
@@ -293,6 +295,17 @@ def grown(kind: type[Grouped], stock: type[Any]) -> type[Grouped]:
 def _blank(kind: type[Grouped], stock: type[Any]) -> Grouped:
     cls = grown(kind, stock)
     return cls.__new__(cls)
+
+
+def told(heard: Heard, group: Group, x: Tensor, lie: Sequence[int]) -> Heard:
+    """What a call says to a route of x [tokens, hidden]. In a tower that no text goes through it
+    says nothing; there all tokens are kept, as they lie [batch, length].
+    """
+    if group.tower in MASKED:
+        return heard
+    if len(lie) < 2:
+        return Heard()
+    return Heard({KEPT: torch.ones(tuple(lie), dtype=torch.bool, device=x.device)})
 
 
 def blocks(model: nn.Module) -> Iterator[Grouped]:

@@ -27,7 +27,7 @@ class StepBlock(GroupedBlock):
         """As the stock layer's."""
         stands: dict[str, Any] = dict.fromkeys(self.steps, _itself)
         stands[self.paths[self.linears.out]] = self.mix
-        return _swapped(self, stands)(*args, **kwargs)
+        return swapped(self, stands)(*args, **kwargs)
 
     def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The steps and the last linear for x [tokens, hidden], with these linears for its own."""
@@ -41,7 +41,7 @@ class StepBlock(GroupedBlock):
         if step in given:
             return given[step](x)
         module = self.get_submodule(step)
-        made: Tensor = _swapped(module, inside)(x) if inside else module(x)
+        made: Tensor = swapped(module, inside)(x) if inside else module(x)
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -49,16 +49,16 @@ class StepBlock(GroupedBlock):
         return super().__getattr__(name) if path == name else self.get_submodule(path)
 
 
-def _swapped(module: Any, stands: Mapping[str, Any]) -> Swapped:
+def swapped(module: Any, stands: Mapping[str, Any]) -> Swapped:
     """A module with others in the place of some, however deep these lie."""
     here: dict[str, Any] = {}
     for path, other in stands.items():
         name, _, rest = path.partition(".")
         if rest:
             deeper = {p.partition(".")[2]: o for p, o in stands.items() if p.startswith(f"{name}.")}
-            here[name] = _swapped(getattr(module, name), deeper)
+            here[name] = swapped(getattr(module, name), deeper)
         else:
-            here[name] = Standin(other, module, name)
+            here[name] = Standin(other, module, name) if callable(other) else other
     return Swapped(module, here)
 
 

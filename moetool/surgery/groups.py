@@ -242,7 +242,7 @@ def _group(data: object) -> Group:
 def _check(group: Group) -> None:
     _check_kinds(group)
     key = group.route.key
-    if key in KEYS and KEYS[key].hears and group.tower != TEXT:
+    if key in KEYS and not KEYS[key].in_tower(group.tower):
         raise _wrong(f"experts by {key} beside the text model", f"tower {TEXT}", group.tower)
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):

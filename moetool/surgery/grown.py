@@ -11,7 +11,7 @@ from moetool.surgery import places, towers
 from moetool.surgery.family import GroupSlot, Slot
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import MODEL_TYPE, Group
-from moetool.surgery.inside import inside
+from moetool.surgery.inside import inside, side
 from moetool.surgery.layout import Layout
 
 
@@ -87,10 +87,11 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
     expert = f"{owner}.{{expert}}"
     if group.params.get("output_scale"):
         yield slot(f"{expert}.output_scale", ["1"], "expert.output_scale")
-    for one in inside(group.form):
-        shape = [given if w == "hidden" else str(group.params.get(w)) for w in one.shape]
+    for one in inside(group.form, group.params):
+        shape = [given if w == "hidden" else str(side(w, group.params)) for w in one.shape]
         role = f"expert.{one.name.replace('.', '_')}"
-        yield slot(f"{expert}.{one.name}", [*shape], role)
+        have = dict.fromkeys(group.layers, one.among(group.experts, group.params))
+        yield slot(f"{expert}.{one.name}", [*shape], role, held=have)
     for linear in block.linears:
         if not group.has(linear.name):
             continue

@@ -86,7 +86,8 @@ class RouterTensor(NamedTuple):
 @dataclass(frozen=True)
 class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
-    router of this key may have a bias; `hears`: whether it looks at what a call says.
+    router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
+    model's tokens; `beside`: towers beside the text model that it can be in all the same.
     """
 
     tensors: tuple[RouterTensor, ...] = ()
@@ -94,6 +95,11 @@ class RouteWord:
     knows: Kinds = field(default_factory=dict)
     biased: bool = False
     hears: bool = False
+    beside: tuple[str, ...] = ()
+
+    def in_tower(self, tower: str) -> bool:
+        """Whether a route can be there."""
+        return not self.hears or tower in ("text", *self.beside)
 
 
 _IDS = 1 << 31  # token ids are below it
@@ -145,7 +151,7 @@ KEYS: Mapping[str, RouteWord] = {
         biased=True,
         hears=True,
     ),
-    "sequence": RouteWord((_WEIGHT,), biased=True, hears=True),
+    "sequence": RouteWord((_WEIGHT,), biased=True, hears=True, beside=("vision",)),
     "task": RouteWord((_MASKED,), {"allowed": list}, {"routers": ("one", "each")}, hears=True),
     "query": RouteWord(),
 }
@@ -161,7 +167,7 @@ LAWS: Mapping[str, RouteWord] = {
     "gumbel": RouteWord((), {"temperature": float}, {"threshold": float}),
     "hard": RouteWord(),
     "renormalised": RouteWord(),
-    "soft": RouteWord(),
+    "soft": RouteWord((), {}, {"temperature": float}),
     "sigmoid": RouteWord((), {}, {"renormalise": bool}),
     "softmax": RouteWord(),
     "top_p": RouteWord((), {"threshold": float}, {"renormalise": bool}),

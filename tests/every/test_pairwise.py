@@ -61,6 +61,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "rank": ("4",),
     "alpha": ("8",),
     "adapter_dim": ("8",),
+    "adapter_groups": ("2",),
     "scale_group": ("128",),
     "top_k": ("1", "4"),
     "capacity": ("1",),

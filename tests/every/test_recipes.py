@@ -165,6 +165,7 @@ OWN = {
     "sparse-upcycling-vit": partial(stack, "vit-vision"),
     "mixture-of-mamba": partial(small, "mamba"),
     "parrot": partial(small, "llava"),
+    "lavin": partial(small, "llava"),
 }
 
 

@@ -49,6 +49,7 @@ def test_all_kinds_are_found() -> None:
         "adapter",
         "film",
         "full",
+        "gate",
         "heads",
         "kbit",
         "lora",

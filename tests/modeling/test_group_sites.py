@@ -36,6 +36,18 @@ COPY: dict[str, Any] = {
 }
 MIX: dict[str, Any] = {"experts": 3, "top_k": 3, "law": "soft", "attention_mix": "outputs"}
 WAYS: dict[str, dict[str, Any]] = {
+    "in front": {
+        "site": "attention",
+        "form": "adapter",
+        "adapter_at": "before",
+        "adapter_dim": 8,
+        "adapter_bias": True,
+        "adapter_shared_down": True,
+        "key": "sequence",
+        "law": "soft",
+        "experts": 2,
+    },
+    "behind": {"site": "attention", "form": "film", "experts": 3},
     "attention": COPY | {"site": "attention"},
     "norms": COPY | {"site": "norms"},
     "top-1": {"site": "attention", "experts": 3, "top_k": 1},
@@ -121,10 +133,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert all(torch.allclose(plain[n], again[n], atol=1e-6) for n in plain)
 
 
-def attention(weight: dict[str, Tensor], at: str, x: Tensor, heads: int, pairs: int) -> Tensor:
-    """A causal attention without positions in float64, head by head; projections at `at`."""
+def attention(
+    weight: dict[str, Tensor],
+    at: str,
+    x: Tensor,
+    heads: int,
+    pairs: int,
+    gates: Tensor | None = None,
+) -> Tensor:
+    """A causal attention without positions in float64, head by head; projections at `at`. `gates`:
+    of values [tokens, pairs].
+    """
     q, k, v = (x @ weight[f"{at}{n}_proj.weight"].T for n in "qkv")
     size, made = q.shape[-1] // heads, []
+    v = v if gates is None else v * gates.repeat_interleave(size, -1)
     hidden = torch.full((len(x), len(x)), -torch.inf).triu(1).double()
     for head in range(heads):
         mine = slice(head * size, (head + 1) * size)

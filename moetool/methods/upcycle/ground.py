@@ -205,10 +205,11 @@ class Spot:
 
     def write_inside(self, build: Builder) -> None:
         """What experts have that are no FFNs: zero, or drawn as torch's linears are."""
-        hidden, dtype = self.ground.given, self.ground.dtype
-        for expert, one in product(range(self.group.experts), inside(self.group.form)):
-            name = f"{self.module}.{self.group.expert(expert, part=one.name)}"
-            target = build.target(name, dtype, one.sides(hidden, self.group.params))
+        hidden, dtype, group = self.ground.given, self.ground.dtype, self.group
+        each = product(range(group.experts), inside(group.form, group.params))
+        for expert, one in ((e, o) for e, o in each if e < o.among(group.experts, group.params)):
+            name = f"{self.module}.{group.expert(expert, part=one.name)}"
+            target = build.target(name, dtype, one.sides(hidden, group.params))
             if one.zero:
                 build.zeros(target)
             else:

@@ -212,6 +212,8 @@ def _wrong(group: Group) -> str:
         return f"a route that looks at {route.key}"
     if route.law not in _LAWS:
         return f"the law {route.law}"
+    if route.law == "soft" and route.options:
+        return "a softmax with a temperature"
     if route.bias:
         return "a router with a bias"
     if "activation" in group.params:

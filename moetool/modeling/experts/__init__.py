@@ -19,6 +19,11 @@ def forms() -> Mapping[str, type[ExpertGroup]]:
     return discover.classes(sys.modules[__name__], ExpertGroup)
 
 
+def sites_of(form: str) -> tuple[str, ...]:
+    """Where alone experts of a form can be; nothing where that is anywhere, or the form unknown."""
+    return forms()[form].sites if form in forms() else ()
+
+
 def named(group: Group) -> type[ExpertGroup]:
     """Those of a group's form; MoetoolError where there is none, or none over its base."""
     strict.word(group.form, tuple(forms()), "experts have the form")

@@ -1,48 +1,79 @@
-"""Bottleneck adapters on the FFN: each expert changes what goes out of it, or into it."""
+"""Bottleneck adapters: each expert changes what comes out of a module, or goes into it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
-from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.errors import MoetoolError
+from moetool.modeling.block import FfnLinears
+from moetool.modeling.experts.adding import AddingExperts
+from moetool.modeling.experts.group import Expert
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
+from moetool.surgery.inside import ADAPTER_ACTS
 from moetool.surgery.strict import Kinds
 
+_ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "none": lambda x: x,
+}
 
-class AdapterExperts(ExpertGroup):
-    """params: dim, the bottleneck's width, and `at`: after (the usual) or before the FFN."""
+
+class AdapterExperts(AddingExperts):
+    """up(act(down h)), or gated up(act(gate h) * down h). params: dim, the bottleneck's width;
+    `at`: after (the usual) or before the module; act; gated; bias, on the ways down and up; groups,
+    into which up is cut; shared_down: the first expert's way down (and gate) is everyone's.
+    """
 
     name: ClassVar[str] = "adapter"
-    bases: ClassVar[tuple[str, ...]] = ("under",)
     needs: ClassVar[Kinds] = {"dim": int}
-    knows: ClassVar[Kinds] = {"at": ("after", "before")}
+    knows: ClassVar[Kinds] = {
+        "at": ("after", "before"),
+        "act": ADAPTER_ACTS,
+        "gated": bool,
+        "bias": bool,
+        "groups": int,
+        "shared_down": bool,
+    }
 
     def __init__(self, group: Group, linears: FfnLinears) -> None:
         super().__init__(group, linears)
-        self.before = group.params.get("at") == "before"
+        said = group.params
+        self.before, self.shared = said.get("at") == "before", bool(said.get("shared_down"))
+        self.gated, self.act = bool(said.get("gated")), _ACTS[said.get("act", "gelu")]
+        for expert in list(self)[1:] if self.shared else ():
+            for name in [n for n, _ in expert.named_children() if n != "adapter_up"]:
+                delattr(expert, name)
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
-        dim, hidden = group.params["dim"], linears.given
-        down = PlainMap(dim, hidden, drawn=True)
-        return Expert((("adapter_down", down), ("adapter_up", PlainMap(hidden, dim))), {})
+        said, hidden = group.params, linears.given
+        dim, parts, bias = said["dim"], said.get("groups", 1), bool(said.get("bias"))
+        if parts < 1 or dim % parts or hidden % parts:
+            raise MoetoolError(
+                "`groups` of adapters do not fit",
+                file="config.json",
+                expected=f"a divisor of {dim} and {hidden}",
+                found=parts,
+                hint="restore the config.json that came with the model",
+            )
+        made = {"down": PlainMap(dim, hidden, bias=bias, drawn=True)}
+        if said.get("gated"):
+            made["gate"] = PlainMap(dim, hidden, drawn=True)
+        made["up"] = PlainMap(hidden, dim, bias=bias, parts=parts)
+        return Expert(((f"adapter_{name}", part) for name, part in made.items()), {})
 
-    def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
-        if self.before:
-            return picked.back(picked.weighted(block.ffn(self._changed(picked.rows(x), picked))))
-        made = block.ffn(x)  # once, however many experts see it
-        return picked.back(picked.weighted(self._changed(picked.rows(made), picked)))
-
-    def _changed(self, rows: Tensor, picked: Picked) -> Tensor:
-        """h + up(gelu(down h)), each row by its expert."""
-
-        def change(number: int, mine: Tensor) -> Tensor:
-            down, up = (self[number].get_submodule(f"adapter_{n}") for n in ("down", "up"))
-            made: Tensor = up(functional.gelu(down(mine)))
-            return made
-
-        return rows + picked.each(rows, change)
+    def made(self, number: int, rows: Tensor) -> Tensor:
+        first = self[0 if self.shared else number]
+        low: Tensor = first.get_submodule("adapter_down")(rows)
+        if self.gated:
+            low = self.act(first.get_submodule("adapter_gate")(rows)) * low
+        else:
+            low = self.act(low)
+        made: Tensor = self[number].get_submodule("adapter_up")(low)
+        return made

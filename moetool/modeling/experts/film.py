@@ -1,4 +1,4 @@
-"""Feature-wise modulation: each expert scales and shifts what the FFN gives."""
+"""Feature-wise modulation: each expert scales and shifts what a module gives."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moetool.modeling.block import FfnLinears, GroupedBlock, Picked
-from moetool.modeling.experts.group import Expert, ExpertGroup
+from moetool.modeling.block import FfnLinears
+from moetool.modeling.experts.adding import AddingExperts
+from moetool.modeling.experts.group import Expert
 from moetool.modeling.experts.map import PlainMap
 from moetool.surgery.groups import Group
 from moetool.surgery.strict import Kinds
 
 
-class FilmExperts(ExpertGroup):
-    """(1 + scale(h)) * h + shift(h), h the FFN's output. No params."""
+class FilmExperts(AddingExperts):
+    """(1 + scale(h)) * h + shift(h), h the module's output. No params."""
 
     name: ClassVar[str] = "film"
-    bases: ClassVar[tuple[str, ...]] = ("under",)
     knows: ClassVar[Kinds] = {}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:
@@ -25,12 +25,7 @@ class FilmExperts(ExpertGroup):
         names = ("film_scale", "film_shift")
         return Expert(((name, PlainMap(hidden, hidden, bias=True)) for name in names), {})
 
-    def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
-        def change(number: int, mine: Tensor) -> Tensor:
-            expert = self[number]
-            scale, shift = (expert.get_submodule(f"film_{n}")(mine) for n in ("scale", "shift"))
-            made: Tensor = scale.mul(mine).add(shift)
-            return made
-
-        rows = picked.rows(block.ffn(x))
-        return picked.back(picked.weighted(rows + picked.each(rows, change)))
+    def made(self, number: int, rows: Tensor) -> Tensor:
+        scale, shift = (self[number].get_submodule(f"film_{n}")(rows) for n in ("scale", "shift"))
+        made: Tensor = scale.mul(rows).add(shift)
+        return made

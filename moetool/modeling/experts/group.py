@@ -42,11 +42,13 @@ class Expert(GrownPart):
 
 class ExpertGroup(nn.ModuleList):
     """Subclass it in a file of this folder, with a `name`, and say what a linear of an expert is
-    (`part`), or how all run. `bases`: what a group of this form may stand on; `needs` and `knows`:
-    the keys that its params must and may have, each with its kind or its values.
+    (`part`), or how all run. `bases`: what a group of this form may stand on; `sites`: where alone
+    it can be; `needs` and `knows`: the keys that its params must and may have, each with its kind
+    or its values.
     """
 
     name: ClassVar[str] = ""
+    sites: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ("beside", "member", "gone")
     needs: ClassVar[Kinds] = {}
     knows: ClassVar[Kinds] = {"output_scale": bool}

@@ -12,11 +12,16 @@ from moetool.modeling.piece import GrownPart
 
 
 class PlainMap(GrownPart):
-    """`weight` [out, in], zero or drawn as torch's linears are, and `bias` [out], zero."""
+    """`weight` [out, in / parts], zero or drawn as torch's linears are, and `bias` [out], zero.
+    `parts`: into how many the input is cut, of which each gives a part of the output.
+    """
 
-    def __init__(self, out: int, into: int, *, bias: bool = False, drawn: bool = False) -> None:
+    def __init__(
+        self, out: int, into: int, *, bias: bool = False, drawn: bool = False, parts: int = 1
+    ) -> None:
         super().__init__()
-        self.weight, self.drawn = nn.Parameter(torch.empty(out, into)), drawn
+        self.weight, self.drawn = nn.Parameter(torch.empty(out, into // parts)), drawn
+        self.parts = parts
         self.bias = nn.Parameter(torch.empty(out)) if bias else None
 
     def reset(self) -> None:
@@ -30,4 +35,9 @@ class PlainMap(GrownPart):
             init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        if self.parts == 1:
+            return functional.linear(x, self.weight, self.bias)
+        cut = x.view(*x.shape[:-1], self.parts, -1)
+        weight = self.weight.view(self.parts, -1, self.weight.shape[-1])
+        made = torch.einsum("...pi,poi->...po", cut, weight).flatten(-2)
+        return made if self.bias is None else made + self.bias

@@ -15,6 +15,7 @@ class PartExperts(ExpertGroup):
 
     name: ClassVar[str] = PART
     bases: ClassVar[tuple[str, ...]] = ("under",)
+    sites: ClassVar[tuple[str, ...]] = ("heads",)
     knows: ClassVar[Kinds] = {"shared": int}
 
     def one(self, group: Group, linears: FfnLinears) -> Expert:

@@ -13,10 +13,10 @@ from moetool.modeling.signals import KEPT, Heard
 
 
 class SequenceScorer(KeptScorer):
-    """What the FFN sees of the first token that is no padding."""
+    """What a module sees of the first token that is no padding."""
 
     name: ClassVar[str] = "sequence"
-    sites: ClassVar[tuple[str, ...]] = ("ffn",)
+    sites: ClassVar[tuple[str, ...]] = ("ffn", "attention")
     weight: Tensor
 
     def key(self, x: Tensor, heard: Heard) -> Tensor:

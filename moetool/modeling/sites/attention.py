@@ -17,25 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetool.modeling.block import FfnLinears, Grouped, Swapped
+from moetool.modeling import experts
+from moetool.modeling.block import FfnLinears, Grouped, Picked
+from moetool.modeling.experts.adding import AddingExperts
+from moetool.modeling.experts.gate import GateExperts
+from moetool.modeling.sites.around import Around, surround
 from moetool.modeling.sites.projections import GroupedProjections, ProjectionExperts
 from moetool.modeling.sites.site import GroupSite, wrong
+from moetool.modeling.step_block import swapped
 from moetool.surgery.groups import Group
 
 
 class GroupedAttention(GroupedProjections):
-    """An attention module with one group of experts."""
+    """An attention module with groups of experts: one at most stands for its projections, others
+    add to what goes into these, or to what comes out.
+    """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class, with projections of each token's experts."""
-        group, law = self.held[0]
-        picked = self.picked(group, law, hidden_states.reshape(-1, hidden_states.shape[-1]))
-        swapped = (
-            _Heads(self, group, picked.dense(group.choices, hidden_states)).swapped()
-            if group.params.get("mix") == "outputs"
-            else {name: partial(self.mixed, name, picked) for name in self.linears.names}
-        )
-        return self.stock.forward(Swapped(self, swapped), hidden_states, *args, **kwargs)
+        """As the stock class, with what each token's experts project and add."""
+        x, lie = hidden_states.reshape(-1, hidden_states.shape[-1]), hidden_states.shape[:-1]
+        stands, around = dict[str, Any](), list[Around]()
+        for group, law in self.held:
+            picked = self.picked(group, law, x, lie)
+            if group.base == "beside":
+                around.append(Around(getattr(self, group.name), picked, group.scale))
+            else:
+                stands = self._projections(group, picked, x)
+        surround(self, stands, around)
+        return swapped(self, stands)(hidden_states, *args, **kwargs)
+
+    def _projections(self, group: Group, picked: Picked, x: Tensor) -> dict[str, Any]:
+        """What stands for projections of the tokens x [tokens, hidden], by name."""
+        experts = getattr(self, group.name)
+        if isinstance(experts, GateExperts):
+            value = self.linears.into[-1]
+            return {value: partial(_gated, experts, picked, getattr(self, value))}
+        if group.params.get("mix") == "outputs":
+            return dict(_Heads(self, group, picked.dense(group.choices, x)).swapped())
+        return {name: partial(self.mixed, name, picked) for name in self.linears.names}
+
+
+def _gated(experts: GateExperts, picked: Picked, values: nn.Module, x: Tensor) -> Tensor:
+    """The values of x [..., hidden], gated."""
+    made: Tensor = values(x)
+    rows, flat = x.reshape(-1, x.shape[-1]), made.reshape(-1, made.shape[-1])
+    return experts.gated(rows, flat, picked).view(made.shape)
 
 
 class _Heads:
@@ -87,21 +113,30 @@ class _Heads:
 
 
 class AttentionSite(GroupSite):
-    """One group of whole projections."""
+    """One group of whole projections, or of gates on values, and what is added around them."""
 
     name = "attention"
     kind = GroupedAttention
-    forms = ("full",)
-    bases = ("member", "gone")
+    forms = ("full", "gate", "adapter", "film")
+    bases = ("member", "gone", "beside")
 
     def experts(self, group: Group, linears: FfnLinears) -> nn.Module:
-        return ProjectionExperts(group, linears)
+        if group.form == "full":
+            return ProjectionExperts(group, linears)
+        return experts.forms()[group.form](group, linears)
 
     def check(self, module: Grouped, group: Group) -> None:
         super().check(module, group)
         names, outputs = module.linears.names, group.params.get("mix") == "outputs"
+        form = experts.forms()[group.form]
+        adds = issubclass(form, AddingExperts)
+        if (group.base == "beside") != adds or (group.form == "gate" and group.base == "gone"):
+            stands = "beside" if adds else "member"
+            raise wrong(f"{group.form} experts {group.base!r} an attention", stands, group.base)
+        if group.form == "gate":
+            _check_values(module, int(group.params.get("heads", 0)))
         shared = [name for name in names if not group.has(name)]
-        if shared and (not outputs or shared != [*names[1:3]]):
+        if group.form == "full" and shared and (not outputs or shared != [*names[1:3]]):
             raise wrong(
                 "`targets` of experts at the site attention",
                 f"{names[0]}, {names[-1]}, with mix outputs",
@@ -109,6 +144,18 @@ class AttentionSite(GroupSite):
             )
         if outputs:
             _check_heads(module)
+
+
+def _check_values(module: Grouped, heads: int) -> None:
+    """Refuse gates that are not those of the heads of its values."""
+    lie = module.linears
+    wide, size = lie.shapes[lie.into[-1]][0], getattr(module, "head_dim", None)
+    if len(lie.names) != 4 or heads < 1 or wide % heads or size not in (None, wide // heads):
+        raise wrong(
+            "gates on values that are not the attention's",
+            f"q, k, v and o, and values of {wide // (size or 1)} heads",
+            f"{', '.join(lie.names)}, {heads} heads",
+        )
 
 
 def _check_heads(module: Grouped) -> None:

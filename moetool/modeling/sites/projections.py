@@ -16,11 +16,17 @@ from moetool.surgery.strict import Kinds
 class GroupedProjections(Grouped):
     """A module with one group of experts, whose projections each token has of its own."""
 
+    @property
+    def whole(self) -> Group | None:
+        """The group that stands for projections, where there is one."""
+        return next((group for group, _ in self.held if group.base != "beside"), None)
+
     def part(self, choice: int, name: str) -> nn.Module:
         """A projection of the expert behind a choice: of `member` groups the first is the module's
         own, and so are those that experts do not have.
         """
-        group, own = self.held[0][0], getattr(self, name, None)
+        group, own = self.whole, getattr(self, name, None)
+        assert group is not None
         number = choice - (group.base == "member")
         if number < 0 or not group.has(name):
             assert own is not None

@@ -94,9 +94,13 @@ class GroupSite:
             raise wrong(
                 f"{group.form} experts at the site {self.name}", ", ".join(self.forms), group.form
             )
-        where = routes.named(group.route.key).sites
-        if where and self.name not in where:
-            raise wrong(f"a route by {group.route.key}", f"site {' or '.join(where)}", self.name)
+        alone = {
+            f"a route by {group.route.key}": routes.named(group.route.key).sites,
+            f"{group.form} experts": experts.sites_of(group.form),
+        }
+        for what, where in alone.items():
+            if where and self.name not in where:
+                raise wrong(what, f"site {' or '.join(where)}", self.name)
         if group.base not in self.bases:
             raise wrong(
                 f"base {group.base!r} at the site {self.name}", ", ".join(self.bases), group.base

@@ -13,6 +13,7 @@ class AttentionPlace(GroupPlace):
     """its attention"""
 
     name = noun = "attention"
+    alone = False
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
         found = words.linears(layout, self.name)

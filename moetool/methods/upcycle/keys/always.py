@@ -16,7 +16,7 @@ class AlwaysKey(RouteKey):
     name = "always"
     draws = False
     apart = False
-    sites = ("ffn", LINEAR)
+    sites = ("ffn", "attention", LINEAR)
     laws = ("hard", "soft")
 
     @classmethod

@@ -84,7 +84,7 @@ class RouteKey(Word):
 
     def check_tower(self, tower: str) -> None:
         """Refuse a tower that the caller's tokens do not go through, where it looks at these."""
-        if KEYS[self.name].hears and tower != TEXT:
+        if not KEYS[self.name].in_tower(tower):
             raise UsageError(
                 f"--key {self.name} looks at what a call of the text model says",
                 expected=f"--tower {TEXT}",

@@ -1,4 +1,4 @@
-"""Bottleneck adapters on the FFN, one an expert."""
+"""Bottleneck adapters on the FFN or the attention, one an expert."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery.groups import FIRST_SITE
+from moetool.surgery.inside import ADAPTER_ACTS
 from moetool.surgery.reform import Into
 
 
@@ -22,23 +24,54 @@ class Bottleneck:
     adapter_dim: int = option(64, "width of each adapter's bottleneck", WHAT, minimum=1)
     adapter_at: str = option(
         "after",
-        "where adapters stand: after the FFN (they change its output), or before it (its input)",
+        "where adapters stand: after the FFN or attention (they change its output), or before it "
+        "(its input)",
         choices=("after", "before"),
     )
+    adapter_act: str = option(
+        ADAPTER_ACTS[0], "what adapters compute with between down and up", choices=ADAPTER_ACTS
+    )
+    adapter_gated: bool = option(
+        False, "adapters have a second way down, a gate: up(act(gate h) * down h), as GLUs do"
+    )
+    adapter_bias: bool = option(False, "adapters have biases, on their ways down and up")
+    adapter_groups: int = option(
+        1, "parts into which an adapter's way up is cut, as a grouped convolution", minimum=1
+    )
+    adapter_shared_down: bool = option(False, "all adapters of a layer share one way down")
 
 
 class AdapterKind(ExpertKind):
-    """Bottleneck adapters on the FFN, one an expert: h + up(gelu(down h)) of the FFN's output, or
-    of its input; up is zero at birth, so that the model is exactly its source until it is trained.
+    """Bottleneck adapters on the FFN or the attention, one an expert: h + up(gelu(down h)) of its
+    output, or of its input; up is zero at birth, so that the model is exactly its source until it
+    is trained.
 
-    PESC (arXiv 2401.02731): after, top-2, renormalised.
+    PESC (arXiv 2401.02731): after the FFN, top-2, renormalised. LaVIN (arXiv 2305.15023) and PILL
+    (arXiv 2311.02126): before the attention.
     """
 
     name = "adapter"
     Options: ClassVar[type] = Bottleneck
     own: Bottleneck
+    sites = ("ffn", "attention")
+
+    @property
+    def stands(self) -> str:
+        return self.base if self.verb.site == FIRST_SITE else "beside"
+
+    @property
+    def starts(self) -> str:  # type: ignore[override]
+        return "ffn" if self.verb.site == FIRST_SITE else "zero"
 
     def check(self, ground: Ground) -> None:
+        own, parts = self.own, self.own.adapter_groups
+        if own.adapter_dim % parts or ground.given % parts:
+            raise UsageError(
+                "the way up of an adapter cannot be cut into so many parts",
+                expected=f"a divisor of --adapter-dim {own.adapter_dim} and of {ground.given}",
+                found=f"--adapter-groups {parts}",
+                hint="for example --adapter-groups 2",
+            )
         if self.own.adapter_dim > ground.given:
             raise UsageError(
                 "an adapter's bottleneck is wider than what goes through it",
@@ -52,8 +85,17 @@ class AdapterKind(ExpertKind):
         return self.own.adapter_at == "before"
 
     def params(self, ground: Ground) -> JsonObject:
-        said: JsonObject = {"dim": self.own.adapter_dim}
-        return said if self.own.adapter_at == "after" else said | {"at": self.own.adapter_at}
+        own = self.own
+        said: JsonObject = {"dim": own.adapter_dim}
+        more = {
+            "at": (own.adapter_at, "after"),
+            "act": (own.adapter_act, ADAPTER_ACTS[0]),
+            "gated": (own.adapter_gated, False),
+            "bias": (own.adapter_bias, False),
+            "groups": (own.adapter_groups, 1),
+            "shared_down": (own.adapter_shared_down, False),
+        }
+        return said | {name: value for name, (value, usual) in more.items() if value != usual}
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         spot.write_inside(build)

@@ -5,19 +5,29 @@ from __future__ import annotations
 from moetool.methods.contract import Builder
 from moetool.methods.upcycle.ground import Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.surgery.groups import FIRST_SITE
 from moetool.surgery.reform import Into
 
 
 class FilmKind(ExpertKind):
-    """Feature-wise modulation of the FFN's output, one pair of linear maps an expert: (1 +
-    scale(h)) h + shift(h); both maps are zero at birth, so that the model is exactly its source
-    until it is trained.
+    """Feature-wise modulation of the output of the FFN or the attention, one pair of linear maps an
+    expert: (1 + scale(h)) h + shift(h); both maps are zero at birth, so that the model is exactly
+    its source until it is trained.
 
     MoFME (arXiv 2312.16610): top-2 or 4 of 4 to 16, renormalised; there in a vision model that is
     trained from scratch.
     """
 
     name = "film"
+    sites = ("ffn", "attention")
+
+    @property
+    def stands(self) -> str:
+        return self.base if self.verb.site == FIRST_SITE else "beside"
+
+    @property
+    def starts(self) -> str:  # type: ignore[override]
+        return "ffn" if self.verb.site == FIRST_SITE else "zero"
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         spot.write_inside(build)

@@ -22,6 +22,7 @@ from moetool.methods.upcycle.laws.renormalised import RenormalisedWord
 from moetool.methods.upcycle.options import AUTO, Upcycling
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word, words
+from moetool.surgery import places
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import FIRST, LINEAR, MODEL_TYPE, Group
 from moetool.surgery.reform import Into
@@ -228,10 +229,11 @@ class ExpertKind(Word):
     def certificate(self, group: Group, sources: int) -> Certificate:
         """How the result relates to its source at birth. `sources`: how many there are."""
         beside = group.base == "beside"
+        noun = places.named(group.site).noun
         if self.starts == "zero" and beside:
-            why = "the FFN stays as it is and the experts beside it start at zero output"
+            why = f"the {noun} stays as it is and the experts beside it start at zero output"
             return Certificate("exact", why)
         if self.starts != "ffn" or beside:
-            why = "the experts add to the FFN, whose own output stays whole"
+            why = f"the experts add to the {noun}, whose own output stays whole"
             return Certificate("none", why, None)
         return self.key.certificate(self.combine.certificate(group), group)

@@ -9,17 +9,14 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
 from moetool.methods.options import option
-from moetool.methods.upcycle.laws.law import RouteLaw, exact
+from moetool.methods.upcycle.laws.law import RouteLaw, Tempered, exact
 from moetool.surgery.groups import Group
 
 
 @dataclass(frozen=True)
-class Gumbel:
+class Gumbel(Tempered):
     """The options of the law."""
 
-    temperature: float = option(
-        1.0, "of the softmax in training; a lower one is nearer to one expert", minimum=0
-    )
     least_weight: float = option(
         0.02, "in training an expert below this weight is left out", unit="share", metavar="SHARE"
     )
@@ -47,13 +44,7 @@ class GumbelWord(RouteLaw):
                 found=f"--top-k {top_k}",
                 hint="leave out --top-k",
             )
-        if not self.own.temperature:
-            raise UsageError(
-                "--temperature 0 has no softmax",
-                expected="a number above 0",
-                found="--temperature 0",
-                hint="for example --temperature 0.3",
-            )
+        self.own.told(self.name)
 
     def options(self, hidden: int) -> JsonObject:
         own = self.own

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moetool.data import JsonObject
+from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
 from moetool.methods.options import option
 from moetool.methods.upcycle.word import Word
@@ -54,6 +55,25 @@ class Summed:
     """The option of laws whose weights may sum to anything."""
 
     renormalise: bool = option(False, "divide the weights of a token by their sum")
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """The option of laws with a temperature."""
+
+    temperature: float = option(
+        1.0, "scores are divided by it before the softmax; a lower one is nearer to one expert"
+    )
+
+    def told(self, law: str) -> None:
+        """Refuse one that has no softmax."""
+        if self.temperature <= 0:
+            raise UsageError(
+                f"--temperature {self.temperature:g} has no softmax",
+                expected="a number above 0",
+                found=f"--law {law} --temperature {self.temperature:g}",
+                hint="for example --temperature 0.3",
+            )
 
 
 def exact(group: Group, why: str) -> Certificate:
