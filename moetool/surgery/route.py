@@ -164,7 +164,9 @@ LAWS: Mapping[str, RouteWord] = {
         {"capacity": float},
         {"score": ("softmax", "sigmoid"), "renormalise": bool, "noise": bool, "auxiliary": int},
     ),
-    "gumbel": RouteWord((), {"temperature": float}, {"threshold": float}),
+    "gumbel": RouteWord(
+        (), {"temperature": float}, {"threshold": float, "hard": bool, "share": bool}
+    ),
     "hard": RouteWord(),
     "renormalised": RouteWord(),
     "soft": RouteWord((), {}, {"temperature": float}),

@@ -195,9 +195,9 @@ def changes(recipe: Path, out: Path) -> list[str]:
 
 @lru_cache(maxsize=1)
 def domains() -> Path:
-    """Embeddings of four domains."""
+    """Embeddings of three domains."""
     file = Path(tempfile.mkdtemp()) / "domains.safetensors"
-    save_file({"domains": torch.eye(4)}, file)
+    save_file({"domains": torch.eye(3)}, file)
     return file
 
 

@@ -12,11 +12,12 @@ import torch
 from modeling.grown import IDS, apart
 from modeling.test_other_experts import loaded, logits, shaken
 from torch import Tensor
+from transformers import TrainerState
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
 from moetool.modeling import balance, laws
-from moetool.modeling.anneal import anneal
+from moetool.modeling.anneal import Annealing, anneal
 from moetool.modeling.balance import Scores
 from moetool.modeling.block import blocks
 from moetool.modeling.laws.law import Beside
@@ -36,6 +37,7 @@ LAWS: list[tuple[str, int, dict[str, Any]]] = [
     ("top_p", 5, {"threshold": 0.6}),
     ("top_p", 2, {"threshold": 0.8, "renormalise": True}),
     ("gumbel", 1, {"temperature": 0.5}),
+    ("gumbel", 1, {"temperature": 0.5, "share": True}),
     ("expert_choice", 5, {"capacity": 1.5}),
     ("expert_choice", 5, {"capacity": 1.0, "score": "sigmoid", "renormalise": True}),
 ]
@@ -84,7 +86,8 @@ def reference(name: str, top_k: int, options: dict[str, Any], scores: list[list[
             for e in sorted(range(count), key=lambda e, row=row: -row[e])[:top_k]:
                 if name == "top_p" and held >= options["threshold"]:
                     break
-                made[t][e] = 1.0 if name in ("hard", "gumbel") else row[e]
+                one = name in ("hard", "gumbel") and not options.get("share")
+                made[t][e] = 1.0 if one else row[e]
                 held += row[e]
     if name == "renormalised" or options.get("renormalise"):
         made = [[x / (sum(row) or 1) for x in row] for row in made]
@@ -157,6 +160,7 @@ WAYS: list[tuple[dict[str, Any], str]] = [
     ({"law": "top_p"}, "none"),
     ({"law": "top_p", "renormalise": True}, "exact"),
     ({"law": "gumbel"}, "exact"),
+    ({"law": "gumbel", "final_weight": "share"}, "none"),
     ({"law": "expert_choice"}, "none"),
     ({"law": "expert_choice", "capacity": 4}, "exact"),
     ({"law": "expert_choice", "auxiliary": True, "score": "sigmoid"}, "none"),
@@ -243,6 +247,29 @@ def test_temperature_is_lowered_and_kept(models: Models, tmp_path: Path) -> None
     assert next(blocks(again)).held[0][1].temperature == 0.5
     with pytest.raises(MoetoolError, match="temperature"):
         anneal(model, 0)
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("exponential", 1.0), ("linear", 2.125)])
+def test_a_schedule_goes_by_the_step(
+    decay: str, middle: float, models: Models, tmp_path: Path
+) -> None:
+    """Whatever step a Trainer goes on with; hard in the end, and saved so."""
+    how = {"experts": 4, "form": "lora", "rank": 4, "law": "gumbel"}
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **how)
+    model = loaded(tmp_path / "out")
+    schedule, law = Annealing(4.0, 0.25, 10, decay, hard_at=8), next(blocks(model)).held[0][1]
+    for step, wanted in ((0, 4.0), (5, middle), (10, 0.25), (99, 0.25)):
+        schedule.on_step_begin(None, TrainerState(global_step=step), None, model=model)
+        assert law.temperature == pytest.approx(wanted) and law.hard == (step >= 8)
+    model.save_pretrained(tmp_path / "again")
+    again = next(blocks(loaded(tmp_path / "again"))).held[0][1]
+    assert (again.temperature, again.hard) == (0.25, True)
+    chosen = again.choose(torch.randn(50, 4), Beside(training=True))
+    assert chosen.expert.shape == (50, 1) and float(chosen.weight.max()) <= 1
+    with pytest.raises(UsageError, match="schedule"):
+        Annealing(1.0, 0.0, 10)
+    with pytest.raises(UsageError, match="has a temperature"):
+        schedule.on_step_begin(None, TrainerState(), None, model=loaded(models("llama")))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def kind(options: Upcycling) -> type[ExpertKind]:
 def route(options: Upcycling) -> Mapping[str, type[Any]]:
     """The key and the law that are meant."""
     key, form = words(RouteKey)[options.key], kind(options)
-    usual = key.law(form.law, form.base)
+    usual = key.law(form.law, form.standing(options))
     return {"key": key, "law": words(RouteLaw)[usual if options.law == AUTO else options.law]}
 
 

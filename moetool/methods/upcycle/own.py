@@ -84,9 +84,10 @@ def plan(
     kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = _beside(ground, kind.group(ground)), Builder()
     names, into = ground.names(), dict[str, Into]()
-    mixed = _mixed(kind, sources)
     places: list[Place] = ["before", *range(ground.count), "after"]
-    gone = _gone(ground, group)
+    own = _own(ground, group)
+    gone = own if group.base == "gone" else set()
+    mixed = {n: m for n, m in _mixed(kind, sources).items() if n not in own}
     for place in places:
         for name in names.get(place, ()):
             if name in gone or kind.copied(build, ground, name):
@@ -258,10 +259,8 @@ def _config(ground: Ground, group: Group) -> JsonObject:
     return groups.config_of(said, (*held, group)) | {"auto_map": dict(shim.AUTO_MAP)}
 
 
-def _gone(ground: Ground, group: Group) -> set[str]:
-    """The FFNs' own tensors in the layers where experts stand in their stead."""
-    if group.base != "gone":
-        return set()
+def _own(ground: Ground, group: Group) -> set[str]:
+    """The FFNs' own tensors in the layers where experts stand."""
     linears = chain.from_iterable(block.linears for block in ground.blocks)
     gone = [*product((one for one in linears if group.has(one.name)), group.layers)]
     own = [*starmap(ground.stored, gone), *starmap(ground.bias, gone)]

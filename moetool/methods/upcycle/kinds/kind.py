@@ -125,6 +125,11 @@ class ExpertKind(Word):
         """Which linears of a layer get experts, at the site of linears; all, where none is said."""
         return tuple(filter(None, self.verb.linears.split(",")))
 
+    @classmethod
+    def standing(cls, said: Upcycling) -> str:
+        """What becomes of the layer's own FFN, before it is known what is looked at."""
+        return cls.base
+
     @property
     def stands(self) -> str:
         """What becomes of the layer's own FFN (surgery/groups.py)."""

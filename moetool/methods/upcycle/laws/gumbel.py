@@ -20,12 +20,18 @@ class Gumbel(Tempered):
     least_weight: float = option(
         0.02, "in training an expert below this weight is left out", unit="share", metavar="SHARE"
     )
+    final_weight: str = option(
+        "one",
+        "of the best expert, which alone runs where nothing is trained: one, or its share of the "
+        "softmax",
+        choices=("one", "share"),
+    )
 
 
 class GumbelWord(RouteLaw):
-    """Dense in training, by a softmax with Gumbel noise, and otherwise the best one alone with the
-    weight 1: EvoMoE, arXiv 2112.14397. The temperature is lowered while it is trained
-    (moetool.modeling.anneal.anneal).
+    """Dense in training, by a softmax with Gumbel noise, and otherwise the best one alone: EvoMoE,
+    arXiv 2112.14397. The temperature is lowered while it is trained: give a Trainer
+    `moetool.modeling.anneal.Annealing(first, last, steps)`.
     """
 
     name = "gumbel"
@@ -49,9 +55,12 @@ class GumbelWord(RouteLaw):
     def options(self, hidden: int) -> JsonObject:
         own = self.own
         more = {"threshold": own.least_weight} if own.least_weight else {}
+        more |= {"share": True} if own.final_weight == "share" else {}
         return {"temperature": own.temperature, **more}
 
     def certificate(self, group: Group) -> Certificate:
+        if self.own.final_weight == "share":
+            return super().certificate(group)
         return exact(
             group, "one of them runs where nothing is trained (in training, shares of several)"
         )
