@@ -52,7 +52,7 @@ class Annealing(TrainerCallback):  # type: ignore[misc]
     Trainer holds; the model is saved with the temperature that it has.
 
     From `first` to `last` in so many `steps`, exponentially (first * (last / first) ** (step /
-    steps)) or linearly; at step `hard_at` training, too, goes on with the best expert alone (EvoMoE,
+    steps)) or linearly; at step `hard_at` training too goes on with the best expert alone (EvoMoE,
     arXiv 2112.14397). UsageError for numbers that are none of a temperature.
     """
 
