@@ -15,7 +15,8 @@ from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import companions
 
 SHOWN = 4
-WORK = ("stats", "walk", "solved", "gate", "steps", "fit")  # what the steps leave in a work folder
+# What the steps, and files that were given, leave in a work folder.
+WORK = ("stats", "walk", "solved", "gate", "steps", "fit", "adapters", "domains")
 
 
 def resolved(out: str | Path) -> Path:

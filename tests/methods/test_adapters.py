@@ -77,14 +77,17 @@ def test_adapters_become_experts(linears: tuple[str, ...], models: Models, tmp_p
     assert checked["bytes"]["sealed_tensors"] == 4 * 3 * len(linears) * 2
 
 
-def test_a_folder_of_mixlora_gives_all_experts_and_the_router(
-    models: Models, tmp_path: Path
-) -> None:
-    folder, out, held = tmp_path / "mix", tmp_path / "out", {}
+def mixlora(folder: Path, attention: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """A folder as TUDB-Labs' MixLoRA saves it: experts in the FFN, plain LoRA on attention."""
     folder.mkdir()
+    held: dict[str, torch.Tensor] = {}
     said = {"peft_type": "MIXLORA", "r": 4, "lora_alpha": 8, "num_experts": 2, "top_k": 2}
     (folder / "adapter_config.json").write_text(json.dumps(said))
     for layer in range(4):
+        for linear in attention:
+            stem = f"mixlora.layers.{layer}.self_attn.{linear}"
+            held[f"{stem}.lora_A.weight"] = torch.randn(4, SIDES[linear][1])
+            held[f"{stem}.lora_B.weight"] = torch.randn(SIDES[linear][0], 4)
         head = f"mixlora.layers.{layer}.mlp"
         held[f"{head}.moe_gate.weight"] = torch.randn(2, 64)
         for expert in range(2):
@@ -94,16 +97,56 @@ def test_a_folder_of_mixlora_gives_all_experts_and_the_router(
                 held[f"{stem}.lora_A.weight"] = torch.randn(4, into)
                 held[f"{stem}.lora_B.weight"] = torch.randn(out_, 4)
     torch.save(held, folder / "adapter_model.bin")
-    moetool.upcycle(
-        str(models("llama")), str(out), experts=2, form="lora", from_adapters=[str(folder)]
-    )
-    new = tensors(out)
+    return held
+
+
+@pytest.mark.parametrize("attention", [(), ("q_proj", "v_proj")])
+def test_a_folder_of_mixlora_gives_all_experts_and_the_router(
+    attention: tuple[str, ...], models: Models, tmp_path: Path
+) -> None:
+    """What it changes of the attention becomes the base's, where that is asked for."""
+    out, source = tmp_path / "out", models("llama")
+    held = mixlora(tmp_path / "mix", attention)
+    options = {"experts": 2, "form": "lora", "from_adapters": [str(tmp_path / "mix")]}
+    if attention:
+        with pytest.raises(MoetoolError, match="more than the FFNs") as raised:
+            moetool.upcycle(str(source), str(out), **options)
+        assert "--merge-attention" in raised.value.hint
+        options["merge_attention"] = True
+    moetool.upcycle(str(source), str(out), **options)
+    new, old = tensors(out), tensors(source)
+    for name in (n for n in old if "self_attn" in n):
+        wanted = old[name]
+        if name.split(".")[-2] in attention:
+            stem = name.replace("model.", "mixlora.", 1).removesuffix(".weight")
+            wanted = wanted + 2 * held[f"{stem}.lora_B.weight"] @ held[f"{stem}.lora_A.weight"]
+        assert torch.allclose(new[name], wanted, rtol=1e-6, atol=1e-5)
     for layer in range(4):
         there, head = f"model.layers.{layer}.mlp", f"mixlora.layers.{layer}.mlp"
         assert torch.equal(new[f"{there}.router.weight"], held[f"{head}.moe_gate.weight"])
         for expert in range(2):
             made = new[f"{there}.experts.{expert}.down_proj.lora_B"]
             assert torch.equal(made, held[f"{head}.down_proj.experts.{expert}.lora_B.weight"])
+
+
+class Harmful:
+    """A pickle that would make a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("made-by-a-pickle"),)
+
+
+@pytest.mark.parametrize("held", [Harmful(), {"a": Harmful()}, {"a": 1}, [torch.zeros(1)], b""])
+def test_a_pickle_of_anything_else(held: object, models: Models, tmp_path: Path) -> None:
+    mixlora(tmp_path / "mix")
+    if held == b"":
+        (tmp_path / "mix" / "adapter_model.bin").write_bytes(b"")
+    else:
+        torch.save(held, tmp_path / "mix" / "adapter_model.bin")
+    said = {"experts": 2, "form": "lora", "from_adapters": [str(tmp_path / "mix")]}
+    with pytest.raises(MoetoolError, match="no dictionary of tensors"):
+        moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **said)
+    assert not Path("made-by-a-pickle").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

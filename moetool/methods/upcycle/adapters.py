@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetool import strict_json
 from moetool.data import JsonObject
@@ -18,6 +20,9 @@ from moetool.surgery.groups import linear_of
 from moetool.surgery.headers import WeightFiles
 from moetool.surgery.places import words
 from moetool.surgery.spec import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PART = re.compile(r"(.+)\.(lora_[AB])((?:\.default)?\.weight)")
@@ -113,16 +118,34 @@ def _weights(path: Path, number: int, work: str) -> Checkpoint:
     """The adapter's tensors as they lie; a pickle is read without running what it says."""
     name = WEIGHTS
     if not (path / WEIGHTS).exists() and (path / PICKLE).exists():
-        import torch
         from safetensors.torch import save_file
 
-        held = torch.load(path / PICKLE, map_location="cpu", weights_only=True)
+        held = _unpickled(path / PICKLE)
         path, name = Path(work, "adapters"), f"{number}.safetensors"
         path.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in held.items()}, path / name, {"format": "pt"})
+        save_file(held, path / name, {"format": "pt"})
     if not (path / name).exists():
         raise _refused(str(path), "the folder holds no adapter", f"{WEIGHTS} or {PICKLE}", "none")
     return Checkpoint.seen(str(path), {}, WeightFiles.read(path, [name]))
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle. MoetoolError for one that holds, or would do, anything else."""
+    import torch
+
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
+        held = str(problem).partition("\n")[0]
+    if not isinstance(held, dict) or not all(isinstance(v, torch.Tensor) for v in held.values()):
+        raise MoetoolError(
+            "the adapter's pickle is no dictionary of tensors",
+            file=str(file),
+            expected="what torch.load reads with weights_only=True",
+            found=str(held)[:200],
+            hint=f"download it again, or save its tensors as {WEIGHTS}",
+        )
+    return {str(name): tensor.contiguous().clone() for name, tensor in held.items()}
 
 
 class _Found:
