@@ -60,6 +60,7 @@ def _lines(found: JsonObject) -> list[str]:
             f"{group['route']}; "
             f"layers {', '.join(map(str, group['layers']))}"
         )
+        lines += [f"  {group['note']}"] if group["note"] else []
     if found["tied"]:
         lines.append(f"tied: {', '.join(found['tied'])}")
     if found["law"] and found["kind"] == "moe":

@@ -19,6 +19,11 @@ from moetool.surgery.strict import Kinds
 
 ROUTED = "token"  # the key of routes that score each token by itself
 MODALITY = "modality"  # the key of routes that look at what kind of token it is
+# What a route that compares the tokens of a call means for whoever runs it.
+COMPARED = (
+    "experts compare all tokens of a call: what is generated with a cache is computed otherwise "
+    "than without, and a sequence beside others otherwise than alone"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,14 @@ class Route:
     top_k: int = 1
     bias: bool = False
     options: JsonObject = field(default_factory=dict)
+
+    def compares(self, choices: int) -> bool:
+        """Whether what a token gets depends on the other tokens of a call, where nothing is
+        trained: not where each takes all there are, nor where a part of the router foresees it.
+        """
+        said = self.options
+        alone = bool(said.get("auxiliary")) or said.get("capacity", 0) >= choices
+        return LAWS[self.law].compares and not alone
 
     def tensors(self, choices: int) -> Iterator[RouterTensor]:
         """What a router over so many choices has, shapes in numbers but for `hidden`."""
@@ -87,7 +100,8 @@ class RouterTensor(NamedTuple):
 class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
     router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
-    model's tokens; `beside`: towers beside the text model that it can be in all the same.
+    model's tokens; `beside`: towers beside the text model that it can be in all the same;
+    `compares`: whether what a token gets depends on the other tokens of a call.
     """
 
     tensors: tuple[RouterTensor, ...] = ()
@@ -96,6 +110,7 @@ class RouteWord:
     biased: bool = False
     hears: bool = False
     beside: tuple[str, ...] = ()
+    compares: bool = False
 
     def in_tower(self, tower: str) -> bool:
         """Whether a route can be there."""
@@ -163,6 +178,7 @@ LAWS: Mapping[str, RouteWord] = {
         ),
         {"capacity": float},
         {"score": ("softmax", "sigmoid"), "renormalise": bool, "noise": bool, "auxiliary": int},
+        compares=True,
     ),
     "gumbel": RouteWord(
         (), {"temperature": float}, {"threshold": float, "hard": bool, "share": bool}

@@ -225,11 +225,15 @@ def alone(block: Any, group: Group, expert: int, x: Tensor) -> Tensor:
 
 
 def test_experts_that_choose_see_what_comes_later(models: Models, tmp_path: Path) -> None:
-    """Said plainly in the help: a token's output depends on later ones, unless tokens foresee."""
+    """A token's output depends on later ones, unless tokens foresee; upcycle and inspect say so."""
     for auxiliary in (False, True):
         out = tmp_path / str(auxiliary)
         how = {"law": "expert_choice", "auxiliary": auxiliary, "score": "sigmoid", "capacity": 1}
-        moetool.upcycle(str(models("llama")), str(out), experts=4, form="lora", **how)
+        report = moetool.upcycle(str(models("llama")), str(out), experts=4, form="lora", **how)
+        (group,) = moetool.inspect(str(out))["groups"]
+        said = "generated with a cache is computed otherwise than without"
+        for words in ("".join(report["warnings"]), group["note"]):
+            assert (said in words) != auxiliary
         model = loaded(out)
         shaken(model, ".experts.")
         shaken(model, "router")

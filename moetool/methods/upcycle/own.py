@@ -83,6 +83,7 @@ def plan(
     kind.key.check_tower(ground.tower)
     kind.key.check(ground, kind.choices, kind.verb.top_k)
     group, build = _beside(ground, kind.group(ground)), Builder()
+    told += tuple(kind.combine.warned(group))
     names, into = ground.names(), dict[str, Into]()
     places: list[Place] = ["before", *range(ground.count), "after"]
     own = _own(ground, group)

@@ -43,6 +43,7 @@ class ExpertChoiceWord(RouteLaw):
     own: Taking
     all_run = True
     apart = True
+    mends = "; --auxiliary mends it where nothing is trained"
 
     def told(self, base: str, top_k: int) -> None:
         if not self.own.capacity:

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` reads all laws.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,17 +16,20 @@ from moetool.methods.options import option
 from moetool.methods.upcycle.word import Word
 from moetool.surgery import places
 from moetool.surgery.groups import Group
+from moetool.surgery.route import COMPARED
 
 
 class RouteLaw(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `sums`: whether the weights of a token always sum to one; `all_run`: whether every expert may
-    run for a token, where nothing is said; `apart`: whether it looks at each token's own scores.
+    run for a token, where nothing is said; `apart`: whether it looks at each token's own scores;
+    `mends`: what ends a warning that it compares tokens.
     """
 
     sums: bool = False
     all_run: ClassVar[bool] = False
     apart: ClassVar[bool] = False
+    mends: ClassVar[str] = ""
 
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
@@ -41,6 +45,11 @@ class RouteLaw(Word):
     def options(self, hidden: int) -> JsonObject:
         """What the config says of it, for tokens of this width."""
         return {}
+
+    def warned(self, group: Group) -> Iterator[str]:
+        """What whoever runs it must know beforehand."""
+        if group.route.compares(group.choices):
+            yield COMPARED + self.mends
 
     def certificate(self, group: Group) -> Certificate:
         """How experts that all start as the FFN, in its place, relate to it."""
