@@ -11,8 +11,8 @@ from moetool.surgery import forms
 from moetool.surgery.active import Matching, RoutedLayer
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
-from moetool.surgery.route import COMPARED
 from moetool.surgery.layout import Matched
+from moetool.surgery.route import COMPARED
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel
 
