@@ -235,7 +235,10 @@ def _towers(family: Family, model: Any, stack: str | None) -> list[JsonObject]:
         other = towers.entries(family.build(family.values() | variant))
         more = [one | {"when": f"{field}={json.dumps(value)}"} for one in other]
         found = [one | plain for one in found] + more
-    return [one for one in found if one["steps"] or one["stack"] != stack]
+    only = WORDS["only"].get(family.model_type)
+    if only is not None:
+        return [one | {"when": only} for one in found]
+    return [one for one in found if one["stack"] != stack or towers.lies_otherwise(one)]
 
 
 def _stack(model: Any, family: Family) -> str | None:

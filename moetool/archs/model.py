@@ -151,6 +151,23 @@ def flags(model: Any, name: str | None) -> dict[str, bool]:
 
 
 def tied(model: Any) -> dict[str, str]:
-    """Names that share another tensor's memory."""
-    found = getattr(model, "_tied_weights_keys", None)
-    return dict(found) if isinstance(found, dict) else {}
+    """Names on disk that share another tensor's memory where the config ties, those of models
+    inside the model included.
+    """
+    found: dict[str, str] = {}
+    for head, part in model.named_modules():
+        said = getattr(part, "_tied_weights_keys", None)
+        if isinstance(said, dict):
+            found |= {f"{head}.{k}".strip("."): f"{head}.{v}".strip(".") for k, v in said.items()}
+    here = model.state_dict().keys()
+    names = {k: v for k, v in found.items() if {k, v} <= here}  # others are patterns of names
+    return {_lies(model, k): _lies(model, v) for k, v in names.items()}
+
+
+def _lies(model: Any, parameter: str) -> str:
+    """The name that a parameter is saved under; its own where it is saved with others only."""
+    try:
+        (name,) = disk(model, [parameter])
+    except Exception:
+        return parameter
+    return name

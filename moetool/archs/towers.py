@@ -4,6 +4,7 @@ in the class, and on disk, where names may be others. Asked by `generate`.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.archs.model import at, owner
 from moetool.archs.templates import WORDS
-from moetool.data import JsonObject
+from moetool.data import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,18 +42,28 @@ class BuiltStack:
     @property
     def steps(self) -> list[str] | None:
         """The modules of the block that run one after the other before the last linear, where no
-        module holds all; empty where one does, None where they cannot be told.
+        module is the FFN; empty where one is, None where they cannot be told.
         """
         into = {p.rpartition(".")[0] for r, p in self.linears.items() if r not in _LAST}
         out = next(p for r, p in self.linears.items() if r in _LAST).rpartition(".")[0]
         if len(into) == 1 and into != {out}:  # a module of its own before the last linear's
             return [*into]
-        if self.block:
-            return []
-        first = [p for r, p in self.linears.items() if r not in _LAST]
+        block = self.layers[0].get_submodule(self.block)
+        if self.block and self._is_ffn(block):
+            return [] if _takes(block) else None
+        first = [self._within(p) for r, p in self.linears.items() if r not in _LAST]
         words = WORDS["activations"]
-        acts = [n for n, _ in self.layers[0].named_children() if n in words]
+        acts = [n for n, _ in block.named_children() if n in words]
         return [*first, *acts] if len(first) == len(acts) == 1 else None
+
+    def _is_ffn(self, block: nn.Module) -> bool:
+        """Whether a module has no other matrices than the FFN's."""
+        own = {f"{self._within(path)}.weight" for path in self.linears.values()}
+        return all(n in own for n, p in block.named_parameters() if p.dim() > 1)
+
+    def _within(self, path: str) -> str:
+        """The path of a linear inside the block."""
+        return path.removeprefix(f"{self.block}.")
 
     def entry(self) -> JsonObject | None:
         """As the family's data says it; None where nothing could be said."""
@@ -62,12 +73,9 @@ class BuiltStack:
         head, stem = self._lies(self.block + ".router.weight" if self.block else "router.weight")
         block = stem.removesuffix(".weight").rpartition("router")[0].strip(".")
         lies = {role: self._lies(f"{path}.weight") for role, path in self.linears.items()}
-        if any(stem_ != head for stem_, _ in lies.values()) or len({*lies.values()}) < len(lies):
-            return None  # on disk one tensor holds two of them
-        linears = {
-            role: [path.removeprefix(f"{self.block}."), lies[role][1].removesuffix(".weight")]
-            for role, path in self.linears.items()
-        }
+        if any(stem_ != head for stem_, _ in lies.values()):
+            return None
+        linears = {role: self._linear(role, lies[role][1]) for role in self.linears}
         return {
             "name": self.tower(),
             "stack": self.name,
@@ -78,7 +86,34 @@ class BuiltStack:
             "block": block,
             "linears": linears,
             "steps": steps,
+            **({"rows": rows} if (rows := self._rows(lies)) else {}),
         }
+
+    def _rows(self, lies: Mapping[str, tuple[str, str]]) -> dict[str, list[int]]:
+        """Role -> which of how many runs of rows it is, of those that lie in one tensor on disk."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        import torch
+
+        both = [r for r in lies if sum(lies[r] == other for other in lies.values()) > 1]
+        names = {f"{self.name}.{self._one:d}.{self.linears[r]}.weight": r for r in both}
+        marked = {n: torch.full((2, 2), float(k)) for k, n in enumerate(names)}
+        if not both:
+            return {}
+        (made,) = revert_weight_conversion(self.model, marked).values()
+        order = [int(run[0, 0]) for run in made.chunk(len(both))]
+        assert sorted(order) == [*range(len(both))] and made.shape == (2 * len(both), 2)
+        return {r: [order.index(k), len(both)] for k, r in enumerate(both)}
+
+    def _linear(self, role: str, lies: str) -> list[str]:
+        """Where one is in the block, and in a layer on disk; what its experts' are called there,
+        where that is another word.
+        """
+        path = self._within(self.linears[role])
+        word = path.replace(".", "_")
+        expert = f"experts.0.{word}.lora_A"
+        said = self._lies(f"{self.block}.{expert}" if self.block else expert)[1].split(".")[-2]
+        return [path, lies.removesuffix(".weight"), *([said] if said != word else [])]
 
     def tower(self) -> str:
         """What it is called: by its part of the config, else by what it takes."""
@@ -111,12 +146,17 @@ class BuiltStack:
         import torch
         from transformers.core_model_loading import revert_weight_conversion
 
-        name = f"{self.name}.1.{inside}"
+        name = f"{self.name}.{self._one:d}.{inside}"
         state = self.model.state_dict()
         given = {name: state.get(name, torch.empty(1, device="meta"))}
         (found,) = revert_weight_conversion(self.model, given)
-        head, _, rest = found.partition(".1.")
+        head, _, rest = found.partition(f".{self._one:d}.")
         return f"{head}.", rest
+
+    @property
+    def _one(self) -> bool:
+        """The number of a layer that is not the first, where there are several."""
+        return len(self.layers) > 1
 
 
 def stacks(model: Any) -> Iterator[BuiltStack]:
@@ -126,7 +166,8 @@ def stacks(model: Any) -> Iterator[BuiltStack]:
     modules = dict(model.named_modules())
     seen: list[str] = []
     for name, layers in modules.items():
-        if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
+        several = isinstance(layers, nn.ModuleList) and len(layers) > 1
+        if not several and name.rpartition(".")[2] not in WORDS["shared_layers"]:
             continue
         if any(name.startswith(f"{one}.") for one in seen):
             continue
@@ -145,6 +186,14 @@ def entries(model: Any) -> list[JsonObject]:
     found += projectors(model)
     names = [entry["name"] for entry in found]
     return [entry for n, entry in enumerate(found) if entry["name"] not in names[:n]]
+
+
+def lies_otherwise(entry: JsonMapping) -> bool:
+    """Whether names on disk alone do not say where the class has an FFN."""
+    linears = entry["linears"].values()
+    return bool(entry["steps"] or entry.get("rows")) or any(
+        word or lies.removeprefix(entry["block"] + ".") != path for path, lies, *word in linears
+    )
 
 
 def projectors(model: Any) -> Iterator[JsonObject]:
@@ -186,6 +235,13 @@ def _linears(layer: nn.Module) -> dict[str, str]:
             return {}
         found[role] = name
     return found if any(set(found) == set(whole) for whole in WORDS["whole_ffns"]) else {}
+
+
+def _takes(block: nn.Module) -> bool:
+    """Whether a module is called with its input alone, or with what stands around it too."""
+    said = inspect.signature(type(block).forward).parameters.values()
+    _, *needed = (p.name for p in said if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+    return len(needed) == 1 or needed[1:] == [WORDS["residual"]]
 
 
 def _default(config: Any, field: str) -> Any:

@@ -213,7 +213,7 @@ class GroupedBlock(Grouped):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         made: Tensor | None = None
         if all(group.base == "beside" for group, _ in self.held):
-            made = self.ffn(x)
+            made = self.own_ffn(x)
         for group, law in self.held:
             more = self._one(group, law, x, hidden_states.shape[:-1])
             made = more if made is None else made + more
@@ -228,7 +228,7 @@ class GroupedBlock(Grouped):
         made: Tensor = getattr(self, group.name).run(self, x, picked)
         return made if group.scale == 1.0 else made * group.scale
 
-    def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
+    def own_ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""
         if not linears and not getattr(self, "chunk_size_feed_forward", 0):
             made: Tensor = self.stock.forward(self, x)

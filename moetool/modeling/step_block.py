@@ -29,7 +29,7 @@ class StepBlock(GroupedBlock):
         stands[self.paths[self.linears.out]] = self.mix
         return swapped(self, stands)(*args, **kwargs)
 
-    def ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
+    def own_ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The steps and the last linear for x [tokens, hidden], with these linears for its own."""
         given = {self.paths[name]: linear for name, linear in (linears or {}).items()}
         for step in (*self.steps, self.paths[self.linears.out]):

@@ -22,6 +22,7 @@ from moetool.surgery.text_model import TextModel, any_text_model, text_model
 
 MISSING = "a tensor that the family needs is missing"
 SHAPED = "a tensor has a wrong shape"
+_TIED = "tie_word_embeddings"
 PLACELESS = "an expert that the config has no place for"
 
 
@@ -106,7 +107,7 @@ def _answers(checkpoint: Checkpoint, at: TextModel) -> Iterator[int | Fault]:
     for needed in layout.slots(config):
         if stacked and str(needed.slot.role).startswith("expert."):
             continue
-        if not _is_tied(checkpoint, layout, needed):
+        if not (_is_tied(checkpoint, layout, needed) or _stands_for(checkpoint, at, needed)):
             yield _answer(checkpoint, at, needed) or 1
     for tower in at.towers.values():
         own = (n for n in tower.layout.slots(tower.config) if isinstance(n.slot, GroupSlot))
@@ -150,7 +151,17 @@ def _is_stacked(checkpoint: Checkpoint, at: TextModel) -> bool:
 
 def _is_tied(checkpoint: Checkpoint, layout: Layout, needed: Needed) -> bool:
     """Whether the whole config ties what its text part does not mention."""
-    return bool(checkpoint.config.get("tie_word_embeddings")) and needed.slot.name in layout.tied
+    return bool(checkpoint.config.get(_TIED)) and needed.slot.name in layout.tied
+
+
+def _stands_for(checkpoint: Checkpoint, at: TextModel, needed: Needed) -> bool:
+    """Whether a tensor that is not there shares the memory of another that is: of tied tensors a
+    file may hold any one.
+    """
+    tied = at.text.get(_TIED, checkpoint.config.get(_TIED))
+    names = (n for n, source in at.layout.tied.items() if source == needed.slot.name)
+    held = checkpoint.stored
+    return bool(tied) and at.prefix + needed.name not in held and any(at.prefix + n in held for n in names)
 
 
 def _answer(checkpoint: Checkpoint, at: TextModel, needed: Needed) -> Fault | None:

@@ -122,8 +122,10 @@ class Tower:
     names where the class takes the second one's value for the first; `stem`: what stands before a
     layer's number in names on disk; `inside`, `block`: the FFN's module inside a layer, in the
     class and on disk (empty: the layer itself); `linears`: role -> the path of each in that module,
-    and in the layer on disk; `steps`: what runs before the last linear, where no module runs all;
-    `when`: only with this config. A stem without a dot at its end is one module, with no layers.
+    and in the layer on disk, and what an expert's is called there, where the class has another
+    word; `rows`: role -> which of how many runs of rows it is, where one tensor on disk holds
+    several; `steps`: what runs before the last linear, where no module runs all; `when`: only with
+    this config. A stem without a dot at its end is one module, with no layers.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Tower:
     linears: dict[str, list[str]]
     steps: list[str]
     when: str | None = None
+    rows: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def single(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moetool.errors import MoetoolError
 from moetool.surgery import towers
@@ -21,7 +21,9 @@ _WEIGHT = ".weight"
 class FfnLinear:
     """One linear of an FFN or of another block. `transposed`: its weight lies as [in, out]; `bias`:
     the slot of its bias, where the family has one; `whole`: it is the block itself; `within`: its
-    path inside the block, where the class has another than the file.
+    path inside the block, where the class has another than the file; `word`: what an expert's is
+    called in files, where the class has another word; `rows`: which of how many runs of rows of the
+    slot's tensor it is, where that holds several.
     """
 
     role: str
@@ -30,6 +32,8 @@ class FfnLinear:
     transposed: bool
     whole: bool = False
     within: str = ""
+    word: str = ""
+    rows: tuple[int, int] | None = None
 
     @property
     def path(self) -> str:
@@ -43,6 +47,17 @@ class FfnLinear:
         """What experts call their own: `gate_proj`, `intermediate_dense`."""
         return self.path.replace(".", "_")
 
+    @property
+    def lies(self) -> str:
+        """What experts' own are called in files."""
+        return self.word or self.name
+
+    @property
+    def shape(self) -> list[str | None] | None:
+        """Of its weight, as the layout says it."""
+        said = self.slot.shape
+        return said if self.rows is None or said is None else [None, *said[1:]]
+
     def sides(self, shape: Sequence[int]) -> tuple[int, int]:
         """(out, in) of a weight of this shape; of a norm's both are its width."""
         first, second = shape if len(shape) == 2 else (*shape, *shape)
@@ -53,13 +68,15 @@ class FfnLinear:
 class FfnBlock:
     """The FFN of a layer. `module`: the template of the module that holds its linears, or the layer
     itself; `inside`: its path inside a layer, where the class has another; `steps`: the modules
-    that run before the last linear, where the layer itself runs all.
+    that run before the last linear, where the layer itself runs all; `residual`: whether its
+    forward takes what stands around it too, and adds that.
     """
 
     module: str
     linears: tuple[FfnLinear, ...]
     inside: str | None = None
     steps: tuple[str, ...] = ()
+    residual: bool = False
 
     @classmethod
     def of(cls, layout: Layout) -> FfnBlock:
@@ -76,8 +93,6 @@ class FfnBlock:
             raise _homeless(layout, "an FFN whose linears the layout names", have)
         if not layout.stack:
             raise _homeless(layout, "a plain stack of layers", "none that the layout names")
-        if layout.overlay.adds_residual:
-            raise _homeless(layout, "an FFN of its input alone", "one that adds the residual too")
         modules = sorted({block_of(s.name) for s in found})
         bare = modules[0].endswith("{layer}")  # the linears lie in the layer itself
         if len(modules) > 1 or "{i" in modules[0] or bare:
@@ -89,7 +104,9 @@ class FfnBlock:
             bias = slots.get(slot.name.removesuffix(_WEIGHT) + ".bias")
             return FfnLinear(str(slot.role).removeprefix("ffn."), slot, bias, turned)
 
-        return cls(modules[0], tuple(map(linear, found)))
+        return cls(
+            modules[0], tuple(map(linear, found)), residual=layout.overlay.adds_residual
+        )
 
     @classmethod
     def _of_tower(cls, layout: Layout, tower: Tower) -> FfnBlock:
@@ -100,14 +117,17 @@ class FfnBlock:
         turned = layout.overlay.linears == "transposed"
 
         def linear(role: str) -> FfnLinear:
-            within, lies = tower.linears[role]
+            within, lies, *word = tower.linears[role]
             name = f"{head}.{lies}{_WEIGHT}"
             slot = slots.get(name) or Slot(name, [None, None], f"ffn.{role}", "some")
-            return FfnLinear(role, slot, slots.get(f"{head}.{lies}.bias"), turned, within=within)
+            bias, run = slots.get(f"{head}.{lies}.bias"), tower.rows.get(role)
+            made = FfnLinear(role, slot, bias, turned, within=within, word="".join(word))
+            return made if run is None else replace(made, rows=(run[0], run[1]))
 
         module = ".".join(filter(None, (head, tower.block)))
         linears = tuple(linear(role) for role in ROLES if role in tower.linears)
-        return cls(module, linears, tower.inside, tuple(tower.steps))
+        residual = layout.overlay.adds_residual
+        return cls(module, linears, tower.inside, tuple(tower.steps), residual)
 
     @property
     def within(self) -> str:

@@ -96,11 +96,12 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
         if not group.has(linear.name):
             continue
         role = f"expert.{linear.role}"
-        name = f"{expert}.{linear.name}".rstrip(".")
-        yield slot(f"{name}.weight", linear.slot.shape, role)
+        name = f"{expert}.{linear.lies}".rstrip(".")
+        yield slot(f"{name}.weight", linear.shape, role)
         if linear.bias is not None and group.base != "under":
             bias = linear.bias
-            yield slot(f"{name}.bias", bias.shape, f"{role}_bias", when=bias.when)
+            shape = bias.shape if linear.rows is None else None
+            yield slot(f"{name}.bias", shape, f"{role}_bias", when=bias.when)
 
 
 def experts_in(layout: Layout, name: str) -> Mapping[int, int]:

@@ -88,9 +88,9 @@ def _role(at: TextModel, stored: Stored, config: JsonObject) -> str:
     if matched is None or not at.layout.in_text(matched.slot):
         return MTP if words().in_mtp(stored.name) else "it is outside the text model"
     layout, slot = at.layout, matched.slot
-    if slot.name in layout.tied:
+    if slot.name in layout.tied and not words().is_first(slot.name):
         return TIED if _is_tied(at, config) else "lm_head"
-    if slot.name in layout.tied.values():
+    if slot.name in {*layout.tied, *layout.tied.values()}:
         return "embed"
     if slot.role in _NONE or str(slot.role).startswith("router"):
         return "routers are never quantized"

@@ -6,7 +6,7 @@ No torch, no file handles: every value here can be pickled to a worker or writte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -69,7 +69,8 @@ class Stored:
     checkpoint).
 
     A matrix in a form other than `full` has `parts`: dtype and shape are then those of the
-    decoded matrix, and the place is that of its first part.
+    decoded matrix, and the place is that of its first part. `first`: where it is a run of rows of
+    the tensor of its name (`run_of`), the elements before it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Stored:
     start: int
     stop: int
     parts: InParts | None = None
+    first: int = 0
 
     def checked(self) -> Stored:
         """Itself; ValueError where its parts, read from a file that people edit, do not hold
@@ -186,10 +188,22 @@ class Task:
 def rows(tensor: Stored | Target | Piece, start: int, stop: int, source: int = 0) -> Piece:
     """Rows start:stop (first axis) of a tensor, as a piece."""
     width = prod(tensor.shape[1:])
-    base = tensor.offset if isinstance(tensor, Piece) else 0
+    base = tensor.offset if isinstance(tensor, Piece) else _first(tensor)
     return Piece(tensor.name, (stop - start, *tensor.shape[1:]), base + start * width, source)
 
 
 def whole(tensor: Stored | Target, source: int = 0) -> Piece:
     """All of a tensor."""
-    return Piece(tensor.name, tensor.shape, 0, source)
+    return Piece(tensor.name, tensor.shape, _first(tensor), source)
+
+
+def run_of(tensor: Stored, number: int, count: int) -> Stored:
+    """One of `count` equal runs of a tensor's rows, seen as a tensor."""
+    size, shape = tensor.size // count, (tensor.shape[0] // count, *tensor.shape[1:])
+    start = tensor.start + number * size
+    first = number * prod(shape)
+    return replace(tensor, shape=shape, start=start, stop=start + size, first=first)
+
+
+def _first(tensor: Stored | Target) -> int:
+    return tensor.first if isinstance(tensor, Stored) else 0

@@ -146,7 +146,7 @@ def tower_of(config: JsonObject, name: str) -> TextModel:
             return at.towers.get(name, at)
         config = groups.base_of(config)
     at = _native(config)
-    if name == groups.TEXT and at.layout.stack:
+    if name == groups.TEXT and at.layout.stack and not towers.said(at.layout, name):
         return at
     layout = towers.layout_of(Layout.load(str(config.get("model_type"))), name, config)
     return TextModel(layout, config, "", tuple(filter(None, layout.text_config.split("."))))

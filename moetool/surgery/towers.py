@@ -25,6 +25,11 @@ def names(layout: Layout) -> list[str]:
     return [*([TEXT] if layout.stack or TEXT in found else ()), *(n for n in found if n != TEXT)]
 
 
+def said(layout: Layout, name: str) -> bool:
+    """Whether data of its own says where the FFN of a tower lies."""
+    return any(tower.name == name for tower in layout.towers)
+
+
 def meant(layout: Layout, said: str) -> str:
     """The tower that `auto` means: text, or the only one. UsageError where there are several, or
     none of the name that is said.
@@ -51,10 +56,10 @@ def layout_of(layout: Layout, name: str, config: JsonObject) -> Layout:
     none of this name, or none under this config.
     """
     found = next((t for t in layout.towers if t.name == name and _present(layout, t, config)), None)
-    if found is None and name == TEXT and layout.stack:
+    if found is None and name == TEXT and layout.stack and not said(layout, name):
         return layout
     if found is None:
-        has = any(t.name == name for t in layout.towers)
+        has = said(layout, name)
         raise MoetoolError(
             f"the FFN of {layout.model_type}'s {name} tower lies in a way nothing is known of"
             if has

@@ -45,7 +45,7 @@ _T5 = {
 
 class Stack(NamedTuple):
     """One family and tower: the class a source is saved as, the Auto class it loads by, its config,
-    what goes in, and how its experts' linears are called.
+    what goes in, how its experts' linears are called, and which build of several it is.
     """
 
     family: str
@@ -56,10 +56,12 @@ class Stack(NamedTuple):
     inputs: Callable[[Any], dict[str, Any]]
     linears: tuple[str, ...]
     says: str = "auto"  # --tower, where auto does not mean it
+    build: str = ""
+    layers: int = 2
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.tower}"
+        return "-".join(filter(None, (self.family, self.tower, self.build)))
 
     def save(self, folder: Path) -> Path:
         """A random model whose biases and norms are random too."""
@@ -72,7 +74,7 @@ class Stack(NamedTuple):
             for parameter in model.parameters():
                 if parameter.dim() < 2:
                     parameter += torch.randn_like(parameter) * 0.1
-                elif parameter.std() < 0.1:
+                elif parameter.numel() and parameter.std() < 0.1:
                     parameter *= 5
         model.save_pretrained(folder)
         return folder
@@ -97,6 +99,10 @@ def _decoded(config: Any) -> dict[str, Any]:
 def _heard(config: Any) -> dict[str, Any]:
     heard = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
     return {"input_features": heard, "decoder_input_ids": IDS}
+
+
+def _audio(config: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(2))}
 
 
 def _images(tokens: int) -> Callable[[Any], dict[str, Any]]:
@@ -163,6 +169,19 @@ _INTERNVL = {
     "image_seq_length": 1,
     "downsample_ratio": 0.5,
 }
+_BART = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+    **_IDS,
+}
 _TWO_TOWERS = {"text_config": _TEXT | _IDS, "vision_config": _SEEN, "projection_dim": 8}
 
 
@@ -205,7 +224,7 @@ STACKS = (
     Stack("siglip", "text", "SiglipModel", "AutoModel", _TWO_TOWERS, _both, _FC),
     Stack("siglip", "vision", "SiglipModel", "AutoModel", _TWO_TOWERS, _both, _FC, "vision"),
     Stack("t5", "encoder", "T5ForConditionalGeneration", _SEQ2SEQ, _T5, _decoded,
-          ("wi", "wo"), "encoder"),
+          ("wi", "wo"), "encoder", layers=3),
     Stack("t5", "decoder", "T5ForConditionalGeneration", _SEQ2SEQ,
           {**_T5, "feed_forward_proj": "gated-gelu"}, _decoded, ("wi_0", "wi_1", "wo"), "decoder"),
     Stack("whisper", "encoder", "WhisperForConditionalGeneration", "AutoModelForSpeechSeq2Seq",
@@ -224,5 +243,36 @@ STACKS = (
           _GATED),
     Stack("internvl", "vision", "InternVLForConditionalGeneration", _VLM, _INTERNVL, _images(1),
           _FC, "vision"),
+    Stack("dinov2", "vision", "Dinov2Model", "AutoModel", {**_SEEN, "use_swiglu_ffn": True}, _pixels,
+          _GATED, build="giant"),
+    _encoder("albert", "AlbertForMaskedLM", {**_TEXT, "embedding_size": 8},
+             ("ffn", "ffn_output"))._replace(layers=1),
+    _text("bloom", "BloomForCausalLM",
+          {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64},
+          ("dense_h_to_4h", "dense_4h_to_h")),
+    Stack("bart", "decoder", "BartForConditionalGeneration", _SEQ2SEQ, _BART, _decoded, _FC,
+          "decoder"),
 )  # fmt: skip
-BY_NAME: Mapping[str, Stack] = {stack.name: stack for stack in STACKS}
+# Run with all tests only: each is as one of those above, by data alone.
+SLOW = (
+    _text("mpt", "MptForCausalLM", {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 64},
+          ("up_proj", "down_proj")),
+    Stack("bart", "encoder", "BartForConditionalGeneration", _SEQ2SEQ, _BART, _decoded, _FC,
+          "encoder"),
+    Stack("mbart", "decoder", "MBartForConditionalGeneration", _SEQ2SEQ, _BART, _decoded, _FC,
+          "decoder"),
+    Stack("pegasus", "encoder", "PegasusForConditionalGeneration", _SEQ2SEQ, _BART, _decoded, _FC,
+          "encoder"),
+    Stack("dinov3_vit", "vision", "DINOv3ViTModel", "AutoModel", _SEEN, _pixels,
+          ("up_proj", "down_proj")),
+    Stack("dinov3_vit", "vision", "DINOv3ViTModel", "AutoModel", {**_SEEN, "use_gated_mlp": True},
+          _pixels, _GATED, build="gated"),
+    _encoder("modernbert", "ModernBertForMaskedLM", _TEXT | _IDS, ("Wi", "Wo")),
+    _text("recurrent_gemma", "RecurrentGemmaForCausalLM", {**_HEADS, "num_hidden_layers": 3,
+          "lru_width": 16, "attention_window_size": 8}, _GATED)._replace(layers=3),
+    Stack("wav2vec2", "audio", "Wav2Vec2ForPreTraining", "AutoModelForPreTraining",
+          {**_TEXT, "conv_dim": [8], "conv_kernel": [10], "conv_stride": [5],
+           "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}, _audio,
+          ("intermediate_dense", "output_dense")),
+)  # fmt: skip
+BY_NAME: Mapping[str, Stack] = {stack.name: stack for stack in (*STACKS, *SLOW)}

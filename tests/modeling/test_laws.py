@@ -209,7 +209,7 @@ def test_tokens_with_any_number_of_experts(
         weight = weights(law.choose(scores), tuple(scores.shape)).float()
         every = [alone(block, group, e, x) for e in range(3)]
         wanted = sum(weight[:, e, None] * y for e, y in enumerate(every))
-        wanted = wanted + (block.ffn(x) if group.base == "beside" else 0)
+        wanted = wanted + (block.own_ffn(x) if group.base == "beside" else 0)
         assert apart(block(x[None])[0], wanted) < 1e-5
     assert 0 < (weight > 0).sum() < weight.numel() or tokens == 1
 

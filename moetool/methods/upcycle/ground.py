@@ -17,7 +17,7 @@ from moetool.surgery.inside import inside
 from moetool.surgery.layout import Layout, words
 from moetool.surgery.pair import drops
 from moetool.surgery.places.linear import chosen
-from moetool.surgery.spec import FLOATS, Stored, whole
+from moetool.surgery.spec import FLOATS, Stored, run_of, whole
 from moetool.surgery.text_model import TextModel, tower_of
 
 Place = int | str  # a layer, "before" or "after" the layers
@@ -114,7 +114,7 @@ class Ground:
                 found=held,
                 hint="`moetool dequantize` writes them in full",
             )
-        return found
+        return found if linear.rows is None else run_of(found, *linear.rows)
 
     def _check_there(self, name: str, layer: int) -> None:
         """Refuse what a group of experts stands in the place of."""
@@ -136,7 +136,8 @@ class Ground:
         """The bias of a linear, where the layer has one."""
         if linear.bias is None:
             return None
-        return self.source.tensors.get(self.at.name(linear.bias.name, layer=layer))
+        found = self.source.tensors.get(self.at.name(linear.bias.name, layer=layer))
+        return found if found is None or linear.rows is None else run_of(found, *linear.rows)
 
     def names(self) -> dict[Place, list[str]]:
         """The source's tensors by where they lie, without buffers that no class reads."""
@@ -180,7 +181,7 @@ class Spot:
 
     def name(self, expert: int, linear: FfnLinear, part: str) -> str:
         """A tensor of an expert: `model.layers.3.mlp.experts.7.gate_proj.lora_A`."""
-        return f"{self.module}.{self.group.expert(expert, linear.name, part)}"
+        return f"{self.module}.{self.group.expert(expert, linear.lies, part)}"
 
     def each(self) -> Iterator[tuple[int, FfnLinear]]:
         """Every linear of every expert."""

@@ -87,7 +87,7 @@ class HeldGroup:
         for linear in self.block.linears:
             own = self.at.name(linear.slot.name, layer=layer)
             if expert is not None and self.group.has(linear.name):
-                own = f"{self._module(layer)}.{self.group.expert(expert, linear.name, 'weight')}"
+                own = f"{self._module(layer)}.{self.group.expert(expert, linear.lies, 'weight')}"
             found[linear.role] = self.source.tensor(own)
         down, both = found.get("down"), found.get("gate_up")
         if down is None or not (both or {"gate", "up"} <= set(found)):

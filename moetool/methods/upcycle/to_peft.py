@@ -112,7 +112,7 @@ def _adapted(
                 continue
             held = at.name(block.module, layer=layer)
             kept = [expert for expert, weight in enumerate(weights) if weight]
-            stems = [f"{held}.{group.expert(expert, linear.name)}" for expert in kept]
+            stems = [f"{held}.{group.expert(expert, linear.lies)}" for expert in kept]
             parts = [(source.part(f"{s}.lora_A"), source.part(f"{s}.lora_B")) for s in stems]
             scale = group.params["alpha"] / group.params["rank"]
             some, name = [weights[e] for e in kept], f"{module}.{linear.name}".rstrip(".")

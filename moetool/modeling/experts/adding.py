@@ -29,6 +29,6 @@ class AddingExperts(ExpertGroup):
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
         if self.before:
             rows = picked.rows(x)
-            return picked.back(picked.weighted(block.ffn(rows + picked.each(rows, self.made))))
-        rows = picked.rows(block.ffn(x))  # once, however many experts see it
+            return picked.back(picked.weighted(block.own_ffn(rows + picked.each(rows, self.made))))
+        rows = picked.rows(block.own_ffn(x))  # once, however many experts see it
         return picked.back(picked.weighted(rows + picked.each(rows, self.made)))

@@ -73,7 +73,7 @@ class DeltaExperts(ExpertGroup):
         into: dict[str, Linear] = {}
         for name in lie.into:
             into[name] = _given(self._changed(name, rows, getattr(block, name)(rows), picked))
-        middle = picked.weighted(block.ffn(rows, into | {lie.out: _itself}))
+        middle = picked.weighted(block.own_ffn(rows, into | {lie.out: _itself}))
         made = _last(block, middle, None if picked.sums else picked.weight)
         return picked.back(self._changed(lie.out, middle, made, picked))
 
@@ -102,7 +102,7 @@ class DeltaExperts(ExpertGroup):
                 made = picked.take(every, run)
                 part = expert.get_submodule(name) if name in own else None
                 into[name] = _given(made if part is None else part(rows, made, over))
-            middle = picked.weighted(block.ffn(rows, into), run)
+            middle = picked.weighted(block.own_ffn(rows, into), run)
             mixed = picked.add(mixed, middle, run)
             if lie.out in own:
                 change = picked.add(change, expert.get_submodule(lie.out)(middle), run)

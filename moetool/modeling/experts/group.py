@@ -79,9 +79,9 @@ class ExpertGroup(nn.ModuleList):
         is the FFN itself.
         """
         if choice < self.first:
-            return block.ffn(rows)
+            return block.own_ffn(rows)
         expert = self[choice - self.first]
-        made: Tensor = expert(block.ffn(rows, self.swapped(block, expert)))
+        made: Tensor = expert(block.own_ffn(rows, self.swapped(block, expert)))
         return made
 
     def swapped(self, block: GroupedBlock, expert: nn.Module) -> dict[str, Linear]:

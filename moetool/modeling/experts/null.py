@@ -23,7 +23,7 @@ class NullExperts(ExpertGroup):
         return Expert((), {})
 
     def of(self, block: GroupedBlock, choice: int, rows: Tensor) -> Tensor:
-        return block.ffn(rows) if choice < self.first else torch.zeros_like(rows)
+        return block.own_ffn(rows) if choice < self.first else torch.zeros_like(rows)
 
     def dense(self, block: GroupedBlock, expert: int) -> dict[str, Tensor]:
         weights = {n: getattr(block, n).weight for n in block.linears.names}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from moetool.modeling.block import Grouped, GroupedBlock
+from moetool.modeling.residual_block import ResidualBlock
 from moetool.modeling.sites.site import GroupSite, wrong
 from moetool.modeling.step_block import StepBlock
 from moetool.surgery.ffn import FfnBlock
@@ -20,7 +21,9 @@ class FfnSite(GroupSite):
     kind = GroupedBlock
 
     def kind_of(self, block: FfnBlock) -> type[Grouped]:
-        return StepBlock if block.steps else self.kind
+        if block.steps:
+            return StepBlock
+        return ResidualBlock if block.residual else self.kind
 
     def check(self, module: Grouped, group: Group) -> None:
         super().check(module, group)

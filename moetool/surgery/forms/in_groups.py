@@ -14,7 +14,7 @@ from moetool.surgery import groups, places, strict
 from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.forms.form import Config, Form, Params, Recognised, Written, made_of
 from moetool.surgery.groups import Group
-from moetool.surgery.spec import InParts, Stored, Target
+from moetool.surgery.spec import InParts, Stored, Target, run_of
 from moetool.surgery.text_model import TextModel, text_model
 
 INCOMPLETE = "the checkpoint is incomplete: download or make it again"
@@ -34,6 +34,11 @@ class Site:
         """The name of the whole matrix."""
         return f"{self.stem}.weight"
 
+    def under(self, tensors: Mapping[str, Stored]) -> Stored | None:
+        """The FFN's own matrix, where the layer has it."""
+        found, rows = tensors.get(self.base), self.linear.rows
+        return found if found is None or rows is None else run_of(found, *rows)
+
 
 def sites(at: TextModel, form: str) -> Iterator[Site]:
     """Every linear of the experts in a form, in the order of their names."""
@@ -45,7 +50,7 @@ def sites(at: TextModel, form: str) -> Iterator[Site]:
             module = here.name(block.module, layer=layer)
             for expert in range(group.experts):
                 for linear in filter(lambda one: group.has(one.name), block.linears):
-                    stem = f"{module}.{group.expert(expert, linear.name)}"
+                    stem = f"{module}.{group.expert(expert, linear.lies)}"
                     yield Site(group, linear, stem, here.name(linear.slot.name, layer=layer))
 
 
@@ -74,7 +79,7 @@ class InGroups(Form):
                 self.check(group.params)
         for site in sites(at, self.name):
             parts = self.parts_of(tensors, site)
-            base = tensors.get(site.base)
+            base = site.under(tensors)
             kept.add(site.base)
             like = base or parts.tensors[0]
             shape = self.shape(parts, base)

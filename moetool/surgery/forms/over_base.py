@@ -43,7 +43,7 @@ class OverBase(InGroups):
         )
 
     def parts_of(self, tensors: Mapping[str, Stored], site: Site) -> InParts:
-        base = tensors.get(site.base)
+        base = site.under(tensors)
         change = [part(tensors, site, name) for name in self.suffixes]
         if base is None or base.parts is not None or base.dtype not in FLOATS:
             raise MoetoolError(

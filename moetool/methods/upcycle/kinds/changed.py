@@ -150,8 +150,8 @@ def changes(grounds: Sequence[Ground], settings: Settings) -> Iterator[ChangedMa
     places = list(product(range(len(tuned)), base.layers, base.linears))
     for done, (number, layer, linear) in enumerate(places):
         before, after = base.stored(linear, layer), tuned[number].stored(linear, layer)
-        apart = tuned[number].source.matrix(after.name).double()
-        apart -= base.source.matrix(before.name).double()
+        apart = tuned[number].source.matrix(whole(after)).double()
+        apart -= base.source.matrix(whole(before)).double()
         turned = apart.T if linear.transposed else apart
         yield ChangedMatrix(f"{number + 1}:{before.name}", turned)
         settings.tell(Stage("look"), done + 1, len(places))
