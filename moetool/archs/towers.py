@@ -91,9 +91,8 @@ class BuiltStack:
 
     def _rows(self, lies: Mapping[str, tuple[str, str]]) -> dict[str, list[int]]:
         """Role -> which of how many runs of rows it is, of those that lie in one tensor on disk."""
-        from transformers.core_model_loading import revert_weight_conversion
-
         import torch
+        from transformers.core_model_loading import revert_weight_conversion
 
         both = [r for r in lies if sum(lies[r] == other for other in lies.values()) > 1]
         names = {f"{self.name}.{self._one:d}.{self.linears[r]}.weight": r for r in both}
@@ -240,7 +239,9 @@ def _linears(layer: nn.Module) -> dict[str, str]:
 def _takes(block: nn.Module) -> bool:
     """Whether a module is called with its input alone, or with what stands around it too."""
     said = inspect.signature(type(block).forward).parameters.values()
-    _, *needed = (p.name for p in said if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+    _, *needed = (
+        p.name for p in said if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    )
     return len(needed) == 1 or needed[1:] == [WORDS["residual"]]
 
 

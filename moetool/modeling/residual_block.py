@@ -15,9 +15,10 @@ Tensor = torch.Tensor
 class ResidualBlock(GroupedBlock):
     """The residual is added once, to what the groups give together; dropout is each FFN's own."""
 
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., hidden] twice -> [..., hidden]."""
-        return residual + self.mix(hidden_states)
+        made = self.mix(hidden_states)
+        return made if residual is None else residual + made
 
     def own_ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden] alone."""

@@ -161,7 +161,11 @@ def _stands_for(checkpoint: Checkpoint, at: TextModel, needed: Needed) -> bool:
     tied = at.text.get(_TIED, checkpoint.config.get(_TIED))
     names = (n for n, source in at.layout.tied.items() if source == needed.slot.name)
     held = checkpoint.stored
-    return bool(tied) and at.prefix + needed.name not in held and any(at.prefix + n in held for n in names)
+    return (
+        bool(tied)
+        and at.prefix + needed.name not in held
+        and any(at.prefix + n in held for n in names)
+    )
 
 
 def _answer(checkpoint: Checkpoint, at: TextModel, needed: Needed) -> Fault | None:

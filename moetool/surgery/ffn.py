@@ -104,9 +104,7 @@ class FfnBlock:
             bias = slots.get(slot.name.removesuffix(_WEIGHT) + ".bias")
             return FfnLinear(str(slot.role).removeprefix("ffn."), slot, bias, turned)
 
-        return cls(
-            modules[0], tuple(map(linear, found)), residual=layout.overlay.adds_residual
-        )
+        return cls(modules[0], tuple(map(linear, found)), residual=layout.overlay.adds_residual)
 
     @classmethod
     def _of_tower(cls, layout: Layout, tower: Tower) -> FfnBlock:

@@ -100,8 +100,8 @@ def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]
         yield slot(f"{name}.weight", linear.shape, role)
         if linear.bias is not None and group.base != "under":
             bias = linear.bias
-            shape = bias.shape if linear.rows is None else None
-            yield slot(f"{name}.bias", shape, f"{role}_bias", when=bias.when)
+            own = bias.shape if linear.rows is None else None
+            yield slot(f"{name}.bias", own, f"{role}_bias", when=bias.when)
 
 
 def experts_in(layout: Layout, name: str) -> Mapping[int, int]:

@@ -358,8 +358,8 @@ def test_a_tower_in_a_config_is_read_strictly(tmp_path: Path) -> None:
 
 def test_towers_are_data_of_many_families() -> None:
     found = {n: towers.names(Layout.load(n)) for n in families()["dense"]}
-    assert sum(bool(names) for names in found.values()) == 109
-    assert sum("vision" in names for names in found.values()) == 28
+    assert sum(bool(names) for names in found.values()) == 114
+    assert sum("vision" in names for names in found.values()) == 29
     assert found["t5"] == ["encoder", "decoder"] and found["llava"] == [
         "text",
         "vision",
