@@ -1,5 +1,5 @@
-"""README's tables of ways, words, pairs, recipes and forms, written from the registries: `python
-tests/docs.py` rewrites them, `--check` says which are stale (exit code 1).
+"""The tables of README and the guide, written from the registries: `python tests/docs.py` rewrites
+them, `--check` says which are stale (exit code 1).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what a NAME is made from stands in
 TABLES.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moetool.surgery.forms import Spelled
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "moetool" / "guide").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -116,6 +116,14 @@ def pairs() -> str:
     return markdown(["dense", "mixture of experts"], rows)
 
 
+def guide() -> str:
+    """The pages of the guide."""
+    from moetool.guide import pages as known
+
+    rows = [[f"[`{page.name}`](moetool/guide/{page.name}.md)", page.about] for page in known()]
+    return markdown(["page", "is"], rows)
+
+
 def recipes() -> str:
     """Every recipe and its paper."""
     rows = []
@@ -202,6 +210,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "what works where": works,
     "what breaks it": breaks,
     "recipes": recipes,
+    "guide": guide,
 }
 
 
@@ -210,23 +219,25 @@ def written(text: str) -> str:
     return MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[4], text)
 
 
-def stale(text: str) -> list[str]:
-    """Names of the tables that are not what the registries say, and of those not marked at all."""
-    found = {m[2]: m[3] for m in MARKED.finditer(text)}
+def stale(texts: Iterable[str]) -> list[str]:
+    """Names of the tables that are not what the registries say, and of those on no page."""
+    found = {m[2]: m[3] for text in texts for m in MARKED.finditer(text)}
     return [name for name, make in TABLES.items() if found.get(name) != make()]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite README's tables, or say which are stale."""
+    """Rewrite the tables, or say which are stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when one is stale")
     check = parser.parse_args(argv).check
-    text = README.read_text()
-    for name in stale(text):
+    texts = {page: page.read_text() for page in PAGES}
+    found = stale(texts.values())
+    for name in found:
         print(f"{'stale' if check else 'written'}: {name}")
     if not check:
-        README.write_text(written(text))
-    return int(check and bool(stale(text)))
+        for page, text in texts.items():
+            page.write_text(written(text))
+    return int(check and bool(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from moetool import __version__, methods
-from moetool.cli import archs, demo, eval, inspect, profile, run, schema, verify, write
+from moetool.cli import archs, demo, eval, guide, inspect, profile, run, schema, verify, write
 from moetool.cli import methods as methods_shown
 from moetool.cli.app import bare, group, session
 from moetool.cli.options import Command, register, stub
@@ -22,7 +22,7 @@ HELP = (
     "Exit codes: 0 done, 1 input or result wrong, 2 usage, 3 stopped but resumable, "
     "4 verification failed."
 )
-READING = (run, profile, eval, verify, demo, inspect, schema)
+READING = (run, profile, eval, verify, demo, inspect, schema, guide)
 _COMPLETE = "_MOETOOL_COMPLETE"  # set where a shell asks for completions
 GROUPS = {"archs": archs, "methods": methods_shown}
 

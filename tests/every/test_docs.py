@@ -1,4 +1,4 @@
-"""README's tables say what the registries say."""
+"""The tables of README and the guide say what the registries say."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ import pytest
 
 
 def test_no_table_is_stale() -> None:
-    assert docs.stale(docs.README.read_text()) == [], "run: python tests/docs.py"
+    assert docs.stale(map(docs.Path.read_text, docs.PAGES)) == [], "run: python tests/docs.py"
 
 
 def test_every_marked_table_is_made_and_every_table_is_marked() -> None:
-    text = docs.README.read_text()
-    assert sorted(m[2] for m in docs.MARKED.finditer(text)) == sorted(docs.TABLES)
+    text = "".join(map(docs.Path.read_text, docs.PAGES))
+    assert len(docs.PAGES) >= 6 and sorted(m[2] for m in docs.MARKED.finditer(text)) == sorted(
+        docs.TABLES
+    )
     assert text.count("<!-- table:") == len(docs.TABLES) == text.count("<!-- end -->")
 
 
 def test_a_change_is_found_and_written_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    text = docs.README.read_text()
-    old = text.replace("| `reap`", "| `raep`").replace("recipes/upcycle/btx.yaml` |", "gone` |")
-    assert docs.stale(old) == ["ways of prune", "recipes"] and docs.written(old) == text
+    texts = list(map(docs.Path.read_text, docs.PAGES))
+    old = [
+        text.replace("| `reap`", "| `raep`").replace("recipes/upcycle/btx.yaml` |", "gone` |")
+        for text in texts
+    ]
+    assert docs.stale(old) == ["ways of prune", "recipes"] and list(map(docs.written, old)) == texts
     with pytest.raises(KeyError):
-        docs.written(text.replace("table: pairs", "table: peers"))
-    page = docs.Path(str(tmp_path)) / "README.md"
-    page.write_text(old)
-    monkeypatch.setattr(docs, "README", page)
-    assert docs.main(["--check"]) == 1 and page.read_text() == old
-    assert docs.main([]) == 0 and page.read_text() == text
+        docs.written("".join(texts).replace("table: pairs", "table: peers"))
+    pages = [docs.Path(str(tmp_path)) / page.name for page in docs.PAGES]
+    for page, text in zip(pages, old, strict=True):
+        page.write_text(text)
+    monkeypatch.setattr(docs, "PAGES", pages)
+    assert docs.main(["--check"]) == 1 and list(map(docs.Path.read_text, pages)) == old
+    assert docs.main([]) == 0 and list(map(docs.Path.read_text, pages)) == texts
     assert docs.main(["--check"]) == 0
 
 

@@ -1,5 +1,5 @@
-"""The tools that hold the house together find nothing to say; and the README's commands do what it
-shows.
+"""The tools that hold the house together find nothing to say; and the commands of README and the
+guide do what these show.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "moetool" / "guide").glob("*.md"))]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_tools(tool: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def blocks() -> list[list[str]]:
-    """The commands of every ```sh block of the tour (lines that begin with `moetool`)."""
-    found = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page: Path) -> list[list[str]]:
+    """The commands of every ```sh block of a page (lines that begin with `moetool`)."""
+    found = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     return [
         [line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("moetool ")]
         for block in found
@@ -61,11 +61,16 @@ def unloaded(words: list[str]) -> list[str]:
     return words
 
 
-def tour() -> list[list[str]]:
-    """The words of every command, in order."""
-    commands = [shlex.split(c) for block in blocks() for c in block]
-    assert len(commands) >= 10
-    return commands
+def tour(page: Path) -> list[list[str]]:
+    """The words of every command of a page, in order."""
+    return [shlex.split(command) for block in blocks(page) for command in block]
+
+
+TYPED = [page for page in PAGES if tour(page)]
+
+
+def test_pages_show_commands() -> None:
+    assert len(TYPED) == 4 and sum(len(tour(page)) for page in TYPED) >= 40
 
 
 # Imports once what commands need, and runs each in a forked child, as a shell would.
@@ -74,24 +79,30 @@ import json, os, sys, warnings
 warnings.simplefilter("ignore")
 import scipy.cluster.hierarchy, sklearn.cluster, torch, transformers
 from moetool.cli import main
-for words in json.load(sys.stdin):
+for folder, words in json.load(sys.stdin):
     child = os.fork()
     if not child:
+        os.chdir(folder)
         status = main(words[1:])
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
-        sys.exit(f"{words}: {status}")
+        sys.exit(f"{folder}: {words}: {status}")
 """
 
 
-def test_readme_commands_run(tmp_path: Path) -> None:
-    """In order, in one folder; the process that loads what quantize wrote is left out."""
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+def test_commands_run(tmp_path: Path) -> None:
+    """In order, in one folder a page; the process that loads what quantize wrote is left out."""
+    asked = []
+    for page in TYPED:
+        folder = tmp_path / page.stem
+        folder.mkdir()
+        (folder / "recipes").symlink_to(ROOT / "recipes")
+        asked += [(str(folder), unloaded(words)) for words in tour(page)]
     done = subprocess.run(
         [sys.executable, "-c", FORKER],
-        input=json.dumps([unloaded(words) for words in tour()]),
+        input=json.dumps(asked),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -101,10 +112,11 @@ def test_readme_commands_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_commands_run_as_typed(tmp_path: Path) -> None:
-    """In order, in one folder, as a stranger would type them."""
+@pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
+def test_commands_run_as_typed(page: Path, tmp_path: Path) -> None:
+    """In order, in one folder a page, as a stranger would type them."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    for words in tour():
+    for words in tour(page):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "moetool", *words[1:]],
             cwd=tmp_path,
@@ -116,8 +128,8 @@ def test_readme_commands_run_as_typed(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{words}\n{done.stderr}"
 
 
-def test_readme_names_every_command_and_option_group() -> None:
-    text = README.read_text()
+def test_pages_name_every_command_and_option_group() -> None:
+    text = "".join(map(Path.read_text, PAGES))
     for name in (
         "demo",
         "inspect",
@@ -126,6 +138,7 @@ def test_readme_names_every_command_and_option_group() -> None:
         "run",
         "archs",
         "methods",
+        "guide",
         "convert-layout",
         "profile",
         "eval",

@@ -11,7 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for folder in ("moetool", "tests") for p in (ROOT / folder).rglob("*.py"))
-PAGES = [ROOT / "README.md", ROOT / "tests" / "bench" / "measured.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "tests" / "bench" / "measured.md",
+    *sorted((ROOT / "moetool" / "guide").glob("*.md")),
+]
 FILE = re.compile(
     r"(?<![\w/.:*-])((?:[\w-]+/)*[\w-]+\.(?:py|md|json|yaml|txt)|(?:[\w-]+/){2,})(?![\w/*])"
 )
