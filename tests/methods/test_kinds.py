@@ -93,7 +93,11 @@ def test_low_rank_experts_of_every_shape_of_ffn(
 
 @pytest.mark.parametrize(
     ("family", "said"),
-    [("falcon_mamba", "linears the layout names"), ("dinov2", "stack of layers"), ("distilbert", "stack of")],
+    [
+        ("falcon_mamba", "linears the layout names"),
+        ("dinov2", "stack of layers"),
+        ("distilbert", "stack of"),
+    ],
 )
 def test_families_in_which_nothing_could_run_experts(family: str, said: str) -> None:
     with pytest.raises(MoetoolError) as raised:
