@@ -1,5 +1,5 @@
 """Operations on what fine-tunes changed in a matrix: it becomes the parts of an expert over that
-matrix.
+matrix; and on what routers are made of.
 """
 
 from __future__ import annotations
@@ -65,3 +65,14 @@ def coded(call: Call) -> Iterator[Tensor]:
         yield from (change.new_empty(shape) for shape in call.shapes)
     else:
         yield from (packing.words(made.codes, params["bits"]), made.scales)
+
+
+def domain_rows(call: Call) -> Iterator[Tensor]:
+    """The rows of a router [choices, hidden] that a SwiGLU MLP makes of embeddings, times `scale`:
+    of domains [choices, dim], gate and up [width, dim] and down [hidden, width].
+    """
+    from torch.nn import functional
+
+    domains, gate, up, down = (m.float() for m in call.inputs)
+    middle = functional.silu(domains @ gate.T) * (domains @ up.T)
+    yield middle @ down.T * call.params["scale"]

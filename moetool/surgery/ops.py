@@ -244,6 +244,7 @@ OPS = {
         Op("base_delta", _base_delta, "torch", 24.0, reads=6.0),
         Op("change", changes.low_rank, "torch", 24.0, reads=6.0),
         Op("low_rank_sum", changes.added, "torch", 12.0, reads=3.0),
+        Op("domain_rows", changes.domain_rows, "torch", 8.0, reads=2.0),
         Op("sparse_change", changes.sparse, "torch", 24.0, reads=6.0),
         Op("sparse_places", changes.places, "torch", 4.0),
         Op("coded_change", changes.coded, "torch", 24.0, reads=6.0),

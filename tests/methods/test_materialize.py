@@ -34,6 +34,17 @@ Models = Callable[..., Path]
         ("llama", "glm4_moe", {"form": "lora", "rank": 4, "law": "hard", "top_k": 1}),
         ("qwen2", "qwen2_moe", {"form": "ternary", "top_k": 1}),
         ("llama", "qwen2_moe", {"form": "ternary", "exact": True, "scale_group": 32}),
+        ("llama", "mixtral", {"target": "moetool", "activation": "relu"}),
+        ("llama", "qwen2_moe", {"target": "moetool", "shared": True, "scale": "0.75"}),
+        ("llama", "glm4_moe", {"form": "lora", "rank": 4, "law": "sigmoid"}),
+        ("qwen3", "dots1", {"form": "lora", "law": "sigmoid", "renormalise": True}),
+        ("llama", "mixtral", {"form": "lora", "law": "sigmoid", "renormalise": True, "top_k": 1}),
+        ("llama", "qwen2_moe", {"form": "ternary", "key": "always"}),
+        ("llama", "mixtral", {"form": "lora", "key": "always"}),
+        ("llama", "mixtral", {"form": "lora", "law": "soft", "temperature": 0.7}),
+        ("llama", "mixtral", {"form": "lora", "law": "expert_choice", "capacity": 3}),
+        ("qwen2", "qwen2_moe", {"form": "lora", "law": "top_p", "top_p": 1, "top_k": 2}),
+        ("qwen2", "qwen2_moe", {"form": "lora", "law": "gumbel", "final_weight": "share"}),
         ("llama", "mixtral", {"target": "moetool"}),
     ],
 )
@@ -43,11 +54,28 @@ def test_the_native_model_computes_the_same(
     own = trained(models(family), tmp_path / "own", experts=3, **options)
     native = tmp_path / "native"
     report = moetool.materialize(str(own), str(native), target=target)
-    assert report["certificate"]["level"] == "exact"
+    ranked = options.get("law") == "sigmoid" and "top_k" not in options  # routers are N(0, 1)
+    assert report["certificate"]["level"] == ("exact_if" if ranked else "exact")
+    assert ("scores are below 16" in report["certificate"]["why"]) == ranked
     wanted = own_logits(own)
     born = apart(tiny.logits(models(family)), wanted)
     assert apart(tiny.logits(native), wanted) < 1e-5
     assert born > 1e-3 or (target == "mixtral" and "form" not in options)
+    moetool.verify(str(native), against=[str(own)], load=False)
+
+
+def test_a_router_that_is_made_of_domains(models: Models, tmp_path: Path) -> None:
+    """Its rows, as an ordinary router has them."""
+    file = tmp_path / "domains.safetensors"
+    save_file({"of": torch.randn(3, 8, generator=torch.Generator().manual_seed(0))}, file)
+    said = {"form": "lora", "rank": 4, "experts": 3, "key": "domain", "domains": str(file)}
+    own, native = trained(models("llama"), tmp_path / "own", **said), tmp_path / "native"
+    (held,) = own.glob("*.safetensors")
+    made = {n: t * 8 if ".router." in n else t for n, t in load_file(held).items()}
+    save_file(made, held, {"format": "pt"})
+    report = moetool.materialize(str(own), str(native), target="mixtral")
+    assert report["certificate"]["level"] == "exact"
+    assert apart(tiny.logits(native), own_logits(own)) < 1e-5
     moetool.verify(str(native), against=[str(own)], load=False)
 
 
@@ -77,6 +105,21 @@ def test_scores_whose_sigmoids_are_all_one(models: Models, tmp_path: Path) -> No
         ("llama", "auto", {"form": "adapter", "adapter_dim": 8}, "goes into an FFN or comes out"),
         ("llama", "auto", {"form": "lora", "site": "linear"}, "a router for each linear"),
         ("llama", "auto", {"form": "film"}, "film experts"),
+        ("llama", "auto", {"form": "lora", "law": "top_p"}, "the law top_p (threshold 0.7)"),
+        (
+            "llama",
+            "auto",
+            {"form": "lora", "law": "expert_choice", "capacity": 1},
+            "the law expert_choice",
+        ),
+        ("llama", "auto", {"form": "lora", "key": "sequence"}, "a route that looks at sequence"),
+        ("llama", "mixtral", {"form": "lora", "law": "sigmoid"}, "by its own sigmoid"),
+        (
+            "qwen2",
+            "auto",
+            {"target": "moetool", "activation": "relu", "layers": "1"},
+            "compute with relu too",
+        ),
         ("llama", "gpt_oss", {"form": "lora"}, "gpt_oss"),
     ],
 )

@@ -152,14 +152,33 @@ def write_moe(
 
 class GivenExperts(NamedTuple):
     """Experts that are there already: the layer's own FFN, one FFN each, what each one's output is
-    multiplied by, and the router, with what it is multiplied by.
+    multiplied by, and the router.
     """
 
     ffn: Ffn
     experts: Sequence[Ffn]
     scales: Sequence[float]
-    router: Piece
-    cooled: float = 1.0
+    router: GivenRouter
+
+
+class GivenRouter(NamedTuple):
+    """A router that is there already: its rows, by the operation that makes them of `parts`
+    (`zeros`: of none), and what they are multiplied by.
+    """
+
+    op: str
+    parts: Sequence[Piece] = ()
+    scale: float = 1.0
+
+    def write(self, build: Builder, into: Piece) -> None:
+        """Plan its rows [experts, hidden]."""
+        if self.op == "copy" and self.scale == 1.0:
+            build.copy(self.parts[0], into)
+        elif self.op == "zeros":
+            build.task("zeros", [], [into])
+        else:
+            op = "affine" if self.op == "copy" else self.op
+            build.task(op, self.parts, [into], scale=self.scale)
 
 
 def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenExperts) -> None:
@@ -178,11 +197,7 @@ def write_given(build: Builder, chosen: Conversion, layer: Layer, given: GivenEx
                 build.task("affine", [getattr(ffn, role)], [out], scale=factor)
             else:
                 build.copy(getattr(ffn, role), out)
-    routed = whole(_routed(build, chosen, layer, given.ffn))
-    if given.cooled == 1.0:
-        build.copy(given.router, routed)
-    else:
-        build.task("affine", [given.router], [routed], scale=given.cooled)
+    given.router.write(build, whole(_routed(build, chosen, layer, given.ffn)))
     if chosen.target.overlay.shared:
         _shared(build, chosen, layer, given.ffn)
 

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, log2, sqrt
+from math import ceil, frexp, log2, sqrt
 
 from moetool.errors import MoetoolError
 from moetool.methods.upcycle import bare
 from moetool.methods.upcycle.config import Shape
 from moetool.methods.upcycle.diversify import Diversify
-from moetool.methods.upcycle.experts import Ffn, GivenExperts, Layer
+from moetool.methods.upcycle.experts import Ffn, GivenExperts, GivenRouter, Layer
 from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.targets import Conversion
+from moetool.methods.upcycle.weighing import ALWAYS, DOMAIN, Weighing
 from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import ROUTED
-from moetool.surgery.spec import Piece, rows, whole
+from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model, tower_of
 
-SCALE = "output_scale"
+SCALE, ACTIVATION = "output_scale", "activation"  # of a form's params
 # Why no class has experts there; of other sites it is said that none has.
 _ELSEWHERE = {LINEAR: "a router for each linear: classes with experts route once for a whole FFN"}
-# Laws that a class may have; the last one, trained to the end, is the best expert alone.
-_LAWS = ("renormalised", "hard", "softmax", "soft", "gumbel")
+_KEYS = (ROUTED, ALWAYS, DOMAIN)  # what a class's router may stand for
 HALVES = ("BF16", "F16")
 REACH = 4.0  # of scores: their sigmoids differ as float32 tells the scores apart
+SATURATED = 16.0  # of scores: the sigmoids of larger ones are one
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,15 @@ class HeldGroup:
         return self.expert(self.group.layers[0], 0)
 
     @property
+    def weighing(self) -> Weighing:
+        """How it weighs its experts."""
+        found = Weighing.of(self.group)
+        assert found is not None  # others are refused
+        return found
+
+    @property
     def top_k(self) -> int:
-        return self.group.reached
+        return self.weighing.top_k
 
     def _module(self, layer: int) -> str:
         return self.at.name(self.block.module, layer=layer)
@@ -116,22 +124,28 @@ class HeldGroup:
     @property
     def rounds(self) -> bool:
         """Whether an expert's matrices are not what the file holds, but rounded to 16 bits."""
-        form, dtype = forms.named(self.group.form), self.ffn.dtype
-        scaled = bool(self.group.params.get(SCALE))
+        form, dtype, weighing = forms.named(self.group.form), self.ffn.dtype, self.weighing
+        scaled = bool(self.group.params.get(SCALE)) or self.group.route.key == DOMAIN
+        factors = (weighing.factor, weighing.router)
+        scaled |= any(frexp(factor)[0] != 0.5 for factor in factors)  # no power of two
         return dtype in HALVES and (scaled or (form.in_groups and form.fits_in != dtype))
 
-    def given(self, layer: int, scales: dict[str, float]) -> GivenExperts:
-        """What is there of a layer."""
-        every = range(self.group.experts)
+    def given(self, layer: int, scales: dict[str, float], cooled: float = 1.0) -> GivenExperts:
+        """What is there of a layer. `cooled`: what its router is multiplied by, beside the rest."""
+        every, weighing = range(self.group.experts), self.weighing
         return GivenExperts(
             self.expert(layer, None) if self.group.base != "gone" else self.ffn,
             [self.expert(layer, e) for e in every],
-            [scales.get(self._scale(layer, e), 1.0) for e in every],
-            self._router(layer),
+            [scales.get(self._scale(layer, e), 1.0) * weighing.factor for e in every],
+            self._router(layer)._replace(scale=cooled * weighing.router),
         )
 
-    def _router(self, layer: int) -> Piece:
-        return whole(self.source.tensor(f"{self._module(layer)}.{self.group.router}.weight"))
+    def _router(self, layer: int) -> GivenRouter:
+        if self.group.route.key == ALWAYS:
+            return GivenRouter("zeros")
+        head = f"{self._module(layer)}.{self.group.router}"
+        tensors = [whole(self.source.tensor(f"{head}.{t.name}")) for t in self.group.router_tensors]
+        return GivenRouter("domain_rows" if self.group.route.key == DOMAIN else "copy", tensors)
 
     def cooled(self) -> dict[str, float]:
         """Layer -> the power of two by which its router may be multiplied so that sigmoids of its
@@ -139,11 +153,29 @@ class HeldGroup:
         """
         found = {}
         for layer in self.group.layers:
-            weights = self.source.numbers(self._router(layer))
-            reach = sqrt((weights**2).sum(1).max() * weights.shape[1])
+            reach = self._reach(layer)
             if reach > REACH:
                 found[str(layer)] = 2.0 ** -ceil(log2(reach / REACH))
         return found
+
+    def saturates(self) -> bool:
+        """Whether scores may be so large that their sigmoids are all one, in some layer."""
+        return any(self._reach(layer) > SATURATED for layer in self.group.layers)
+
+    def _reach(self, layer: int) -> float:
+        """How large scores become, at most, of inputs that are normed to about one."""
+        router = self._router(layer)
+        if not router.parts:
+            return 0.0
+        import numpy as np
+
+        found = [self.source.numbers(piece) for piece in router.parts]
+        rows = found[0]
+        if router.op == "domain_rows":
+            domains, gate, up, down = found
+            gated = domains @ gate.T
+            rows = (gated / (1 + np.exp(-gated)) * (domains @ up.T)) @ down.T
+        return float(sqrt((rows**2).sum(1).max() * rows.shape[1]))
 
     def layer(self, chosen: Conversion, number: int) -> Layer:
         """The layer as the new family has it."""
@@ -208,21 +240,20 @@ def _wrong(group: Group) -> str:
         return _ELSEWHERE.get(group.site, f"experts at the site {group.site}")
     if group.tower != "text":
         return f"experts in the {group.tower} tower"
-    if route.key != ROUTED:
+    if route.key not in _KEYS:
         return f"a route that looks at {route.key}"
-    if route.law not in _LAWS:
-        return f"the law {route.law}"
-    if route.law == "soft" and route.options:
-        return "a softmax with a temperature"
+    if Weighing.of(group) is None:
+        said = ", ".join(f"{name} {value}" for name, value in route.options.items())
+        return f"the law {route.law}" + (f" ({said})" if said else "")
     if route.bias:
         return "a router with a bias"
-    if "activation" in group.params:
-        return f"experts that compute with {group.params['activation']} where the FFN does not"
     if group.form in HELD:
         return f"{group.form} experts, which change what goes into an FFN or comes out of it"
     if group.base == "member" or group.form == EMPTY:
         return f"{group.form} experts whose FFN is {group.base}"
-    return f"a factor of {group.scale:g} on the sum of experts" if group.scale != 1.0 else ""
+    if ACTIVATION in group.params and group.base == "beside":
+        return f"experts that compute with {group.params[ACTIVATION]} beside an FFN that does not"
+    return ""
 
 
 def _refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:

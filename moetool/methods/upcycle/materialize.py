@@ -27,20 +27,18 @@ from moetool.methods.options import Served, option
 from moetool.methods.upcycle import bare, to_peft
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
-from moetool.methods.upcycle.held import HeldGroup, own
+from moetool.methods.upcycle.held import ACTIVATION, SATURATED, HeldGroup, own
 from moetool.methods.upcycle.targets import Conversion, Spelling, Tried, Wish, named, refusals
 from moetool.methods.upcycle.trunk import Trunk
 from moetool.surgery import clients, groups, reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Judged
 from moetool.surgery.family import filled
-from moetool.surgery.groups import Group
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import whole
 from moetool.surgery.spellings import completed
 
 SOFTMAX = ("softmax",)
-MONOTONE = ("softmax", "sigmoid")  # the best one is the same, and renormalised its weight is 1
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,10 @@ class Materialize(Method):
             name: float(sources[0].numbers(whole(sources[0].tensor(name)))[0])
             for name in held.scales()
         }
-        ranks = self._chosen(held).target.overlay.law.score not in SOFTMAX
-        told = {"scales": scales, "routers": held.cooled() if ranks else {}}
+        told: JsonObject = {"scales": scales}
+        if self._chosen(held).target.overlay.law.score not in SOFTMAX:
+            ranks = held.weighing.by_rank
+            told |= {"routers": held.cooled()} if ranks else {"saturates": held.saturates()}
         return Decisions(chosen={name: what for name, what in told.items() if what})
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
@@ -149,13 +149,13 @@ class Materialize(Method):
         for number in range(chosen.source.field("layers", chosen.config)):
             trunk.write(build, number)
             if number in held.group.layers:
-                given = held.given(number, scales)._replace(cooled=routers.get(str(number), 1.0))
+                given = held.given(number, scales, routers.get(str(number), 1.0))
                 write_given(build, chosen, held.layer(chosen, number), given)
             else:
                 trunk.write_ffn(build, number)
         trunk.write(build, "after")
         config = config_of(chosen, held.dense.config, held.shape(chosen))
-        told = _with_law(config.value, chosen, held.group)
+        told = _with_law(config.value, chosen, held)
         left = bare.dropped(held.source, held.left)
         dropped = {
             **trunk.dropped,
@@ -165,7 +165,8 @@ class Materialize(Method):
         wanted = Outputs(told, build.targets, build.tasks, dropped)
         plan = reform.plan(sources, wanted, max_shard=settings.max_shard, form="full")
         facts = _facts(held, chosen, plan)
-        return Made(plan, _certificate(held, chosen), plan.config, config.dropped, facts)
+        certificate = _certificate(held, chosen, saturates=bool(decisions.chosen.get("saturates")))
+        return Made(plan, certificate, plan.config, config.dropped, facts)
 
     def _chosen(self, held: HeldGroup) -> Conversion:
         """The conversion that computes what the group does and works in most clients."""
@@ -179,7 +180,11 @@ class Materialize(Method):
         reasons: dict[str, str] = {}
         able: list[Tried] = []
         for conversion in named(held.dense, wish):
-            why = [*refusals(conversion, wish), *_other_law(conversion, held.group)]
+            why = [
+                *refusals(conversion, wish),
+                *held.weighing.refusals(conversion.target),
+                *_other_activation(held),
+            ]
             if not why:
                 tried = Tried.of(Spelling(conversion, fused=False), _judged(held, conversion), wish)
                 why = tried.useless
@@ -202,7 +207,7 @@ class Materialize(Method):
 def _judged(held: HeldGroup, chosen: Conversion) -> tuple[Judged, ...]:
     """What clients make of a conversion."""
     config = config_of(chosen, held.dense.config, held.shape(chosen)).value
-    config = completed(_with_law(config, chosen, held.group))
+    config = completed(_with_law(config, chosen, held))
     names = [
         chosen.prefix + filled(t, layer=held.group.layers[0], expert=0)
         for t in chosen.target.per_expert().values()
@@ -210,36 +215,35 @@ def _judged(held: HeldGroup, chosen: Conversion) -> tuple[Judged, ...]:
     return clients.judged(clients.traits(config, names, folder=held.source.folder))
 
 
-def _other_law(conversion: Conversion, group: Group) -> Iterator[str]:
-    """What a family's router does otherwise."""
-    law, family = conversion.target.overlay.law, conversion.target.model_type
-    asked, single = group.route.law, group.reached == 1
-    if asked == "softmax":
-        if law.score not in SOFTMAX or law.renorm == "always":
-            yield f"{family} does not weigh experts by their share of the softmax over all"
-    elif law.score not in (MONOTONE if single else SOFTMAX) or law.renorm == "never":
-        yield f"{family} does not weigh the chosen experts by a softmax that sums to one"
-    if asked == "hard" and not single:
-        yield f"{family} does not give every chosen expert the weight 1"
+def _other_activation(held: HeldGroup) -> Iterator[str]:
+    """Why experts cannot have an activation that is not the family's."""
+    asked = held.group.params.get(ACTIVATION)
+    if asked is not None and len(held.group.layers) != held.at.field("layers"):
+        yield f"layers without experts would compute with {asked} too, where theirs do not"
 
 
-def _with_law(config: JsonObject, chosen: Conversion, group: Group) -> JsonObject:
-    """The config, with weights renormalised or not, as the group's are."""
-    name = chosen.target.fields.get("renorm")
-    if chosen.target.overlay.law.renorm != "field" or name is None:
-        return config
-    said = {name: group.route.law != "softmax"}
+def _with_law(config: JsonObject, chosen: Conversion, held: HeldGroup) -> JsonObject:
+    """The config, with weights renormalised or not, and the activation, as the group's are."""
+    name, said = chosen.target.fields.get("renorm"), JsonObject()
+    if chosen.target.overlay.law.renorm == "field" and name is not None:
+        said[name] = held.weighing.renormalised
+    if asked := held.group.params.get(ACTIVATION):
+        said["hidden_act"] = asked
     inside = "text_config" if chosen.outer is not None else chosen.target.text_config
     return config | ({inside: config[inside] | said} if inside else said)
 
 
-def _certificate(held: HeldGroup, chosen: Conversion) -> Certificate:
-    """Exact but for what is rounded, here or there."""
+def _certificate(held: HeldGroup, chosen: Conversion, *, saturates: bool) -> Certificate:
+    """Exact but for what is rounded, here or there. `saturates`: whether scores may be so large
+    that their sigmoids are equal.
+    """
     why = f"every expert in full, weighed by {chosen.target.model_type} as by moetool"
     rounded = [f"matrices are rounded to {held.ffn.dtype}"] if held.rounds else []
     activations = held.group.params.get("activations")
     if activations:
         rounded.append(f"activations of experts, which moetool rounds to {activations}, are not")
+    if saturates:
+        rounded.append(f"scores are below {SATURATED:g}, above which sigmoids are rounded to one")
     return Certificate("exact_if" if rounded else "exact", "; ".join([why, *rounded]))
 
 
