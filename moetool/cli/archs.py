@@ -20,6 +20,7 @@ HELP = "Model families: which there are, what converts to what exactly, and why 
 
 def list_(given: Given) -> int:
     """Families and conversions."""
+    from moetool.surgery import hub
     from moetool.surgery.layout import families
     from moetool.surgery.pair import pairs
 
@@ -28,12 +29,16 @@ def list_(given: Given) -> int:
         with_text = f" with {pair.inner.partition('--')[2]} text" if pair.inner else ""
         into.setdefault(pair.source, []).append(pair.target + with_text)
     sink, kinds = session.sink, families()
-    sink.result({"moe": kinds["moe"], "dense": kinds["dense"], "conversions": into})
+    read = {one.model_types[0]: one.family for one in hub.families()}
+    found = {"moe": kinds["moe"], "dense": kinds["dense"], "conversions": into, "read_as": read}
+    sink.result(found)
     head = ["dense family", "exact mixture of experts"]
     sink.table(head, [[name, ", ".join(into[name])] for name in sorted(into)])
     rest, moe = [d for d in kinds["dense"] if d not in into], kinds["moe"]
     sink.line(f"\n{len(rest)} dense families without an exact target: {', '.join(rest)}")
     sink.line(f"\n{len(moe)} families with experts (inspect, convert-layout): {', '.join(moe)}")
+    of_hub = ", ".join(f"{name} (a {family})" for name, family in read.items())
+    sink.line(f"\nclasses of the Hub, read as one of transformers without their code: {of_hub}")
     return 0
 
 
@@ -41,11 +46,14 @@ def show(given: Given) -> int:
     """One family."""
     from moetool.methods.upcycle import usual
     from moetool.methods.upcycle.targets import why_not
-    from moetool.surgery import ffn
+    from moetool.surgery import ffn, hub
     from moetool.surgery.layout import Layout
     from moetool.surgery.pair import pairs
 
     family = given.arguments["family"]
+    if (read := hub.family(family)) is not None:
+        session.sink.line(f"{family}: {read.cls} of the Hub, read as {read.family}")
+        family = read.family
     layout = Layout.load(family)
     conversions = [_conversion(p) for p in pairs() if p.source == family]
     found: JsonObject = {

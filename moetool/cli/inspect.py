@@ -50,6 +50,8 @@ def _lines(found: JsonObject) -> list[str]:
         f"{found['path']}: {found['family']}{known}, {found['kind']}, {counts}",
         f"{show_bytes(found['bytes'])} in {files}, {dtypes}",
     ]
+    if found["hub_class"]:
+        lines.append(f"stored: by the names of {found['hub_class']} (code of the Hub)")
     if found["forms"]:
         stored = ", ".join(f"{count} matrices as {form}" for form, count in found["forms"].items())
         lines.append(f"stored: {stored}")

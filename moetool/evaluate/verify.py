@@ -18,7 +18,7 @@ from moetool.methods.contract import Certificate, Decisions, Made, Method, Setti
 from moetool.methods.options import Checking
 from moetool.methods.proof import Loaded, Proof
 from moetool.progress import Progress, silent
-from moetool.surgery import groups, identity, source, spellings, tables, view
+from moetool.surgery import forms, groups, identity, source, spellings, tables, view
 from moetool.surgery.checkpoint import Checkpoint, read_json
 from moetool.surgery.device import check_device
 from moetool.surgery.layout import words
@@ -84,7 +84,8 @@ def _stored(checkpoint: Checkpoint, how: Checking, tell: Progress) -> JsonObject
     """How many matrices are stored in which form, where any is not full, and what the loader that
     was asked for makes of them.
     """
-    named = [t.parts.form for t in checkpoint.tensors.values() if t.parts]
+    packed = (t for t in checkpoint.tensors.values() if not forms.lies_plain(t))
+    named = [t.parts.form for t in packed if t.parts]
     found: JsonObject = {name: named.count(name) for name in sorted(set(named))}
     said = {"forms": found} if named else {}
     if how.loader:
@@ -94,7 +95,7 @@ def _stored(checkpoint: Checkpoint, how: Checking, tell: Progress) -> JsonObject
 
 def _loaded(checkpoint: Checkpoint, how: Checking, tell: Progress) -> Loaded:
     """What the loader makes of its first layers."""
-    if not checkpoint.told:
+    if not checkpoint.told or checkpoint.hub_class:
         raise UsageError(
             "--loader compares what is stored in another form, and here all is full",
             file=checkpoint.folder,

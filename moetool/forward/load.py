@@ -57,6 +57,9 @@ def load(
     if train:
         raise _nothing_to_train(train, folder)
     opened = Checkpoint.open(folder)
+    if opened.hub_class:
+        with stock.quietly():
+            return stock.filled(opened, **how)
     packed = _packed_experts(opened)
     _require(opened)
     raw = read_json(Path(opened.folder) / "config.json", what="model config")

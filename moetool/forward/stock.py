@@ -108,6 +108,10 @@ def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
     """
     import torch
 
+    if checkpoint.hub_class:
+        with quietly():
+            made, lost = filled(checkpoint, dtype=torch.float32, output_loading_info=True)
+        return made, lost
     path = Path(checkpoint.folder) / "config.json"  # a staged output has none yet
     raw = read_json(path, what="model config") if path.exists() else checkpoint.config
     with _view(checkpoint.folder, raw, checkpoint) as folder, quietly():
@@ -124,6 +128,28 @@ def load(checkpoint: Checkpoint) -> tuple[Any, JsonObject]:
 
             model.usual = {NOISE: 0, TASK: 0}  # what text alone does not say
         return model, info
+
+
+def filled(checkpoint: Checkpoint, **how: Any) -> Any:
+    """The model, or what else `from_pretrained` gives for `how`, of a checkpoint whose family has
+    other names for its tensors than its files: it reads none itself.
+    """
+    from moetool.kernels import codec
+
+    raw = checkpoint.config
+    state = {
+        name: checkpoint.matrix(name).to(codec.torch_dtype(stored.dtype))
+        for name, stored in checkpoint.tensors.items()
+    }
+    made = config(raw, checkpoint.folder)
+    return model_class(raw).from_pretrained(
+        None,
+        config=made,
+        state_dict=state,
+        local_files_only=True,
+        trust_remote_code=False,
+        **how,
+    )
 
 
 def tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:

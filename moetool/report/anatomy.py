@@ -95,13 +95,16 @@ def _group(group: Group) -> JsonObject:
 
 def _files(checkpoint: Checkpoint) -> JsonObject:
     """What the files hold."""
-    stored_as = Counter(t.parts.form for t in checkpoint.tensors.values() if t.parts)
+    stored_as = Counter(
+        t.parts.form for t in checkpoint.tensors.values() if t.parts and not forms.lies_plain(t)
+    )
     return {
         "bytes": sum(size for size, _ in checkpoint.files.values()),
         "tensors": len(checkpoint.stored),
         "shards": len(checkpoint.files),
         "dtypes": dict(sorted(Counter(t.dtype for t in checkpoint.stored.values()).items())),
         "forms": dict(sorted(stored_as.items())),
+        "hub_class": checkpoint.hub_class,
     }
 
 

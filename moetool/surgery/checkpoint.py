@@ -132,6 +132,14 @@ class Checkpoint:
         """Every tensor as it lies in a file, parts of matrices included."""
         return self.lying or self.tensors
 
+    @property
+    def hub_class(self) -> str:
+        """The class of the Hub that the files are of, where these have other names for what its
+        family has; else nothing.
+        """
+        named = (told["cls"] for form, told in self.told.items() if forms.named(form).moves)
+        return next(named, "")
+
     def part(self, name: str) -> Stored:
         """The tensor of this name as it lies in a file; MoetoolError when it is missing."""
         return _present(self.stored, name, self.folder)

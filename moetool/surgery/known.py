@@ -1,11 +1,13 @@
-"""What the tensors of some files are to their family: told by the forms, or by a GGUF's table."""
+"""What the tensors of some files are to their family: told by the forms, by a GGUF's table, or by
+the data of a family whose class lies on the Hub.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from moetool.data import JsonObject
-from moetool.surgery import forms
+from moetool.surgery import forms, hub
 from moetool.surgery.forms import Known
 from moetool.surgery.forms.form import Read
 from moetool.surgery.gguf import reading
@@ -22,5 +24,5 @@ def known(
     of its blocks by tensor; None for safetensors. `read`: see `forms.seen`.
     """
     if types is None:
-        return forms.seen(lying, config, read)
+        return hub.seen(forms.seen(lying, config, read))
     return reading.seen(lying, types, config)

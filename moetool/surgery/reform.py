@@ -221,6 +221,9 @@ class _Reform:
         if like is None and held is None:
             yield Task(op, inputs, (out,))
             return
+        if like is None and held and self._lies_apart(held, target):
+            yield from self._run_by_run(inputs[0], out)
+            return
         if like is None or (
             inputs
             and not (
@@ -238,6 +241,18 @@ class _Reform:
             if not own_task and (piece.name, piece.offset) not in self._copied:
                 self._copied.add((piece.name, piece.offset))
                 yield Task(op, own[number : number + 1], (piece,))
+
+    @staticmethod
+    def _lies_apart(held: InParts, target: Target) -> bool:
+        """Whether the bytes of a matrix are those of the target, in runs of other tensors."""
+        return forms.named(held.form).moves and held.tensors[0].dtype == target.dtype
+
+    def _run_by_run(self, piece: Piece, out: Piece) -> Iterator[Task]:
+        """A copy of each run that a matrix lies in."""
+        at = out.offset
+        for run in forms.split(self._matrix(piece), piece)[0]:
+            yield Task("copy", (run,), (Piece(out.name, run.shape, at),))
+            at += run.count
 
     def _beside(self, out: Piece, like: InParts | None) -> Iterator[Piece]:
         """What else a matrix must be seen with to be encoded: others that get the same form."""
@@ -342,7 +357,8 @@ def widened(sources: Sequence[Checkpoint], made: Plan, form: str) -> list[str]:
     """What `auto` must say: the matrices of a source that the output holds in full."""
     if form != "auto":
         return []
-    lost = sorted(set(chain.from_iterable(s.told for s in sources)) - made.stored_as)
+    told = set(chain.from_iterable(s.told for s in sources)) - made.stored_as
+    lost = sorted(n for n in told if not forms.named(n).moves)
     again = {n: " (--form same rounds them to it again)" for n in lost if forms.named(n).alone}
     return [
         f"matrices stored as {n} are written in full, since some are computed{again.get(n, '')}"

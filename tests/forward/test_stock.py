@@ -353,7 +353,7 @@ def test_every_call_says_that_code_is_not_trusted() -> None:
         and isinstance(n.func, ast.Attribute)
         and n.func.attr == "from_pretrained"
     ]
-    assert len(found) == 2
+    assert len(found) == 3
     assert all({"trust_remote_code", "local_files_only"} <= names for names in found)
     assert sum("use_safetensors" in names for names in found) == 1
 

@@ -95,6 +95,7 @@ def test_the_forms_there_are() -> None:
         "full",
         "gguf",
         "in_gguf",
+        "in_rows",
         "int8_activations",
         "kbit",
         "lora",

@@ -21,7 +21,7 @@ from moetool.methods.contract import (
 from moetool.methods.convert import layout, lie
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.surgery import groups, reform
+from moetool.surgery import forms, groups, reform
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
 from moetool.surgery.plain_experts import PlainExperts
@@ -78,10 +78,15 @@ class Dequantize(Method):
         config = _told(source.config, self.options.dtype)
         wanted = Outputs(config, build.targets, build.tasks, {})
         plan = reform.plan([source], wanted, max_shard=settings.max_shard, form="full")
+        return Made(plan, self._certificate(source), plan.config, {}, _facts(source, plan))
+
+    def _certificate(self, source: Checkpoint) -> Certificate:
+        """Exact where everything only moves."""
         held = sorted({self._dtype(t) for t in source.tensors.values() if t.parts})
+        if self.options.dtype == "auto" and all(map(forms.lies_plain, source.tensors.values())):
+            return Certificate("exact", "only names and places change")
         why = f"decoded values fit {' and '.join(held)}, to which others are rounded"
-        certificate = Certificate("exact_if", why)
-        return Made(plan, certificate, plan.config, {}, _facts(source, plan))
+        return Certificate("exact_if", why)
 
     def _dtype(self, stored: Stored) -> str:
         """How a tensor is written."""

@@ -1,4 +1,6 @@
-"""convert-layout: the experts of a MoE checkpoint as single tensors, or stacked. Only bytes move."""
+"""convert-layout: the experts of a MoE checkpoint as single tensors, or stacked; a model of a class
+of the Hub as one of transformers. Only bytes move.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,14 @@ from moetool.methods.convert import lie
 from moetool.methods.convert.lie import LAYOUTS
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.surgery import groups, reform
+from moetool.surgery import groups, reform, shim
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.plain_experts import PlainExperts
 from moetool.surgery.plan import Outputs, Plan
 from moetool.surgery.spec import Piece, Stored, whole
 
 MATRICES = ("gate", "up", "down")
+STOCK = "stock"
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,17 @@ class Converting(Served):
 
     to: str = option(
         "per-expert",
-        "per-expert (what most loaders read), fused (stacked, transformers 5), or auto: what works in "
-        "the clients of --for, else in most",
+        "per-expert (what most loaders read), fused (stacked, transformers 5), stock (a model of a "
+        "class of the Hub, such as InternLM2, by the names of the class of transformers that "
+        "computes the same), or auto: what works in the clients of --for, else in most",
         WHAT,
-        choices=("auto", *LAYOUTS),
+        choices=("auto", *LAYOUTS, STOCK),
     )
 
 
 class ConvertLayout(Method):
-    """Write the same experts as single tensors, or stacked; only bytes move.
+    """Write the same experts as single tensors, or stacked, or a model of a class of the Hub as one
+    of transformers; only bytes move.
 
     Forms and which loader reads them: Megatron-Bridge 4706, mergekit 0.1.5 and transformers'
     conversion_mapping.
@@ -56,9 +61,15 @@ class ConvertLayout(Method):
         "moetool convert-layout stacked single --to per-expert",
         "moetool convert-layout stacked single --to auto --for transformers4,vllm",
         "moetool convert-layout my-moe stacked --to fused --dry-run",
+        "moetool convert-layout INTERNLM2 llama --to stock",
     )
     options: Converting
     lays = True
+
+    @property
+    def reads_groups(self) -> bool:  # type: ignore[override]
+        """Whether SRC may have groups: a class of the Hub may be one of moetool's own."""
+        return self.options.to == STOCK
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Nothing to decide."""
@@ -67,6 +78,8 @@ class ConvertLayout(Method):
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Expert tensors in the other form, all others as they are."""
         (source,) = sources
+        if self._is_renamed(source):
+            return _as_stock(source, settings)
         experts, to = PlainExperts.of(source), self._to(source)
         build = laid(experts, to, lambda stored: stored.dtype)
         wanted = Outputs(source.config, build.targets, build.tasks, {})
@@ -76,6 +89,23 @@ class ConvertLayout(Method):
         certificate = Certificate("exact", "only names and places change")
         return Made(plan, certificate, plan.config, {}, _facts(experts, to, plan), tuple(warnings))
 
+    def _is_renamed(self, source: Checkpoint) -> bool:
+        """Whether it is written by the names of its class in transformers. MoetoolError where that
+        is asked for and nothing would change, and where that alone can be asked for.
+        """
+        asked, cls = self.options.to, source.hub_class
+        if (asked == STOCK and not cls) or (cls and asked in LAYOUTS):
+            raise MoetoolError(
+                f"its files are of {cls}, and have no experts that lie in two ways"
+                if cls
+                else "its files have the names of its class already",
+                file=source.folder,
+                expected=f"--to {STOCK}" if cls else "a model of a class of the Hub",
+                found=f"--to {asked}",
+                hint="`moetool inspect` says what is there",
+            )
+        return bool(cls)
+
     def _to(self, source: Checkpoint) -> str:
         """The layout that is written."""
         asked = self.options.to
@@ -84,6 +114,24 @@ class ConvertLayout(Method):
     def lines(self, summary: Summary) -> list[Line]:
         """The family, the experts, and how many parameters run."""
         return ModelFacts.of(summary.facts).lines()
+
+
+def _as_stock(source: Checkpoint, settings: Settings) -> Made:
+    """Every tensor by the name that its class in transformers has for it."""
+    build, config, files = Builder(), source.config, dict[str, bytes]()
+    for name, stored in source.tensors.items():
+        build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+    if groups.is_ours(config):
+        config, files = config | {"auto_map": dict(shim.AUTO_MAP)}, {shim.FILE: shim.TEXT.encode()}
+    plan = reform.plan(
+        [source], Outputs(config, build.targets, build.tasks, {}), max_shard=settings.max_shard
+    )
+    family, count = str(config["model_type"]), plan.parameters
+    facts = ModelFacts(
+        source.hub_class, family, (), 0, 0, 0, "dense", count, plan.active_parameters
+    )
+    certificate = Certificate("exact", f"only names and places change: {family} computes the same")
+    return Made(plan, certificate, plan.config, {}, facts, (), files)
 
 
 def _facts(experts: PlainExperts, to: str, plan: Plan) -> ModelFacts:

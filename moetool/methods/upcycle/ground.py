@@ -9,7 +9,7 @@ from itertools import chain, product
 from moetool.errors import MoetoolError
 from moetool.methods import site
 from moetool.methods.contract import Builder
-from moetool.surgery import groups, places, towers
+from moetool.surgery import forms, groups, places, towers
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import NORM, FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
@@ -104,7 +104,7 @@ class Ground:
             self._check_there(name, layer)
         found = self.source.tensor(name)
         fits = len(found.shape) == (1 if linear.role == NORM else 2)
-        if found.parts is not None or found.dtype not in FLOATS or not fits:
+        if not forms.lies_plain(found) or found.dtype not in FLOATS or not fits:
             held = found.parts.form if found.parts else f"{found.dtype} {list(found.shape)}"
             raise MoetoolError(
                 "the weights are not plain floats",

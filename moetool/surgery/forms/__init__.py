@@ -41,6 +41,7 @@ __all__ = [
     "encoded",
     "formats",
     "forms",
+    "lies_plain",
     "named",
     "seen",
     "settled",
@@ -204,6 +205,11 @@ def weights(tensor: Stored) -> dict[str, int]:
     return named(parts.form).weights(tensor) if parts else {tensor.name: tensor.elements}
 
 
+def lies_plain(stored: Stored) -> bool:
+    """Whether a file holds the values of a tensor as they are, wherever in it."""
+    return stored.parts is None or named(stored.parts.form).moves
+
+
 def split(stored: Stored, piece: Piece) -> tuple[tuple[Piece, ...], Params | None]:
     """The parts that a piece of a matrix is decoded from, and how (an entry for `decoded`); the
     piece itself and None where it lies in the file as it is.
@@ -215,7 +221,7 @@ def split(stored: Stored, piece: Piece) -> tuple[tuple[Piece, ...], Params | Non
     entry: Params = {"form": parts.form, "parts": len(parts.tensors), "params": parts.params}
     own = form.pieces(parts.tensors, stored.shape, piece, parts.params)
     if own is not None:
-        return own, entry | {"shape": list(piece.shape)}
+        return own, entry | {"parts": len(own), "shape": list(piece.shape)}
     every = tuple(whole(p, piece.source) for p in parts.tensors)
     partial = {"offset": piece.offset, "of": list(stored.shape)}
     return every, entry | {"shape": list(piece.shape)} | partial

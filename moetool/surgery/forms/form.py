@@ -82,6 +82,7 @@ class Form:
     mixes: ClassVar[bool] = False  # whether a model may hold other forms of its method as well
     quant_method: ClassVar[str] = ""  # as a config says it; one model, one method
     fits_in: ClassVar[str] = ""  # a dtype of 16 bits that holds all that it decodes to
+    moves: ClassVar[bool] = False  # whether parts hold the matrix's own values, run after run
     in_groups: ClassVar[bool] = False  # whether only experts of a model type of its own have it
     container: ClassVar[str] = "safetensors"  # the only file format that can hold it
 
