@@ -83,3 +83,12 @@ def mean(seen: Sequence[Scores], mask: Tensor | None = None) -> Tensor | None:
     made = [of_layer(s, kept if fits else None) for s in seen]
     each = [one.to(seen[0].logits.device) for one in made if one is not None]
     return torch.stack(each).mean() if each else None
+
+
+def alike(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Router logits [tokens, experts] of all layers as wide as the widest, by experts that nobody
+    chooses: trainers that ask a backbone (TRL) put those of all layers into one balance loss.
+    """
+    widest = max((one.shape[-1] for one in logits), default=0)
+    pad = functional.pad
+    return tuple(pad(one, (0, widest - one.shape[-1]), value=-torch.inf) for one in logits)

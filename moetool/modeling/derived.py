@@ -49,6 +49,7 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
             _refuse_mismatched(made, info)
         _refuse_missing(made, info)
         _refuse_left(made, info)
+        _admit_training(made)
         return (made, info) if asked else made
 
     def initialize_weights(self) -> None:
@@ -137,6 +138,17 @@ def _refuse_left(model: Any, info: dict[str, Any]) -> None:
         )
 
 
+def _admit_training(model: Any) -> None:
+    """Trainers refuse a quantized model without adapters of PEFT, as one in which nothing can learn;
+    groups of experts can, over a base that is quantized while it is loaded (QLoRA).
+    """
+    told = getattr(model, "hf_quantizer", None)
+    parts = (m for m in model.modules() if isinstance(m, GrownPart))
+    if told is not None and any(p.is_floating_point() for m in parts for p in m.parameters()):
+        kind = type(told)
+        told.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": kind.is_trainable})
+
+
 def model_class(stock: type[Any], config: type[Any]) -> type[Any]:
     """`MoeLlamaForCausalLM` of `LlamaForCausalLM`, and its config class; one class however often it
     is asked for.
@@ -165,7 +177,8 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         _observe_backbone(self)
         self.post_init()
         whole = set(self._no_split_modules or ())  # layers are among blocks
-        self._no_split_modules = whole | {f"Moe{name}" for name in whole}
+        there = {type(module).__name__ for module in self.modules()}  # FSDP refuses other names
+        self._no_split_modules = whole | ({f"Moe{name}" for name in whole} & there)
 
     said = {
         "stock": stock,
@@ -259,7 +272,8 @@ def _scored(
         for block in held:
             block.seen = None
     made["aux_loss"] = loss = balance.mean(seen, kwargs.get("attention_mask") if masked else None)
-    made["router_logits"] = tuple(scores.logits for scores in seen)
+    each = [scores.logits for scores in seen]
+    made["router_logits"] = balance.alike(each) if self.base_model is self else tuple(each)
     if made.get("loss") is not None and loss is not None:
         made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)
     return made if whole else made.to_tuple()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moetool.modeling import balance
 from moetool.modeling.sites.site import stack
 from moetool.surgery import groups
 from moetool.surgery.layout import Layout
@@ -43,13 +44,16 @@ def rebuild(model: Any) -> None:
 def scored(model: Any, run: Run, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """One forward pass of a ragged model. Where router logits are asked for, these as the stock
     class gives them, and its balance loss of each layer, whose mean counts: the stock sum over all
-    layers takes them for alike.
+    layers takes them for alike. A backbone, which has no loss, gives them as wide (`alike`).
     """
     config = model.config.get_text_config()
     asked = kwargs.pop(_ASKED, None)
     asked = getattr(config, _ASKED, False) if asked is None else asked
     if model.base_model is model:
-        return run(*args, **kwargs, **({_ASKED: True} if asked else {}))
+        made = run(*args, **kwargs, **({_ASKED: True} if asked else {}))
+        if asked and not isinstance(made, tuple):
+            made["router_logits"] = balance.alike(made.get("router_logits") or ())
+        return made
     silent = {_ASKED: False} if hasattr(config, _ASKED) else {}
     if not asked:
         return run(*args, **kwargs, **silent)

@@ -140,6 +140,32 @@ def test_it_trains(uneven: Path) -> None:
     assert len(grads) >= 12 and all(g is not None and g.abs().max() > 0 for g in grads)
 
 
+def test_trainers(uneven: Path, tmp_path: Path) -> None:
+    """The Trainer moves experts of every layer, and what it saves is as it was trained; a backbone
+    gives trainers that balance all layers at once logits as wide as the widest layer's.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    model, ids = moetool.load(uneven, dtype="float32"), torch.from_numpy(IDS)
+    model.config.output_router_logits = True
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in ids.repeat(2, 1)]
+    how = {"report_to": [], "use_cpu": True, "max_steps": 2, "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path / "run"), learning_rate=1e-2, **how)
+    trainer = Trainer(model=model, args=args, train_dataset=rows)
+    trainer.train()
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    trainer.save_model(str(tmp_path / "saved"))
+    again = moetool.load(tmp_path / "saved", dtype="float32")
+    assert torch.equal(run(again), run(model))
+    with torch.no_grad():
+        alone = model.model(input_ids=ids, output_router_logits=True).router_logits
+        whole = model(input_ids=ids).router_logits
+    for wide, own in zip(alone, whole, strict=True):
+        assert wide.shape[-1] == 8 and torch.equal(wide[:, : own.shape[-1]], own)
+        assert wide[:, own.shape[-1] :].isneginf().all()
+
+
 def test_on_disk_pickled_and_checkpointed(uneven: Path, tmp_path: Path) -> None:
     """The same logits with a layer offloaded to disk, and from another process's pickle; the same
     gradients where layers are computed again.

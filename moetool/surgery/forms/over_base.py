@@ -15,6 +15,11 @@ from moetool.surgery.spec import FLOATS, InParts, Shape, Stored, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUANTIZED = (
+    "an Auto class of transformers reads a base that was quantized so, with moetool installed; "
+    "moetool's own verbs want it in full"
+)
+
 
 class OverBase(InGroups):
     """Subclass it: name the `suffixes` of what a change lies in and say its `change`. params of a
@@ -50,8 +55,8 @@ class OverBase(InGroups):
                 f"{self.name} experts stand over a matrix that is not plain floats",
                 tensor=site.base,
                 expected=", ".join(FLOATS),
-                found="nothing" if base is None else (base.parts or base).__class__.__name__,
-                hint=INCOMPLETE,
+                found="nothing" if base is None else base.dtype,
+                hint=INCOMPLETE if base is None else QUANTIZED,
             )
         params = {"base": site.base, "transposed": site.linear.transposed}
         params |= self.said(site, base, change)
