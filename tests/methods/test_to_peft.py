@@ -105,7 +105,19 @@ def test_the_one_expert_of_a_request(models: Models, tmp_path: Path) -> None:
     assert last and apart(merged(source, adapter), own_logits(own)) < 1e-5
 
 
-def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("law", ["hard", "soft"])
+def test_experts_that_always_work_are_one_change(law: str, models: Models, tmp_path: Path) -> None:
+    said = {"key": "always", "law": law, "site": "linear", "experts": 3, "rank": 4}
+    own = trained(models("llama"), tmp_path / "own", form="lora", **said)
+    report = moetool.materialize(str(own), str(tmp_path / "adapter"), target="peft")
+    assert report["certificate"]["level"] == "exact"
+    assert apart(merged(models("llama"), tmp_path / "adapter"), own_logits(own)) < 1e-5
+
+
+@pytest.mark.parametrize("gates", ["0.2,0,0.8", "0.2,0,0.8/0,1,0.5", "0,0,0/0,0,1"])
+def test_the_experts_of_one_request_are_added_up(
+    gates: str, models: Models, tmp_path: Path
+) -> None:
     """Each linear W + sum of gates times (alpha / rank) B A, from the tensors of the experts."""
     source, adapter = models("llama"), tmp_path / "adapter"
     said = {"experts": 3, "top_k": 2, "rank": 4, "alpha": 6.0, "layers": "0,2"}
@@ -113,12 +125,13 @@ def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path)
     with pytest.raises(MoetoolError, match="weighs its 3 experts by itself") as problem:
         moetool.materialize(str(own), str(adapter), target="peft")
     assert "--request-gates" in problem.value.hint
-    report = moetool.materialize(str(own), str(adapter), target="peft", request_gates="0.2,0,0.8")
+    report = moetool.materialize(str(own), str(adapter), target="peft", request_gates=gates)
     assert report["certificate"]["level"] == "exact_if"
     held, model = load_file(next(own.glob("*.safetensors"))), tiny.load(source)
     changed = {name.partition(".experts.")[0] for name in held if ".experts." in name}
     for name in changed:
-        for expert, gate in ((0, 0.2), (2, 0.8)):
+        row = gates.split("/")[-1 if ".2." in name else 0]
+        for expert, gate in enumerate(map(float, row.split(","))):
             a, b = (held[f"{name}.experts.{expert}.lora_{part}"] for part in "AB")
             model.get_submodule(name).weight.data += gate * 6.0 / 4 * b @ a
     with torch.no_grad():
@@ -136,6 +149,8 @@ def test_the_experts_of_one_request_are_added_up(models: Models, tmp_path: Path)
         ({"form": "adapter", "adapter_dim": 8}, {}, "PEFT's adapters are low-rank"),
         ({"form": "lora", "experts": 1}, {"request_gates": "1,0"}, "does not fit the experts"),
         ({"form": "lora"}, {"request_gates": "a"}, "no numbers"),
+        ({"form": "lora"}, {"request_gates": "1,0/"}, "no numbers"),
+        ({"form": "lora"}, {"request_gates": "1,0/0,1"}, "does not fit the experts"),
         ({"form": "lora"}, {"target": "mixtral", "base": "x"}, "are of an adapter"),
         ({"form": "lora"}, {"for_": "vllm"}, "an adapter is none by itself"),
     ],

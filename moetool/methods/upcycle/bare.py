@@ -18,6 +18,7 @@ from moetool.surgery.spec import whole
 from moetool.surgery.text_model import text_model
 
 TARGET = "base"
+LORA = "lora"  # the form of low-rank experts
 IN_FULL = "`moetool materialize` without --target writes experts in full, where a class has such"
 # Under these laws the only one that a token may use has the weight 1.
 ALONE = ("renormalised", "hard", "softmax", "soft")

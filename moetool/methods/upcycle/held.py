@@ -19,7 +19,7 @@ from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, Group
 from moetool.surgery.inside import HELD
-from moetool.surgery.route import ROUTED
+from moetool.surgery.route import MODALITY, ROUTED
 from moetool.surgery.spec import rows, whole
 from moetool.surgery.text_model import TextModel, text_model, tower_of
 
@@ -229,8 +229,21 @@ def _only(source: Checkpoint, held: Sequence[Group]) -> Group:
         raise _refused(source, f"no class has more than one group of experts: {every}")
     (group,) = held
     if wrong := _wrong(group):
-        raise _refused(source, f"no class has {wrong} (group {bare.named(group)})")
+        why = f"no class has {wrong} (group {bare.named(group)})"
+        raise _refused(source, why, _instead(group))
     return group
+
+
+def _instead(group: Group) -> str:
+    """What can be written all the same, of a group that no class has."""
+    if group.form == bare.LORA and group.tower == "text":
+        return (
+            "--target peft writes an adapter where PEFT computes the same, or with "
+            "--request-gates one request's; as it is, it runs with `import moetool`"
+        )
+    if group.route.key == MODALITY:
+        return "--target base writes what text uses; with the rest it runs with `import moetool`"
+    return ""
 
 
 def _wrong(group: Group) -> str:

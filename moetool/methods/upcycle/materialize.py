@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import isfinite, nan
 from typing import ClassVar
 
@@ -61,8 +62,9 @@ class Materializing(Served):
     request_gates: str = option(
         "",
         "with --target peft: the weights of the experts for one request, where each linear adds "
-        "its experts up; written as one adapter",
-        metavar="0.2,0.8,...",
+        "its experts up; written as one adapter. With / between them, those of each layer of the "
+        "group",
+        metavar="0.2,0.8[/1,0...]",
     )
 
     def __post_init__(self) -> None:
@@ -82,18 +84,19 @@ class Materializing(Served):
             )
         self.gates()
 
-    def gates(self) -> list[float]:
-        """The numbers of --request-gates. UsageError for what is none."""
+    def gates(self) -> list[list[float]]:
+        """The numbers of --request-gates, of all layers or of each. UsageError for what is none."""
+        rows = self.request_gates.split("/") if self.request_gates else []
         try:
-            found = [float(word) for word in self.request_gates.split(",") if word]
+            found = [[float(word) for word in row.split(",")] for row in rows]
         except ValueError:
-            found = [nan]
-        if not all(map(isfinite, found)):
+            found = [[nan]]
+        if not all(map(isfinite, chain.from_iterable(found))):
             raise UsageError(
                 "--request-gates are no numbers",
                 expected="the weight of each expert: 0.2,0.8,0,0",
                 found=self.request_gates,
-                hint="commas stand between them",
+                hint="commas stand between them, and / between layers",
             )
         return found
 

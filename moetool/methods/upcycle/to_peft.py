@@ -15,7 +15,8 @@ from moetool import strict_json
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods.contract import Builder, Certificate, Made, ModelFacts
-from moetool.methods.upcycle.bare import ALONE, IN_FULL
+from moetool.methods.upcycle.bare import ALONE, IN_FULL, LORA
+from moetool.methods.upcycle.weighing import ALWAYS, Weighing
 from moetool.surgery import groups, places
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import LINEAR, Group
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from moetool.surgery.ffn import FfnLinear
 
 TARGET = "peft"
-FORM = "lora"
+Gates = Sequence[Sequence[float]]  # a row for all layers, or for each
 DROPPED = "it is the base's, or a router that chooses among one"
 
 
@@ -73,9 +74,10 @@ class Adapted:
             build.task("columns", [whole(other) for _, other in self.parts], [up])
 
 
-def plan(source: Checkpoint, base: str, gates: Sequence[float]) -> Made:
+def plan(source: Checkpoint, base: str, gates: Gates) -> Made:
     """The adapter. MoetoolError, with the reason, for groups that are no fixed change of linears.
-    `base`: what it calls its base; `gates`: weights of the experts for one request.
+    `base`: what it calls its base; `gates`: weights of the experts for one request, of all layers
+    or a row for each.
     """
     at = text_model(source.config)
     adapted = [*chain.from_iterable(_adapted(source, at, g, gates) for g in at.groups)]
@@ -91,21 +93,22 @@ def plan(source: Checkpoint, base: str, gates: Sequence[float]) -> Made:
     made = Plan.build([source.fingerprint()], wanted, max_shard=1 << 62)
     why = "one change of each linear, whatever the token: PEFT adds the same"
     if gates:
-        said = ", ".join(f"{gate:g}" for gate in gates)
+        said = " / ".join(map(_said, gates))
         why = f"the request's experts weigh {said} in every linear; PEFT adds the same"
     told = () if name else ("the adapter names no base: say it with --base NAME",)
     certificate = Certificate("exact_if" if gates else "exact", why)
     return Made(made, certificate, config, {}, _facts(adapted, made), told)
 
 
-def _adapted(
-    source: Checkpoint, at: TextModel, group: Group, gates: Sequence[float]
-) -> Iterator[Adapted]:
+def _adapted(source: Checkpoint, at: TextModel, group: Group, gates: Gates) -> Iterator[Adapted]:
     """The linears that a group changes, in the order of layers."""
-    weights, base = _weights(source, group, gates), groups.base_of(source.config)
+    rows, base = _weights(source, group, gates), groups.base_of(source.config)
+    each = rows if len(rows) > 1 else [rows[0]] * len(group.layers)
+    by_layer = dict(zip(group.layers, each, strict=True))
     stack = Layout.load(str(base["model_type"])).stack or ""
     blocks = places.named(group.site).of(text_model(base).layout, group)
-    for layer, block in product(group.layers, blocks):
+    for layer, block in product((n for n in group.layers if any(by_layer[n])), blocks):
+        weights = by_layer[layer]
         module = f"{stack}.{layer}.{block.module.partition('{layer}.')[2]}"
         for linear in block.linears:
             if not group.has(linear.name):
@@ -119,12 +122,12 @@ def _adapted(
             yield Adapted(name, layer, linear, parts, some, scale)
 
 
-def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[float]:
-    """What each expert's change is multiplied by, for every token. MoetoolError where that is not
-    one number.
+def _weights(source: Checkpoint, group: Group, gates: Gates) -> Gates:
+    """What each expert's change is multiplied by, for every token, in all layers or in each.
+    MoetoolError where that is not one number.
     """
     where = f"group {group.name!r}"
-    if group.form != FORM:
+    if group.form != LORA:
         raise _refused(
             source, f"{where} holds {group.form} experts, and PEFT's adapters are low-rank"
         )
@@ -134,7 +137,9 @@ def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[f
     if gates:
         return _gated(source, group, gates)
     if group.experts == 1 and group.route.law in ALONE:
-        return [1.0]
+        return [[1.0]]
+    if group.site == LINEAR and group.route.key == ALWAYS and Weighing.of(group) is not None:
+        return [[1.0 if group.route.law == "hard" else 1 / group.experts] * group.experts]
     if group.site == LINEAR:
         raise _refused(
             source,
@@ -150,26 +155,35 @@ def _weights(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[f
     )
 
 
-def _gated(source: Checkpoint, group: Group, gates: Sequence[float]) -> list[float]:
+def _gated(source: Checkpoint, group: Group, gates: Gates) -> Gates:
     """The weights of one request. Changes of a linear add up; those of a whole FFN do not, but one
     alone is itself.
     """
-    if len(gates) != group.experts or not any(gates):
+    fits = all(len(row) == group.experts for row in gates) and any(chain.from_iterable(gates))
+    if not fits or len(gates) not in (1, len(group.layers)):
         raise UsageError(
             f"--request-gates does not fit the experts of group {group.name!r}",
-            expected=f"{group.experts} numbers, not all zero",
-            found=", ".join(f"{gate:g}" for gate in gates),
-            hint="give the weight of each expert: 0.2,0.8,0,0",
+            expected=f"{group.experts} numbers, not all zero; or {len(group.layers)} times so many",
+            found=" / ".join(map(_said, gates)),
+            hint="give the weight of each expert: 0.2,0.8,0,0, with / between layers that differ",
         )
-    alone = sorted(gates)[:-1] == [0.0] * (len(gates) - 1) and max(gates) == 1.0
-    if group.site != LINEAR and group.experts > 1 and not alone:
+    if group.site != LINEAR and group.experts > 1 and not all(map(_alone, gates)):
         raise _refused(
             source,
             f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
             "linear: no one change of its matrices is their sum",
             "--request-gates 0,1,0,0 writes the one expert of a request",
         )
-    return list(gates)
+    return gates
+
+
+def _alone(row: Sequence[float]) -> bool:
+    """Whether one expert has the weight 1, and no other any."""
+    return sorted(row) == [0.0] * (len(row) - 1) + [1.0]
+
+
+def _said(row: Sequence[float]) -> str:
+    return ", ".join(f"{gate:g}" for gate in row)
 
 
 def _config(source: Checkpoint, adapted: Sequence[Adapted], base: str) -> JsonObject:
