@@ -49,6 +49,7 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
             _refuse_mismatched(made, info)
         _refuse_missing(made, info)
         _refuse_left(made, info)
+        _refuse_damaged(made)
         _admit_training(made)
         return (made, info) if asked else made
 
@@ -136,6 +137,24 @@ def _refuse_left(model: Any, info: dict[str, Any]) -> None:
             found=f"{len(left)} that would be left out",
             hint="restore config.json, or make the checkpoint again without this group",
         )
+
+
+def _refuse_damaged(model: Any) -> None:
+    """MoetoolError where a packed tensor of a group holds what cannot be; those that lie on disk
+    are not read.
+    """
+    parts = ((name, m) for name, m in model.named_modules() if isinstance(m, GrownPart))
+    for stem, part in parts:
+        for name, held in part.named_parameters(recurse=False):
+            if not held.is_meta and (wrong := part.flaw(name, held.data)):
+                raise MoetoolError(
+                    "a part of a packed matrix is damaged",
+                    file=str(model.config.name_or_path),
+                    tensor=f"{stem}.{name}",
+                    expected=wrong[0],
+                    found=wrong[1],
+                    hint="download the checkpoint again, or make it again",
+                )
 
 
 def _admit_training(model: Any) -> None:

@@ -21,5 +21,13 @@ class GrownPart(nn.Module):
         of this module begin in it.
         """
 
+    def flaw(self, name: str, held: torch.Tensor) -> tuple[str, str] | None:
+        """What a tensor of its own should hold and does, where a loaded one cannot be right: asked
+        of every one after loading, so a pass over what is packed small, and no more.
+        """
+        if name.endswith("_scale") and not bool(torch.isfinite(held).all()):
+            return "finite scales", "NaN or inf"
+        return None
+
     def reset(self) -> None:
         """First values, by `transformers.initialization`, which leaves alone what was loaded."""

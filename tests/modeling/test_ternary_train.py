@@ -13,6 +13,7 @@ import torch
 from modeling.grown import IDS, apart
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import ActQuant, WeightQuant
 
 import moetool
@@ -169,3 +170,21 @@ def test_damaged_ones_are_refused_by_name(
             use(str(out))
         assert raised.value.where["tensor"] == name
         assert said in f"{raised.value} {raised.value.where}"
+    if how in ("nan", "inf", "code"):  # dtypes are what a class makes of them
+        with pytest.raises(MoetoolError, match="damaged") as raised:
+            AutoModelForCausalLM.from_pretrained(out)
+        assert raised.value.where["tensor"] == name and said in f"{raised.value.where}"
+
+
+@pytest.mark.parametrize(("part", "number"), [("delta_columns", -1), ("delta_rows", 1)])
+def test_damaged_places_are_refused(part: str, number: int, models: Models, tmp_path: Path) -> None:
+    """By a plain Auto class too: such a model would read beside its matrix."""
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), form="sparse", experts=2)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    held, name = load_file(file), f"model.layers.2.mlp.experts.1.up_proj.{part}"
+    held[name][0] = number
+    save_file(held, file, {"format": "pt"})
+    for use in (moetool.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(MoetoolError) as raised:
+            use(str(tmp_path / "out"))
+        assert raised.value.where["tensor"] == name

@@ -41,6 +41,17 @@ class SparseLinear(AddedLinear):
         self.delta_rows, self.delta_columns = rows, places
         self.delta_values = nn.Parameter(torch.empty(count))
 
+    def flaw(self, name: str, held: Tensor) -> tuple[str, str] | None:
+        if name not in ("delta_rows", "delta_columns"):
+            return super().flaw(name, held)
+        least, most = (int(one) for one in held.aminmax())
+        bound = self.width - 1 if name == "delta_columns" else len(self.delta_values)
+        if name == "delta_rows":  # they begin and end there, and ascend
+            right = [int(held[0]), int(held[-1])] == [0, bound] and bool((held.diff() >= 0).all())
+        else:
+            right = least >= 0 and most <= bound
+        return None if right else (f"numbers from 0 to {bound}", f"{least} to {most}")
+
     def reset(self) -> None:
         """Zeros in the first places; `upcycle` draws others."""
         from transformers import initialization as init

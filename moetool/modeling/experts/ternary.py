@@ -48,6 +48,11 @@ class TernaryLinear(GrownPart):
         if self.bias is not None:
             init.zeros_(self.bias)
 
+    def flaw(self, name: str, held: Tensor) -> tuple[str, str] | None:
+        if name == "weight_packed" and bool((held & held >> 1 & _ZEROS).any()):
+            return "codes 0, 1 and 2", "code 3, which stands for nothing"
+        return super().flaw(name, held)
+
     def unpack(self, dtype: torch.dtype) -> None:
         """Beside the packed weights: eight times their memory or more, and the speed of experts in
         full.
