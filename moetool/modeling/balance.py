@@ -17,7 +17,8 @@ class Scores:
     them [tokens, k], -1 for nobody; `shares`: what makes of the logits what
     each choice has (None: a softmax; not computed in the layer, which may run again without it);
     `part`: the number of the router that each token has [tokens], where there are several;
-    `likely`: logits by which each token alone foresees who takes it [tokens, choices].
+    `likely`: logits by which each token alone foresees who takes it [tokens, choices]; `straight`:
+    whether what is counted has the gradient of the shares.
     """
 
     logits: Tensor
@@ -25,6 +26,7 @@ class Scores:
     shares: Callable[[Tensor], Tensor] | None = None
     part: Tensor | None = None
     likely: Tensor | None = None
+    straight: bool = False
 
 
 def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor | None:
@@ -44,7 +46,8 @@ def of_layer(scores: Scores, kept: Tensor | None = None) -> Tensor | None:
     if kept is not None:
         part = part.masked_fill(~kept.to(part.device), -1)
     mine = [part == number for number in sorted(set(part.tolist()) - {-1})]
-    each = [_even(shares[at], scores.chosen[at], allowed[at]) for at in mine]
+    straight = scores.straight
+    each = [_even(shares[at], scores.chosen[at], allowed[at], straight) for at in mine]
     found = [one for one in each if one is not None]
     return torch.stack(found).mean() if found else None
 
@@ -64,13 +67,15 @@ def _foreseen(likely: Tensor, chosen: Tensor, logits: Tensor, kept: Tensor | Non
     return wrong(likely.float()[may], taken.float()[may])
 
 
-def _even(shares: Tensor, chosen: Tensor, allowed: Tensor) -> Tensor | None:
+def _even(shares: Tensor, chosen: Tensor, allowed: Tensor, straight: bool) -> Tensor | None:
     """The loss of one router's tokens."""
     count = int(allowed.any(0).sum())
     if count < 2:
         return None
     fell = torch.bincount(chosen[chosen >= 0], minlength=shares.shape[-1]).to(shares)
-    return count * (fell / fell.sum().clamp(min=1) * shares.mean(0)).sum()
+    total = fell.sum().clamp(min=1)
+    fell = fell + (shares - shares.detach()).sum(0) if straight else fell
+    return count * (fell / total * shares.mean(0)).sum()
 
 
 def mean(seen: Sequence[Scores], mask: Tensor | None = None) -> Tensor | None:

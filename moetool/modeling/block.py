@@ -192,8 +192,10 @@ class Grouped(nn.Module):
         chosen = law.choose(scores, Beside(self.training, kept, likely))
         if self.seen is not None and group.router_tensors:
             part = router.groups(self.heard, len(x))
-            self.seen.append(Scores(scores, chosen.expert, law.shares, part, likely))
-        return Picked.of(chosen, scores.shape[-1], law.sums)
+            counted = chosen.expert if chosen.counted is None else chosen.counted
+            straight = law.counts_straight
+            self.seen.append(Scores(scores, counted, law.shares, part, likely, straight))
+        return Picked.of(chosen, group.choices, law.sums)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock class says it: another process makes the class anew."""

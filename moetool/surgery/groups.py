@@ -253,8 +253,6 @@ def _check(group: Group) -> None:
         raise _wrong("layers of a group", "at least one, each once", list(group.layers))
     if group.base not in BASES:
         raise _wrong(f"base {group.base!r} of a group", ", ".join(BASES), group.base)
-    if not 1 <= group.route.top_k <= group.choices:
-        raise _wrong("top_k of a group", f"1 to {group.choices}", group.route.top_k)
     if not group.name.isidentifier():
         raise _wrong("a group's name", "letters, digits and _", group.name)
     group.route.check(group.choices)

@@ -51,14 +51,16 @@ class Route:
 
     def tensors(self, choices: int) -> Iterator[RouterTensor]:
         """What a router over so many choices has, shapes in numbers but for `hidden`."""
-        said = self.options | {"choices": choices, "rows": choices}
+        scored = choices - LAWS[self.law].rest
+        said: JsonObject = {"seen": "hidden", **self.options, "choices": scored, "rows": scored}
         if said.get("routers") == "each":
-            said["rows"] = choices * len(said["allowed"])
+            said["rows"] = scored * len(said["allowed"])
         key = KEYS[self.key]
         more = (RouterTensor("bias", ("rows",), start="zero"),) if self.bias else ()
         for one in (*key.tensors, *more, *LAWS[self.law].tensors):
             if not one.when or said.get(one.when):
-                shape = tuple(w if w == "hidden" else _number(w, said) for w in one.shape)
+                words = (said["seen"] if w == "seen" else w for w in one.shape)
+                shape = tuple(str(w) if w == "hidden" else _number(w, said) for w in words)
                 yield one._replace(shape=shape)
 
     def check(self, choices: int) -> None:
@@ -77,7 +79,10 @@ class Route:
         if self.bias and not key.biased:
             raise _unfit(f"{what} with a bias", "none", "bias")
         if "allowed" in self.options:
-            _check_allowed(self, choices)
+            _check_allowed(self, choices - law.rest)
+        if not 1 <= self.top_k <= choices - law.rest:
+            expected = f"1 to {choices - law.rest}"
+            raise _unfit("top_k of a group", expected, self.top_k)
 
 
 class RouterTensor(NamedTuple):
@@ -101,7 +106,8 @@ class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
     router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
     model's tokens; `beside`: towers beside the text model that it can be in all the same;
-    `compares`: whether what a token gets depends on the other tokens of a call.
+    `compares`: whether what a token gets depends on the other tokens of a call; `rest`: how many of
+    the choices, the last ones, are always on, and have no scores.
     """
 
     tensors: tuple[RouterTensor, ...] = ()
@@ -111,6 +117,7 @@ class RouteWord:
     hears: bool = False
     beside: tuple[str, ...] = ()
     compares: bool = False
+    rest: int = 0
 
     def in_tower(self, tower: str) -> bool:
         """Whether a route can be there."""
@@ -119,6 +126,7 @@ class RouteWord:
 
 _IDS = 1 << 31  # token ids are below it
 POOLS = ("embeddings", "hidden")
+STRAIGHT = ("chosen", "all", "balance")  # how a gradient goes through a choice
 _FIRES = ("silu", "gelu", "gelu_tanh", "relu")  # how a neuron that stands for an expert does
 _WEIGHT = RouterTensor("weight", ("choices", "hidden"))
 _MASKED = RouterTensor("weight", ("rows", "hidden"), "routers")
@@ -183,7 +191,8 @@ LAWS: Mapping[str, RouteWord] = {
     "gumbel": RouteWord(
         (), {"temperature": float}, {"threshold": float, "hard": bool, "share": bool}
     ),
-    "hard": RouteWord(),
+    "filled": RouteWord((), {}, {"temperature": float, "noise": float}, rest=1),
+    "hard": RouteWord((), {}, {"straight": STRAIGHT}),
     "renormalised": RouteWord(),
     "soft": RouteWord((), {}, {"temperature": float}),
     "sigmoid": RouteWord((), {}, {"renormalise": bool}),
@@ -198,7 +207,7 @@ def reached(route: Route, experts: int) -> int:
         return experts
     if "capacity" in route.options:
         return min(ceil(float(route.options["capacity"])), experts)
-    return min(route.top_k, experts)
+    return min(route.top_k + LAWS[route.law].rest, experts)
 
 
 def _number(word: str, said: JsonObject) -> str:

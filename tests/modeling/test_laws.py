@@ -318,3 +318,77 @@ def test_a_config_is_read_strictly(route: dict[str, Any], said: str) -> None:
     with pytest.raises(MoetoolError) as raised:
         groups.read(config | {"moetool": {"version": 1, "groups": [group]}})
     assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
+@pytest.mark.parametrize("through", ["", "chosen", "all", "balance"])
+def test_gradients_go_straight_through_a_choice(through: str) -> None:
+    """Against autograd over all experts in float64, where the mask is written out; the balance loss
+    too. What is computed is the same as without.
+    """
+    draw = torch.Generator().manual_seed(5)
+    scores, values = torch.randn(13, 4, generator=draw), torch.randn(13, 4, 3, generator=draw)
+    law = law_of("hard", 2, {"straight": through} if through else {})
+    mine, theirs = (scores.to(d).requires_grad_() for d in (torch.float32, torch.float64))
+    chosen = law.choose(mine, Beside(training=True))
+    weight = torch.ones(13, 2) if chosen.weight is None else chosen.weight
+    picked = values.gather(1, chosen.expert[..., None].expand(-1, -1, 3))
+    out = (picked * weight[..., None]).sum(1)
+    share = theirs.softmax(-1)
+    best = scores.topk(2).indices
+    mask = torch.zeros(13, 4, dtype=torch.float64).scatter(1, best, 1.0)
+    seen = {"all": torch.ones_like(mask), "chosen": mask}.get(through, torch.zeros_like(mask))
+    wanted = ((mask + seen * (share - share.detach()))[..., None] * values.double()).sum(1)
+    assert torch.equal(out, (mask[..., None] * values.double()).sum(1).float())
+    assert torch.equal(weights(law.choose(scores), (13, 4)), mask)
+    counted = chosen.expert if chosen.counted is None else chosen.counted
+    loss = balance.of_layer(Scores(mine, counted, law.shares, straight=law.counts_straight))
+    counts = mask + (share - share.detach() if through == "balance" else 0)
+    fair = 4 * (counts.sum(0) / 26 * share.mean(0)).sum()
+    assert loss is not None and float(loss.detach()) == pytest.approx(float(fair.detach()))
+    for one, other in ((out.square().sum(), wanted.square().sum()), (loss, fair)):
+        if one.requires_grad:
+            (found,) = torch.autograd.grad(one, mine, retain_graph=True)
+            (hoped,) = torch.autograd.grad(other, theirs, retain_graph=True)
+            assert torch.allclose(found.double(), hoped, atol=1e-5) and found.any()
+        else:
+            assert through in ("", "balance")
+
+
+def test_the_last_expert_fills_what_shares_leave() -> None:
+    scores = torch.randn(9, 3, generator=torch.Generator().manual_seed(6))
+    law = law_of("filled", 2, {"temperature": 0.7, "noise": 0.1})
+    found = weights(law.choose(scores), (9, 4))
+    for row, given in zip(found.tolist(), (scores.double() / 0.7).tolist(), strict=True):
+        share = softmax(given)
+        best = sorted(range(3), key=lambda e, share=share: -share[e])[:2]
+        wanted = [share[e] * max(share) if e in best else 0.0 for e in range(3)]
+        assert row == pytest.approx([*wanted, 1 - max(share)], abs=1e-6)
+    told = law.choose(scores, Beside(training=True))
+    assert told.counted.shape == (9, 2) and not torch.equal(told.weight, law.choose(scores).weight)
+
+
+def test_heads_and_experts_learn_through_a_choice(models: Models, tmp_path: Path) -> None:
+    """The router, or the queries, get a gradient of the model's loss, and only then."""
+    for n, (how, part) in enumerate(
+        [
+            ({"site": "heads", "key": "query", "active_heads": 1, "shared_heads": 1}, "q_proj"),
+            ({"site": "heads", "active_heads": 1, "shared_heads": 1}, "router"),
+            ({"form": "lora", "experts": 3, "top_k": 1}, "router"),
+        ]
+    ):
+        found = []
+        for straight in ("off", "all"):
+            out = tmp_path / f"{n}{straight}"
+            said = {"law": "hard", "straight": straight, **how}
+            moetool.upcycle(str(models("llama")), str(out), **said)
+            model = loaded(out)
+            shaken(model, "router")
+            shaken(model, "lora_B")
+            made = model.train()(input_ids=IDS, labels=IDS)
+            made.loss.backward()
+            named = {n: p.grad for n, p in model.named_parameters() if part in n}
+            found.append((made.loss.detach(), named))
+        (one, off), (other, on) = found
+        assert float(one) == pytest.approx(float(other), rel=1e-6)
+        assert all(g is not None and g.any() for g in on.values())
+        assert any(g is None or not torch.equal(g, on[n]) for n, g in off.items())

@@ -11,12 +11,14 @@ from moetool.surgery.route import Route
 
 class Choices(NamedTuple):
     """Experts of each token [tokens, k], and their weights (None: each has the weight 1). `drops`:
-    whether an expert may be -1: nobody.
+    whether an expert may be -1: nobody; `counted`: those of them that the balance loss counts
+    [tokens, k] (None: all).
     """
 
     expert: Tensor
     weight: Tensor | None
     drops: bool = False
+    counted: Tensor | None = None
 
 
 class Beside(NamedTuple):
@@ -34,11 +36,13 @@ USUAL = Beside()
 
 class CombineLaw:
     """Subclass it in a file of this folder, with a `name`. `sums`: whether the weights of a token
-    always sum to one; `reads`: signals that it looks at.
+    always sum to one; `reads`: signals that it looks at; `counts_straight`: whether what the balance
+    loss counts has the gradient of the shares.
     """
 
     name: ClassVar[str] = ""
     sums: bool = False
+    counts_straight: bool = False
     reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, route: Route) -> None:

@@ -13,6 +13,7 @@ from moetool.errors import MoetoolError
 from moetool.modeling.piece import GrownPart
 from moetool.modeling.signals import Heard
 from moetool.surgery.groups import Group
+from moetool.surgery.route import LAWS
 
 _STD = 0.02
 
@@ -29,7 +30,7 @@ class Scorer(GrownPart):
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__()
-        self.choices = group.choices
+        self.choices = group.choices - LAWS[group.route.law].rest
         self._starts = {tensor.name: tensor.start for tensor in group.router_tensors}
         for tensor in group.router_tensors:
             held = nn.Parameter(torch.empty(tensor.sides(hidden)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from moetool.errors import UsageError
 from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.surgery.groups import LINEAR
 
 
@@ -18,6 +20,16 @@ class AlwaysKey(RouteKey):
     apart = False
     sites = ("ffn", "attention", LINEAR)
     laws = ("hard", "soft")
+
+    def told(self, site: str, law: RouteLaw) -> None:
+        super().told(site, law)
+        if law.learns:
+            raise UsageError(
+                "--straight trains a router, and --key always has none",
+                expected="--key always without --straight",
+                found="--key always --straight",
+                hint="leave out --straight",
+            )
 
     @classmethod
     def law(cls, usual: str, base: str) -> str:

@@ -119,6 +119,13 @@ class ExpertKind(Word):
                 hint="leave out --router",
             )
         self.combine.told(self.stands, self.verb.top_k)
+        if self.verb.top_k > self.choices:
+            raise UsageError(
+                f"--law {self.combine.name} has {self.combine.rest} of the experts always on",
+                expected=f"--experts {self.verb.top_k + self.combine.rest} or more",
+                found=f"--experts {self.verb.experts} --top-k {self.verb.top_k}",
+                hint="raise --experts",
+            )
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -143,7 +150,7 @@ class ExpertKind(Word):
     @property
     def choices(self) -> int:
         """What the router chooses among."""
-        return self.verb.experts + (self.stands == "member")
+        return self.verb.experts + (self.stands == "member") - self.combine.rest
 
     def _at_site(self) -> None:
         if self.verb.linears and self.verb.site != LINEAR:

@@ -23,13 +23,16 @@ class RouteLaw(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
     `sums`: whether the weights of a token always sum to one; `all_run`: whether every expert may
     run for a token, where nothing is said; `apart`: whether it looks at each token's own scores;
-    `mends`: what ends a warning that it compares tokens.
+    `mends`: what ends a warning that it compares tokens; `rest`: how many experts, the last ones,
+    are always on; `learns`: whether an option of it is how a router is trained.
     """
 
     sums: bool = False
     all_run: ClassVar[bool] = False
     apart: ClassVar[bool] = False
     mends: ClassVar[str] = ""
+    rest: ClassVar[int] = 0
+    learns: bool = False
 
     def __init__(self, own: Any = None) -> None:
         self.own: Any = own if own is not None else self.Options()
