@@ -224,10 +224,10 @@ class GroupedBlock(Grouped):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor, lie: Sequence[int]) -> Tensor:
         """What one group gives."""
-        picked = self.picked(group, law, x, lie)
-        if not picked.runs:  # nobody
+        picked, held = self.picked(group, law, x, lie), getattr(self, group.name)
+        if not picked.runs and not held.idle:  # nobody
             return torch.zeros_like(x)
-        made: Tensor = getattr(self, group.name).run(self, x, picked)
+        made: Tensor = held.run(self, x, picked)
         return made if group.scale == 1.0 else made * group.scale
 
     def own_ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:

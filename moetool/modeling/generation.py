@@ -5,7 +5,7 @@ told it of the tokens that it gets.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moetool.modeling.block import blocks
-from moetool.modeling.signals import GIVEN, MODALITY, PROMPT, of_ids, wanted_by
+from moetool.modeling.signals import GIVEN, MODALITY, PROMPT, of_ids, span_of, wanted_by, within
 
 Tensor = torch.Tensor
 Method = Callable[..., Any]
@@ -62,6 +62,7 @@ def prepared(stock: Method) -> Method:
         modality, prompt = kwargs.pop(MODALITY, None), kwargs.pop(PROMPT, None)
         made = stock(self, input_ids, *args, **kwargs)
         before = _before(input_ids, kwargs)
+        length = before + input_ids.shape[1]
         if modality is not None and MODALITY in wanted:
             ids = next(r for r in readers if MODALITY in r.reads).ids
             new = of_ids(input_ids[:, max(modality.shape[1] - before, 0) :], ids)
@@ -69,7 +70,9 @@ def prepared(stock: Method) -> Method:
         elif modality is not None:
             made[MODALITY] = modality  # refused by the forward
         if PROMPT in wanted:
-            made[PROMPT] = _last(_prompt(self, prompt, before + input_ids.shape[1], made), made)
+            if prompt is None and not before:
+                prompt = _spanned(self, readers, input_ids, kwargs)
+            made[PROMPT] = _last(_prompt(self, prompt, length, made), made)
         elif prompt is not None:
             made[PROMPT] = prompt
         return made
@@ -85,6 +88,19 @@ def _before(input_ids: Tensor, kwargs: dict[str, Any]) -> int:
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         return mask.shape[1] - input_ids.shape[1]
     return int(embeds.shape[1])
+
+
+def _spanned(
+    model: Any, readers: Iterable[Any], input_ids: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """What of the tokens that generation began with routes look at [batch, length], bool."""
+    if getattr(model, "_prompt", None) is None:
+        model._prompt = input_ids.shape[1]
+    ids, mask = input_ids[:, : model._prompt], kwargs.get("attention_mask")
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        kept = mask[:, : ids.shape[1]].bool()
+    return within(kept, span_of(readers).of(ids, kept))
 
 
 def _prompt(model: Any, given: Tensor | None, length: int, made: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from moetool.errors import UsageError
+from moetool.modeling.spans import Span
 
 Tensor = torch.Tensor
 MODALITY, PROMPT, NOISE, TASK = "modality", "prompt", "noise", "task"
@@ -193,7 +194,7 @@ def _values(
     if PROMPT in wanted or (KEPT in wanted and call.said):
         yield KEPT, call.kept
     if PROMPT in wanted:
-        yield PROMPT, _prompt(call, given.get(PROMPT))
+        yield PROMPT, _prompt(call, given.get(PROMPT), span_of(readers))
     if NOISE in wanted:
         yield NOISE, _noise(call, given.get(NOISE))
     if TASK in wanted:
@@ -216,15 +217,36 @@ def _modality(call: Tokens, given: Tensor | None, ids: Sequence[Sequence[int]]) 
     return of_ids(call.ids, ids)
 
 
-def _prompt(call: Tokens, given: Tensor | None) -> Tensor:
-    """As it is given; of a training example what its labels leave out; else all that is there."""
+def span_of(readers: Iterable[Any]) -> Span:
+    """Which part of a prompt routes look at. UsageError where they do not look at one."""
+    spans: set[Span] = {reader.span for reader in readers if PROMPT in reader.reads}
+    if len(spans) > 1:
+        raise UsageError(
+            "groups of experts whose prompts begin or end at different tokens",
+            expected="one prompt of a call",
+            found=", ".join(map(str, sorted(spans))),
+            hint="give all groups of the model the same `begin` and `end`",
+        )
+    return spans.pop()
+
+
+def _prompt(call: Tokens, given: Tensor | None, span: Span) -> Tensor:
+    """As it is given; of a training example what its labels leave out; else all that is there; of
+    these two what the span says, where it has a token.
+    """
     kept = call.kept
     if given is not None:
         return _of_call(call, PROMPT, given).to(kept.device).bool() & kept
-    if call.labels is None or call.labels.shape != kept.shape:
-        return kept
-    asked = (call.labels.to(kept.device) == _IGNORED) & kept
-    return torch.where(asked.any(-1, keepdim=True), asked, kept)
+    asked = kept
+    if call.labels is not None and call.labels.shape == kept.shape:
+        asked = within(kept, call.labels.to(kept.device) == _IGNORED)
+    return asked if call.ids is None else within(asked, span.of(call.ids, kept))
+
+
+def within(all_of_it: Tensor, some: Tensor) -> Tensor:
+    """What of it is among some, row by row; all of it where nothing is."""
+    both = all_of_it & some.to(all_of_it.device)
+    return torch.where(both.any(-1, keepdim=True), both, all_of_it)
 
 
 def _noise(call: Tokens, given: Tensor | float | None) -> Tensor:

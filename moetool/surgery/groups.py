@@ -43,6 +43,7 @@ FIRST_SITE = "ffn"  # the usual site
 LINEAR = "linear"  # the site where each linear has a router of its own
 BASES = ("under", "beside", "member", "gone")
 MIXES = ("projections", "outputs")  # of experts that are attentions: what is mixed
+LINEARWISE = ("linears",)  # of experts that add to the linears of an FFN: mixed inside each
 PART = "part"  # the form of experts that are parts of what is there
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu")  # that experts may have instead of the family's
 EMPTY = "null"  # the form of experts that have no tensors: their output is zero

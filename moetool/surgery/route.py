@@ -52,7 +52,8 @@ class Route:
     def tensors(self, choices: int) -> Iterator[RouterTensor]:
         """What a router over so many choices has, shapes in numbers but for `hidden`."""
         scored = choices - LAWS[self.law].rest
-        said: JsonObject = {"seen": "hidden", **self.options, "choices": scored, "rows": scored}
+        said: JsonObject = {**self.options, "choices": scored, "rows": scored}
+        said["seen"] = said.get("width", "hidden")
         if said.get("routers") == "each":
             said["rows"] = scored * len(said["allowed"])
         key = KEYS[self.key]
@@ -60,7 +61,7 @@ class Route:
         for one in (*key.tensors, *more, *LAWS[self.law].tensors):
             if not one.when or said.get(one.when):
                 words = (said["seen"] if w == "seen" else w for w in one.shape)
-                shape = tuple(str(w) if w == "hidden" else _number(w, said) for w in words)
+                shape = tuple(w if w == "hidden" else _number(str(w), said) for w in words)
                 yield one._replace(shape=shape)
 
     def check(self, choices: int) -> None:
@@ -78,6 +79,8 @@ class Route:
             raise _unfit(f"`threshold` of {what}", "at most 1", self.options["threshold"])
         if self.bias and not key.biased:
             raise _unfit(f"{what} with a bias", "none", "bias")
+        for name in filter(self.options.__contains__, SPAN):
+            _check_ids([self.options[name]])
         if "allowed" in self.options:
             _check_allowed(self, choices - law.rest)
         if not 1 <= self.top_k <= choices - law.rest:
@@ -126,6 +129,7 @@ class RouteWord:
 
 _IDS = 1 << 31  # token ids are below it
 POOLS = ("embeddings", "hidden")
+SPAN = ("begin", "end")  # token ids from which a prompt counts, and at which it ends
 STRAIGHT = ("chosen", "all", "balance")  # how a gradient goes through a choice
 _FIRES = ("silu", "gelu", "gelu_tanh", "relu")  # how a neuron that stands for an expert does
 _WEIGHT = RouterTensor("weight", ("choices", "hidden"))
@@ -168,9 +172,13 @@ KEYS: Mapping[str, RouteWord] = {
         hears=True,
     ),
     "pooled": RouteWord(
-        (RouterTensor("norm", ("hidden",), "norm", "zero"), _WEIGHT),
+        # `width`: of what is averaged, where the module sees another
+        (
+            RouterTensor("norm", ("seen",), "norm", "zero"),
+            _WEIGHT._replace(shape=("choices", "seen")),
+        ),
         {},
-        {"of": POOLS, "norm": bool},
+        {"of": POOLS, "norm": bool, "width": int, "begin": list, "end": list},
         biased=True,
         hears=True,
     ),

@@ -111,7 +111,7 @@ CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
     "instructvla": ["rank=8"],
-    "awaker": ["rank=8"],
+    "awaker": ["rank=8", "prompt-from=7", "prompt-until=9"],
     "pill": ["modality-ids=5"],
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "mono-internvl": ["modality-ids=5"],

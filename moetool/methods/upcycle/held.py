@@ -260,6 +260,8 @@ def _wrong(group: Group) -> str:
         return f"the law {route.law}" + (f" ({said})" if said else "")
     if route.bias:
         return "a router with a bias"
+    if "mix" in group.params:
+        return "experts that are mixed inside each linear"
     if group.form in HELD:
         return f"{group.form} experts, which change what goes into an FFN or comes out of it"
     if group.base == "member" or group.form == EMPTY:

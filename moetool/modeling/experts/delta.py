@@ -6,6 +6,7 @@ of the weighted sum of what they give the last linear, which is linear.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -46,6 +47,10 @@ class DeltaExperts(ExpertGroup):
 
     bases: ClassVar[tuple[str, ...]] = ("under",)
 
+    def __init__(self, group: Group, linears: FfnLinears) -> None:
+        super().__init__(group, linears)
+        self.idle = group.params.get("mix") == "linears"
+
     @classmethod
     def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:
         """Makes what one linear of one expert has, of the linear's shape."""
@@ -65,7 +70,18 @@ class DeltaExperts(ExpertGroup):
         return Expert(((n, made(linears.shapes[n])) for n in targets), {})
 
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
+        if self.idle:
+            own = {n: partial(self._inside, block, n, picked) for n in self[0]._modules}
+            return block.ffn(x, own)
         return (self._once if picked.k == 1 else self._several)(block, x, picked)
+
+    def _inside(self, block: GroupedBlock, name: str, picked: Picked, x: Tensor) -> Tensor:
+        """W x and the weighted sum of what a token's experts add to it [tokens, out]."""
+        made: Tensor = getattr(block, name)(x)
+        if not picked.runs:
+            return made
+        rows = picked.each(picked.rows(x), lambda e, mine: self[e].get_submodule(name)(mine))
+        return made + picked.back(picked.weighted(rows))
 
     def _once(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
         """Every token has one expert: all rows together, sorted by it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetool.modeling.experts.delta import AddedLinear, DeltaExperts
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import LINEARWISE, Group
 from moetool.surgery.strict import Kinds
 
 
@@ -44,11 +44,13 @@ class LowRankLinear(AddedLinear):
 
 
 class LoraExperts(DeltaExperts):
-    """params: rank, alpha, and `targets`, the linears that have a change (all, where not said)."""
+    """params: rank, alpha, and `targets`, the linears that have a change (all, where not said);
+    `mix`: what is mixed, the FFNs of a token's experts, or inside each linear what they add.
+    """
 
     name: ClassVar[str] = "lora"
     needs: ClassVar[Kinds] = {"rank": int, "alpha": float}
-    knows: ClassVar[Kinds] = {"targets": list}
+    knows: ClassVar[Kinds] = {"targets": list, "mix": LINEARWISE}
 
     @classmethod
     def adding(cls, group: Group) -> Callable[[tuple[int, int]], AddedLinear]:

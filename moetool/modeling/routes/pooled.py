@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from moetool.modeling.routes.kept import KeptScorer
 from moetool.modeling.signals import EMBEDDINGS, KEPT, PROMPT, Heard
+from moetool.modeling.spans import Span
 from moetool.surgery.groups import Group
 
 _EPS = 1e-6
@@ -18,18 +19,22 @@ _EPS = 1e-6
 class PooledScorer(KeptScorer):
     """options of the route: of, what is averaged: `embeddings` (what goes into the first layer,
     images in their place; the key gives them no gradient) or `hidden` (what the FFN sees); norm,
-    whether the mean goes through an RMSNorm (`norm` [hidden], its weight less one).
+    whether the mean goes through an RMSNorm (`norm` [hidden], its weight less one); begin, end: ids
+    of tokens: of a prompt counts what lies from the first of `begin` (else: its first token) up to,
+    and without, the next of `end` (else: its last).
 
     The prompt is what `prompt=` says, else what `labels` leave out, else all of a call.
     """
 
     name: ClassVar[str] = "pooled"
-    sites: ClassVar[tuple[str, ...]] = ("ffn",)
+    sites: ClassVar[tuple[str, ...]] = ("ffn", "linear")
     weight: Tensor
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__(group, hidden)
-        self.embedded = group.route.options.get("of", EMBEDDINGS) == EMBEDDINGS
+        said = group.route.options
+        self.embedded = said.get("of", EMBEDDINGS) == EMBEDDINGS
+        self.span = Span(tuple(said.get("begin", ())), tuple(said.get("end", ())))
         more = (EMBEDDINGS,) if self.embedded else ()
         self.reads = (KEPT, PROMPT, *more)  # type: ignore[misc]
 

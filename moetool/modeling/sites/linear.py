@@ -42,7 +42,8 @@ class LinearExperts(ExpertGroup):
     def __init__(self, group: Group, linears: FfnLinears) -> None:
         self.form = cast(type[DeltaExperts], experts.forms()[group.form])
         self.needs = self.form.needs  # type: ignore[misc]
-        self.knows = {**self.form.knows, "linears": list}  # type: ignore[misc]
+        knows = {n: kind for n, kind in self.form.knows.items() if n != "mix"}
+        self.knows = {**knows, "linears": list}  # type: ignore[misc]
         super().__init__(group, linears)
 
     def one(self, group: Group, linears: FfnLinears) -> AddedLinear:

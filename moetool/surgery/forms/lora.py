@@ -26,7 +26,7 @@ class LoraForm(OverBase):
     suffixes: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     beside_base: ClassVar[str] = "a low-rank expert does not fit its FFN"
     must: ClassVar[Mapping[str, type]] = {"rank": int, "alpha": float}
-    may: ClassVar[Mapping[str, type]] = {"targets": list, "linears": list}
+    may: ClassVar[Mapping[str, type]] = {"targets": list, "linears": list, "mix": str}
 
     def change(self, target: Target, params: Params) -> tuple[Target, ...]:
         out, into = sides(target.shape, params["transposed"])

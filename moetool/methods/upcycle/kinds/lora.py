@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.methods.contract import Builder, Decisions, Settings
+from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle import adapters
@@ -17,12 +17,13 @@ from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, looked
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import LINEAR, linear_of
+from moetool.surgery.groups import LINEAR, LINEARWISE, Group, linear_of
 from moetool.surgery.reform import Into
 from moetool.surgery.route import ROUTED
 from moetool.surgery.spec import Piece, whole
 
 PARTS = ("lora_A", "lora_B")
+FFNS = "ffns"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class LowRank:
         WHAT,
         unit="files",
         metavar="DIR",
+    )
+    lora_mix: str = option(
+        FFNS,
+        "what is mixed: the FFNs of a token's experts, or inside each linear what they add to it",
+        choices=(FFNS, *LINEARWISE),
     )
     merge_attention: bool = option(
         False,
@@ -69,6 +75,11 @@ class LowRankKind(ChangeKind):
     own: LowRank
 
     @property
+    def inside(self) -> bool:
+        """Whether what experts add is mixed inside each linear."""
+        return self.own.lora_mix != FFNS
+
+    @property
     def rank(self) -> int:
         return int(self.found.chosen.get("rank", self.own.rank))
 
@@ -81,6 +92,13 @@ class LowRankKind(ChangeKind):
     def told(self) -> None:
         super().told()
         own, usual = self.own, LowRank()
+        if self.inside and self.verb.site == LINEAR:
+            raise UsageError(
+                "--lora-mix is of the linears of an FFN behind one router",
+                expected="--site ffn",
+                found=f"--lora-mix {own.lora_mix} --site {LINEAR}",
+                hint="leave out --lora-mix: at this site each linear mixes by itself",
+            )
         if own.merge_attention and (len(own.from_adapters) != 1 or self.verb.site == LINEAR):
             raise UsageError(
                 "one attention has the change of one adapter",
@@ -203,7 +221,14 @@ class LowRankKind(ChangeKind):
     def params(self, ground: Ground) -> JsonObject:
         targets = self.found.chosen.get("targets")
         said = {"rank": self.rank, "alpha": self.alpha} | ({"targets": targets} if targets else {})
+        said |= {"mix": self.own.lora_mix} if self.inside else {}
         return said | super().params(ground)
+
+    def certificate(self, group: Group, sources: int) -> Certificate:
+        if self.inside and sources == 1 and not self.own.from_adapters:
+            why = "the FFN stays as it is and what is added inside its linears starts at zero"
+            return Certificate("exact", f"{why}, whatever the router says")
+        return super().certificate(group, sources)
 
     @property
     def linears(self) -> tuple[str, ...]:
