@@ -153,7 +153,7 @@ def test_changes_mixed_inside_each_linear(law: str, models: Models, tmp_path: Pa
 
         middle = functional.silu(linear("gate_proj", one)) * linear("up_proj", one)
         assert apart(made[token], linear("down_proj", middle)) < 1e-5
-    with pytest.raises(MoetoolError, match="inside each linear|law top_p"):
+    with pytest.raises(MoetoolError, match=r"inside each linear|law top_p"):
         moetool.materialize(str(out), str(tmp_path / "native"))
 
 

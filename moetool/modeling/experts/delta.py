@@ -72,7 +72,7 @@ class DeltaExperts(ExpertGroup):
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
         if self.idle:
             own = {n: partial(self._inside, block, n, picked) for n in self[0]._modules}
-            return block.ffn(x, own)
+            return block.own_ffn(x, own)
         return (self._once if picked.k == 1 else self._several)(block, x, picked)
 
     def _inside(self, block: GroupedBlock, name: str, picked: Picked, x: Tensor) -> Tensor:
