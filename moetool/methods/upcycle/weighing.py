@@ -35,7 +35,7 @@ _MONOTONE = ("softmax", "sigmoid")  # the best one is the same, and renormalised
 _KNOWN: Mapping[str, tuple[str, ...]] = {
     "expert_choice": ("capacity", "score", "renormalise", "noise"),
     "gumbel": ("temperature", "threshold", "hard", "share"),
-    "hard": (),
+    "hard": ("straight",),
     "renormalised": (),
     "sigmoid": ("renormalise",),
     "soft": ("temperature",),

@@ -44,8 +44,8 @@ class ExpertGroup(nn.ModuleList):
     """Subclass it in a file of this folder, with a `name`, and say what a linear of an expert is
     (`part`), or how all run. `bases`: what a group of this form may stand on; `sites`: where alone
     it can be; `needs` and `knows`: the keys that its params must and may have, each with its kind
-    or its values; `idle`: whether they run where no token has one, as the FFN is a part of what they
-    give.
+    or its values; `idle`: whether they run where no token has one, as the FFN is a part of what
+    they give.
     """
 
     name: ClassVar[str] = ""

@@ -1,5 +1,5 @@
-"""The best experts, and one that is always on and fills what their shares leave (Awaker2.5-VL, arXiv
-2411.10669).
+"""The best experts, and one that is always on and fills what their shares leave (Awaker2.5-VL,
+arXiv 2411.10669).
 """
 
 from __future__ import annotations

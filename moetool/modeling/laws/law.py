@@ -36,8 +36,8 @@ USUAL = Beside()
 
 class CombineLaw:
     """Subclass it in a file of this folder, with a `name`. `sums`: whether the weights of a token
-    always sum to one; `reads`: signals that it looks at; `counts_straight`: whether what the balance
-    loss counts has the gradient of the shares.
+    always sum to one; `reads`: signals that it looks at; `counts_straight`: whether what the
+    balance loss counts has the gradient of the shares.
     """
 
     name: ClassVar[str] = ""

@@ -26,14 +26,14 @@ class Pooling:
     )
     prompt_from: str = option(
         "",
-        "ids of tokens: the prompt counts from the first of these in a sequence, for example where an "
-        "image starts; from its beginning where there is none",
+        "ids of tokens: the prompt counts from the first of these in a sequence, for example where "
+        "an image starts; from its beginning where there is none",
         metavar="ID,...",
     )
     prompt_until: str = option(
         "",
-        "ids of tokens: the prompt counts up to the next of these, for example where the user's turn "
-        "ends",
+        "ids of tokens: the prompt counts up to the next of these, for example where the user's "
+        "turn ends",
         metavar="ID,...",
     )
 
