@@ -167,7 +167,8 @@ def _gated(source: Checkpoint, group: Group, gates: Gates) -> Gates:
             found=" / ".join(map(_said, gates)),
             hint="give the weight of each expert: 0.2,0.8,0,0, with / between layers that differ",
         )
-    if group.site != LINEAR and group.experts > 1 and not all(map(_alone, gates)):
+    sums = group.site == LINEAR or "mix" in group.params
+    if not sums and group.experts > 1 and not all(map(_alone, gates)):
         raise _refused(
             source,
             f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
