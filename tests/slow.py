@@ -21,6 +21,7 @@ BATTERIES: dict[str, tuple[str, ...]] = {
     "every/test_memory.py::test_measured_within_promise": ("split", "kmeans"),
     "every/test_pairwise.py::test_pairwise": ("few",),
     "every/test_ragged.py::test_ragged": FAMILIES,
+    "every/test_ragged_families.py::test_every_family_builds_them_or_says_why_not": FAMILIES,
     "every/test_reduce_faults.py::test_kill_at_every_rename": ("refit",),
     "every/test_reduce_faults.py::test_workers_and_hash_seeds_change_nothing": ("refit",),
     "every/test_reductions.py::test_merge": FAMILIES,

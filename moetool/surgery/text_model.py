@@ -57,6 +57,18 @@ class TextModel:
         """Numbers of the layers that hold experts, as the config says."""
         return sorted(self.layout.moe_layers(self.config))
 
+    def must_be_alike(self) -> str:
+        """Why no layer can have a number of experts of its own, for people; empty where it can."""
+        layout, known = self.layout, self.layout.defaults
+        for part in filter(None, layout.text_config.split(".")):
+            known = known.get(part) or {}
+        if not layout.stack:
+            return f"{layout.model_type} has no plain stack of layers that moetool could build"
+        if self.text.get(ragged.KEY) or known.get(ragged.KEY):
+            own = f"have other settings of their own already ({ragged.KEY})"
+            return f"layers of {layout.model_type} {own}"
+        return ""
+
     def own_counts(self) -> dict[int, int]:
         """{layer: experts} of the layers that hold another number than the config says for all, in
         a ragged model. MoetoolError where the config says it wrongly.

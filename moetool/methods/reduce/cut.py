@@ -122,13 +122,12 @@ class Cutter:
     def _ragged(self, changed: JsonObject) -> JsonObject:
         """A config of moetool's own type: no stock class has layers of other counts."""
         mixture = self.mixture
-        if mixture.text.get(ragged.KEY):
+        if why := mixture.text_model.must_be_alike():
             raise MoetoolError(
-                f"layers of {mixture.layout.model_type} have other settings of their own already",
+                why,
                 file=mixture.source.folder,
-                field=ragged.KEY,
-                expected="a model whose layers are alike",
-                hint="--uneven zeroed, which loads everywhere",
+                expected="a model whose layers are alike but for their experts",
+                hint="--uneven zeroed of prune and merge loads everywhere; --layers all of extend",
             )
         counts = {n: self.decided.layers[n].count for n in mixture.layers}
         own = ragged.fields(counts, self.uniform, mixture.layout.fields["experts"])

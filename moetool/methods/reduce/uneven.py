@@ -16,31 +16,35 @@ AUTO = "auto"
 
 
 def of(mixture: Mixture, options: Reducing) -> str:
-    """One of options.UNEVEN but `auto`, which means ragged where every client of --for reads that,
-    else ghost where it is exact, else uniform: there is nothing that both saves and loads.
+    """One of options.UNEVEN but `auto`, which means ragged where the family's class and every
+    client of --for can have that, else ghost where it is exact, else uniform: there is nothing that
+    both saves and loads.
     """
     if options.uneven != AUTO:
         return options.uneven
-    if not _strangers(options):
+    if not (_strangers(options) or mixture.text_model.must_be_alike()):
         return "ragged"
-    return "uniform" if any(_why_no_ghost(mixture, n) for n in mixture.layers) else "ghost"
+    return "ghost" if _pads(mixture) else "uniform"
 
 
 def check(mixture: Mixture, options: Reducing) -> None:
     """Refuse, before any work, layers of different numbers that could not be written."""
     if options.budget == "uniform":
         return
-    how, strangers = of(mixture, options), ", ".join(_strangers(options))
+    how, strangers = of(mixture, options), _strangers(options)
     if how == "ghost":
         for layer in mixture.layers:
             check_ghost(mixture, layer)
-    if how == "uniform" or (how == "ragged" and strangers):
-        padded = not any(_why_no_ghost(mixture, n) for n in mixture.layers)
-        ghost = "--uneven ghost pads them exactly; " if padded else ""
+    why = mixture.text_model.must_be_alike()
+    if how == "uniform" or (how == "ragged" and (strangers or why)):
+        ghost = "--uneven ghost pads them exactly; " if _pads(mixture) else ""
+        cannot = f"which {', '.join(strangers)} cannot read" if strangers else f"and {why}"
         raise UsageError(
-            f"--budget {options.budget} keeps other numbers of experts in each layer, which {strangers} cannot read",
+            f"--budget {options.budget} keeps other numbers of experts in each layer, {cannot}",
             expected="layers that are alike, or padded",
-            found=f"--uneven {options.uneven} --for {','.join(options.named)}",
+            found=" ".join(
+                [f"--uneven {options.uneven}", *(f"--for {name}" for name in options.named)]
+            ),
             hint=f"{ghost}--budget uniform; --uneven zeroed loads there and saves nothing",
         )
 
@@ -50,6 +54,11 @@ def check_ghost(mixture: Mixture, layer: int) -> None:
     if why := _why_no_ghost(mixture, layer):
         hint = "--budget uniform, or --uneven zeroed or ragged"
         raise UsageError(why, tensor=f"layer {layer}", hint=hint)
+
+
+def _pads(mixture: Mixture) -> bool:
+    """Whether empty experts change nothing in any layer."""
+    return not any(_why_no_ghost(mixture, layer) for layer in mixture.layers)
 
 
 def _why_no_ghost(mixture: Mixture, layer: int) -> str:
