@@ -216,6 +216,8 @@ def derive(model_type: str, class_name: str, kind: str) -> JsonObject:
         "defaults": _defaults(family.config_class()),
         "tied": built.tied(model),
     }
+    if (bare := _bare(model)) is not None:
+        layout["bare"] = bare
     if kind == "moe":
         layout["experts"] = _experts(model, stack)
     else:
@@ -224,6 +226,18 @@ def derive(model_type: str, class_name: str, kind: str) -> JsonObject:
         _tensors(probe, model, kind), LAYERS if probe.distinct else None
     )
     return layout
+
+
+def _bare(model: Any) -> JsonObject | None:
+    """The class without a head, where it has few names of its own; those with numbers have
+    layers that the other has not.
+    """
+    try:
+        found = built.bare(model)
+    except Exception:  # it cannot be built alone
+        return None
+    numbered = found and any(Template.of(name).index for name in found["more"])
+    return None if numbered else found
 
 
 def _towers(family: Family, model: Any, stack: str | None) -> list[JsonObject]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from moetool.data import JsonMapping
+from moetool.data import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,6 +162,22 @@ def tied(model: Any) -> dict[str, str]:
     here = model.state_dict().keys()
     names = {k: v for k, v in found.items() if {k, v} <= here}  # others are patterns of names
     return {_lies(model, k): _lies(model, v) for k, v in names.items()}
+
+
+def bare(model: Any) -> JsonObject | None:
+    """The family's class without a head, what stands before its names in those of the class with
+    one, and names that it alone has; None where it is the same class, or has other names.
+    """
+    base, prefix = model.base_model, f"{model.base_model_prefix}."
+    if base is model:
+        return None
+    mine = disk(meta(type(base), base.config))
+    theirs = disk(model)
+    same = {n.removeprefix(prefix): s for n, s in theirs.items() if n.startswith(prefix)}
+    if not same or any(mine.get(name) != shape for name, shape in same.items()):
+        return None
+    more = sorted({name for name in mine if name not in same})
+    return {"cls": type(base).__name__, "prefix": prefix, "more": more}
 
 
 def _lies(model: Any, parameter: str) -> str:

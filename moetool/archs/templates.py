@@ -160,6 +160,8 @@ class Tensors:
             entry: JsonObject = {"name": name, "shape": formula, "role": role}
             if layers[name]:
                 entry["layers"] = layers[name]
+            elif re.search(WORDS["may"], name):
+                entry["layers"] = "may"
             out.append(entry)
         return out
 
@@ -170,7 +172,7 @@ def mark_layers(tensors: list[JsonObject], count: int | None) -> list[JsonObject
     moe = set().union(*experts)
     every = set(range(count)) if count else None
     for tensor in tensors:
-        if "layers" in tensor:
+        if isinstance(tensor.get("layers"), set):
             tensor["layers"] = _mark(tensor, moe, every)
     return tensors
 

@@ -192,7 +192,8 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         stock.__init__(self, config, *args, **kwargs)
         said = {"base_model_type": config.base_model_type, groups.MODEL_TYPE: config.moetool}
         ragged.rebuild(self)
-        install(self, groups.read(said), config.base_model_type, config.to_dict())
+        if next(blocks(self), None) is None:  # the model inside was not made by an Auto class
+            install(self, groups.read(said), config.base_model_type, config.to_dict())
         _observe_backbone(self)
         self.post_init()
         whole = set(self._no_split_modules or ())  # layers are among blocks

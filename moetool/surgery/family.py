@@ -11,11 +11,16 @@ from moetool.data import JsonObject
 from moetool.surgery import sites
 from moetool.surgery.sites import Sites
 
+# a number of a name, open or said: a part of its own, or of expert_7 (Switch, NLLB)
+_NUMBERS = re.compile(r"\{\w+\}|(?:(?<=\.)|(?<=\.expert_)|^)\d+(?=\.|$)")
+MAY = "may"  # of a slot outside layers: not every class of the family has it
+
 
 @dataclass(frozen=True)
 class Slot:
     """One kind of tensor. In its name `{layer}` is a number of the text model's stack, `{expert}`
-    an expert's, `{i0}` any other. `layers`: all | moe | dense | some (or None outside layers);
+    an expert's, `{i0}` any other. `layers`: all | moe | dense | some (or None outside layers, MAY
+    where it need not be there);
     `when`: only with this config.
     """
 
@@ -31,8 +36,9 @@ class Slot:
 
     @property
     def pattern(self) -> tuple[str, list[str]]:
-        """The name with `#` for each number, and what those number."""
-        return re.sub(r"\{\w+\}", "#", self.name), re.findall(r"\{(\w+)\}", self.name)
+        """The name with `#` for each number, and what those number: `=1` for one that is said."""
+        found = [one.strip("{}") for one in _NUMBERS.findall(self.name)]
+        return _NUMBERS.sub("#", self.name), [f"={n}" if n.isdigit() else n for n in found]
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,17 @@ class StackedExperts:
     is_transposed: bool | None = None
     is_concatenated: bool | None = None
     has_gate: bool | None = None
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A family's class without a head. `prefix`: what its names lack of those with one; `more`:
+    tensors that it alone has.
+    """
+
+    cls: str
+    prefix: str
+    more: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

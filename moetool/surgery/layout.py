@@ -20,6 +20,8 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
 from moetool.surgery import ragged
 from moetool.surgery.family import (
+    MAY,
+    Bare,
     GroupSlot,
     Names,
     Overlay,
@@ -80,6 +82,7 @@ class Layout:
     experts: StackedExperts = field(default_factory=StackedExperts)
     overlay: Overlay = field(default_factory=Overlay)
     towers: tuple[Tower, ...] = ()
+    bare: Bare | None = None
 
     @classmethod
     def load(cls, model_type: str) -> Layout:
@@ -87,8 +90,12 @@ class Layout:
         return _load(model_type)
 
     @cached_property
-    def _by_pattern(self) -> dict[str, tuple[Slot, list[str]]]:
-        return {s.pattern[0]: (s, s.pattern[1]) for s in self.tensors}
+    def _by_pattern(self) -> dict[str, list[tuple[Slot, list[str]]]]:
+        found: dict[str, list[tuple[Slot, list[str]]]] = {}
+        for slot in self.tensors:
+            pattern, keys = slot.pattern
+            found.setdefault(pattern, []).insert(0, (slot, keys))
+        return found
 
     def match(self, name: str) -> Matched | None:
         """Which slot a tensor name fills, in which layer, for which expert; None for a name the
@@ -100,8 +107,11 @@ class Layout:
             numbers.append(int(found[0]))
             return "#"
 
-        slot, keys = self._by_pattern.get(_NUMBER.sub(note, name), (None, []))
-        return Matched(slot, dict(zip(keys, numbers, strict=False))) if slot else None
+        for slot, keys in self._by_pattern.get(_NUMBER.sub(note, name), ()):
+            both = [*zip(keys, numbers, strict=True)]
+            if all(not key.startswith("=") or key == f"={n}" for key, n in both):
+                return Matched(slot, {key: n for key, n in both if not key.startswith("=")})
+        return None
 
     @cached_property
     def stem(self) -> str:
@@ -234,7 +244,7 @@ class Layout:
         layers, moe = range(self.field("layers", config) or 0), self.moe_layers(config)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         for slot in self.tensors:
-            left_out = slot.layers == "some" or (tied and slot.name in self.tied)
+            left_out = slot.layers in ("some", MAY) or (tied and slot.name in self.tied)
             if left_out or not self.present(slot, text) or self._idle(slot, text):
                 continue
             if slot.layers is None:
@@ -319,19 +329,21 @@ def _near(model_type: str) -> str:
 @lru_cache(maxsize=64)
 def _load(model_type: str) -> Layout:
     path = DATA / "families" / f"{model_type}.json"
-    if not re.fullmatch(r"[\w-]+", str(model_type)) or not path.exists():
+    if not re.fullmatch(r"\w[\w.-]*", str(model_type)) or not path.exists():
         raise MoetoolError(
             f"no layout for model type {model_type!r}",
             expected="a family that `moetool archs list` shows",
             hint=_near(model_type),
         )
     data = json.loads(path.read_text())
+    bare = data.pop("bare", None)
     overlays = json.loads((DATA / "overlay.json").read_text())
     try:
         return Layout(
             tensors=tuple(Slot(**t) for t in data.pop("tensors")),
             experts=StackedExperts(**data.pop("experts", {})),
             towers=tuple(Tower(**t) for t in data.pop("towers", ())),
+            bare=None if bare is None else Bare(**bare),
             overlay=Overlay.read(overlays.get(model_type, {})),
             **data,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import groups, grown, ragged, towers
+from moetool.surgery import classes, groups, grown, ragged, towers
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -160,12 +160,12 @@ def tower_of(config: JsonObject, name: str) -> TextModel:
     at = _native(config)
     if name == groups.TEXT and at.layout.stack and not towers.said(at.layout, name):
         return at
-    layout = towers.layout_of(Layout.load(str(config.get("model_type"))), name, config)
+    layout = towers.layout_of(classes.layout_of(config), name, config)
     return TextModel(layout, config, "", tuple(filter(None, layout.text_config.split("."))))
 
 
 def _native(config: JsonObject) -> TextModel:
-    layout = Layout.load(str(config.get("model_type")))
+    layout = classes.layout_of(config)
     path = tuple(filter(None, layout.text_config.split(".")))
     text, known = config, layout.defaults
     for part in path:

@@ -9,12 +9,12 @@ from itertools import chain, product
 from moetool.errors import MoetoolError
 from moetool.methods import site
 from moetool.methods.contract import Builder
-from moetool.surgery import forms, groups, places, towers
+from moetool.surgery import classes, forms, groups, places, towers
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import NORM, FfnBlock, FfnLinear
 from moetool.surgery.groups import Group
 from moetool.surgery.inside import inside
-from moetool.surgery.layout import Layout, words
+from moetool.surgery.layout import words
 from moetool.surgery.pair import drops
 from moetool.surgery.places.linear import chosen
 from moetool.surgery.spec import FLOATS, Stored, run_of, whole
@@ -45,7 +45,9 @@ class Ground:
         """At a site of a tower; of the site `linear`, at some of them by name. MoetoolError where
         the family has no such, or its weights are no plain floats.
         """
-        named = towers.meant(Layout.load(groups.family_of(source.config)), tower)
+        ours = groups.is_ours(source.config)
+        config = groups.base_of(source.config) if ours else source.config
+        named = towers.meant(classes.layout_of(config), tower)
         at = tower_of(source.config, named)
         blocks = places.named(where).blocks(at.layout)
         blocks = chosen(blocks, only) if only else blocks
