@@ -59,7 +59,7 @@ def _scheme(plan: Plan) -> list[Assigned]:
     for matrix in Roles.of(files).matrices:
         parts = seen.tensors[matrix.piece.name].parts
         form, params = (parts.form, parts.params) if parts else ("full", {})
-        if forms.named(form).in_groups:  # judged with its model type
+        if forms.named(form).in_groups or forms.named(form).moves:  # judged with its model type
             continue
         found.append(
             Assigned(

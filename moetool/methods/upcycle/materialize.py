@@ -25,7 +25,7 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.methods.upcycle import bare, to_peft
+from moetool.methods.upcycle import bare, to_hub, to_peft
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
 from moetool.methods.upcycle.held import ACTIVATION, SATURATED, HeldGroup, own
@@ -50,9 +50,9 @@ class Materializing(Served):
         "auto",
         "model type to write, or auto (of those that are exact the one that works in most "
         "clients); base: without the groups, where these add nothing or are not text's; peft: an "
-        "adapter folder",
+        "adapter folder; internlm2_ve: copies of FFNs for image tokens, as Mono-InternVL has them",
         WHAT,
-        metavar="FAMILY|base|peft",
+        metavar="FAMILY|base|peft|internlm2_ve",
     )
     base: str = option(
         "",
@@ -117,6 +117,7 @@ class Materialize(Method):
         "moetool materialize OWN NATIVE --target qwen2_moe",
         "moetool materialize OWN NATIVE --for vllm --dry-run",
         "moetool materialize OWN ADAPTER --target peft --base org/name",
+        "moetool materialize CLONES NATIVE --target internlm2_ve",
     )
     options: Materializing
 
@@ -124,7 +125,7 @@ class Materialize(Method):
         """The experts' output scales, which become part of their down_proj, and of routers whose
         scores go through a sigmoid that only ranks them, by how much they are made smaller.
         """
-        if self.options.target in (to_peft.TARGET, bare.TARGET):
+        if self.options.target in (to_peft.TARGET, bare.TARGET, *to_hub.names()):
             return Decisions()
         held = HeldGroup.of(sources[0])
         scales = {
@@ -143,6 +144,8 @@ class Materialize(Method):
             return bare.plan(own(sources[0]), settings)
         if self.options.target == to_peft.TARGET:
             return to_peft.plan(own(sources[0]), self.options.base, self.options.gates())
+        if (family := to_hub.target(self.options.target)) is not None:
+            return to_hub.plan(own(sources[0]), family, settings)
         held = HeldGroup.of(sources[0])
         chosen = self._chosen(held)
         scales: dict[str, float] = decisions.chosen.get("scales", {})

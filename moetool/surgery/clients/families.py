@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moetool.data import JsonObject
-from moetool.surgery import groups
+from moetool.surgery import groups, hub
 from moetool.surgery.clients.cells import Cell
 from moetool.surgery.clients.traits import FACTS, RAGGED, Fact, Traits, words
 from moetool.surgery.forms import factored
@@ -104,6 +104,6 @@ class Models:
 
 
 def _check_families(names: Sequence[str] | Mapping[str, Cell]) -> None:
-    unknown = [n for n in names if n not in kinds() and n not in _OURS]
+    unknown = [n for n in names if n not in kinds() and n not in _OURS and not hub.family(n)]
     if unknown:
         raise TypeError(f"no family {', '.join(unknown)}")
