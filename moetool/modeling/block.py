@@ -190,7 +190,7 @@ class Grouped(nn.Module):
         scores, likely = router(x, told(self.heard, group, x, lie)), router.likely(x)
         kept = self.heard.find(KEPT, len(x)) if self._padded(group, law) else None
         chosen = law.choose(scores, Beside(self.training, kept, likely))
-        if self.seen is not None and group.router_tensors:
+        if self.seen is not None and router.learns:
             part = router.groups(self.heard, len(x))
             counted = chosen.expert if chosen.counted is None else chosen.counted
             straight = law.counts_straight

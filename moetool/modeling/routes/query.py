@@ -18,6 +18,11 @@ class QueryScorer(Scorer):
     name: ClassVar[str] = "query"
     sites: ClassVar[tuple[str, ...]] = ("heads",)
 
+    @property
+    def learns(self) -> bool:
+        """The attention's own queries (MoH balances heads so)."""
+        return True
+
     def forward(self, x: Tensor, heard: Heard) -> Tensor:
         """x: lengths [tokens, heads]."""
         return x / x.std(-1, keepdim=True, correction=0).clamp(min=1e-6)

@@ -52,6 +52,11 @@ class Scorer(GrownPart):
         """
         raise NotImplementedError
 
+    @property
+    def learns(self) -> bool:
+        """Whether something can be trained to choose more evenly: what the balance loss counts."""
+        return bool(self._parameters)
+
     def held(self, name: str) -> Tensor | None:
         """One of its tensors, None where this router has it not."""
         return self._parameters.get(name)
