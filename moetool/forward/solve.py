@@ -56,6 +56,7 @@ class Solver(Protocol):
     """
 
     linears: bool
+    changes: bool  # linears.Observer
     look: Look | None
     gates: int  # linears.Observer
 
@@ -135,10 +136,9 @@ def _done(folder: Path, file: Path) -> tuple[int, list[int]]:
 class _Kept:
     """Between the walk and a solver: keeps what was solved before the walk goes on."""
 
-    changes = True
-
     def __init__(self, folder: Path, solver: Solver) -> None:
         self.folder, self.solver, self.gates = folder, solver, solver.gates
+        self.changes = solver.changes
         self.last = Solved()
 
     def change(self, layer: int, block: Block) -> Block | None:

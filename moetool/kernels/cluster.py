@@ -4,7 +4,8 @@ ours (it has none).
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,66 @@ def assign_evenly(cost: np.ndarray) -> np.ndarray:
         if not _swap(cost, labels, k):
             break
     return labels
+
+
+def evenly(cost: np.ndarray) -> np.ndarray:
+    """Labels [n] with equal counts and the least total cost [n, k].
+
+    Every point begins where it costs least; then, point by point, clusters with too many give to
+    those with too few along the cheapest chain of moves (successive shortest paths, which stay
+    optimal), over k clusters and not over n places: n * k numbers and k searches, where an
+    assignment of points to places holds n * n.
+    """
+    (n, k), cost = cost.shape, cost.astype(np.float64)
+    labels: np.ndarray = cost.argmin(1)
+    spare = np.bincount(labels, minlength=k) - n // k
+    moves = [_cheapest(cost, labels, c) for c in range(k)]
+    while (spare > 0).any():
+        path = _chain(np.stack([move.cost for move in moves]), spare)
+        for home, other in pairwise(path):
+            labels[moves[home].point[other]] = other
+        spare[path[0]] -= 1
+        spare[path[-1]] += 1
+        for c in path:
+            moves[c] = _cheapest(cost, labels, c)
+    return labels
+
+
+class _Moves(NamedTuple):
+    """What it costs to move a point from one cluster into each [k], and which point that is."""
+
+    cost: np.ndarray
+    point: np.ndarray
+
+
+def _cheapest(cost: np.ndarray, labels: np.ndarray, cluster: int) -> _Moves:
+    members = np.flatnonzero(labels == cluster)
+    if not len(members):
+        return _Moves(np.full(cost.shape[1], np.inf), np.zeros(cost.shape[1], int))
+    more = cost[members] - cost[members, cluster][:, None]
+    first = more.argmin(0)
+    found = more[first, np.arange(cost.shape[1])]
+    found[cluster] = np.inf
+    return _Moves(found, members[first])
+
+
+def _chain(moves: np.ndarray, spare: np.ndarray) -> list[int]:
+    """The cheapest way, by clusters, from one with too many to one with too few; moves [k, k]."""
+    far = np.where(spare > 0, 0.0, np.inf)
+    before = np.full(len(far), -1)
+    for _ in range(len(far)):
+        through = far[:, None] + moves
+        best = through.argmin(0)
+        nearer = through.min(0) < far
+        if not nearer.any():
+            break
+        far, before = np.where(nearer, through.min(0), far), np.where(nearer, best, before)
+    at = int(np.where(spare < 0, far, np.inf).argmin())
+    path = [at]
+    while before[at] >= 0:
+        at = int(before[at])
+        path.append(at)
+    return path[::-1]
 
 
 def _swap(cost: np.ndarray, labels: np.ndarray, k: int) -> bool:

@@ -82,7 +82,8 @@ class Several(Method):
             if key in _names([acting[axis]]):
                 own[axis][key] = value
             elif known[key].read(value) != known[key].default:
-                raise _stranger(known[key], axis, getattr(options, axis), value)
+                owner = _asked(axis, cls.axes()[axis], known[key].of)
+                raise _stranger(known[key], owner, f"--{axis} {getattr(options, axis)}", value)
         made = {a: (word, build(word.Options, own[a], cls.verb)) for a, word in acting.items()}
         way, told = made.pop(cls.chooser)
         return Split(options, way, told, made)
@@ -104,18 +105,26 @@ def _own(axis: str, words: Mapping[str, type[Any]]) -> Iterator[Field]:
             of = (*found[one.name].of, name) if one.name in found else (name,)
             found[one.name] = replace(one, of=of)
     for one in found.values():
-        yield replace(one, help=f"with --{axis} {' or '.join(one.of)}: {one.help}")
+        yield replace(one, help=f"with {_asked(axis, words, one.of)}: {one.help}")
+
+
+def _asked(axis: str, words: Mapping[str, type[Any]], of: Iterable[str]) -> str:
+    """How these words are asked for: `--form lora or ternary`, or as one of them says (`asked`)."""
+    said = {name: getattr(words[name], "asked", "") for name in of}
+    plain = " or ".join(name for name, other in said.items() if not other)
+    both = [f"--{axis} {plain}" if plain else "", *dict.fromkeys(said.values())]
+    return " or ".join(filter(None, both))
 
 
 def _names(words: Iterable[type[Any]]) -> set[str]:
     return {f.name for f in chain.from_iterable(fields_of(word.Options) for word in words)}
 
 
-def _stranger(field: Field, axis: str, chosen: str, value: Any) -> UsageError:
-    owner = " or ".join(field.of)
+def _stranger(field: Field, owner: str, chosen: str, value: Any) -> UsageError:
+    said = f"--{field.spelled} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
     return UsageError(
-        f"--{field.spelled} and --{axis} {owner} belong together",
-        expected=f"--{axis} {owner} --{field.spelled} {value}",
-        found=f"--{axis} {chosen} --{field.spelled} {value}",
+        f"--{field.spelled} and {owner} belong together",
+        expected=f"{owner} {said}",
+        found=f"{chosen} {said}",
         hint="use both or neither",
     )

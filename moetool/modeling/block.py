@@ -224,11 +224,9 @@ class GroupedBlock(Grouped):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor, lie: Sequence[int]) -> Tensor:
         """What one group gives."""
-        picked, held = self.picked(group, law, x, lie), getattr(self, group.name)
-        if not picked.runs and not held.idle:  # nobody
-            return torch.zeros_like(x)
-        made: Tensor = held.run(self, x, picked)
-        return made if group.scale == 1.0 else made * group.scale
+        picked = self.picked(group, law, x, lie)
+        made: Tensor = getattr(self, group.name).mixed(self, x, picked, group.scale)
+        return made
 
     def own_ffn(self, x: Tensor, linears: Mapping[str, Linear] | None = None) -> Tensor:
         """The family's own FFN of x [tokens, hidden], with these linears for its own."""

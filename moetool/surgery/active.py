@@ -15,6 +15,7 @@ from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import forms, groups
 from moetool.surgery.family import GroupSlot
+from moetool.surgery.groups import FIRST_SITE, PART
 from moetool.surgery.layout import Layout, Matched
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel, any_text_model
@@ -46,6 +47,18 @@ class Matching:
         """The tower with groups of its own that a tensor lies in; nothing for the text model."""
         return self.text.tower(name) if self.text else ""
 
+    def inside(self, stored: Stored, found: Matched) -> int:
+        """Learned numbers of an FFN's own matrix that a token does not reach, where experts are
+        parts of the FFN.
+        """
+        if self.text is None or not str(found.slot.role).startswith("ffn."):
+            return 0
+        for group in self.text.groups:
+            if group.form == PART and group.site == FIRST_SITE and found.layer in group.layers:
+                parts = group.experts + int(group.params.get("shared", 0))
+                return stored.elements * (group.experts - group.reached) // parts
+        return 0
+
     @property
     def top_k(self) -> object:
         """Experts that a token reaches, where the config says it."""
@@ -59,11 +72,14 @@ def idle(config: JsonObject, tensors: Mapping[str, Stored]) -> int:
     """Learned numbers of the routed experts of all layers that a token does not reach."""
     matching = Matching.of(config, tensors)
     layers: dict[tuple[str, int], RoutedLayer] = defaultdict(RoutedLayer)
+    inside = 0
     for stored in tensors.values():
         found = matching.match(stored.name)
         if found is not None and found.layer is not None:
-            layers[matching.tower(stored.name), found.layer].add(stored, found)
-    return sum(layer.idle(matching.top_k) for layer in layers.values())
+            tower = matching.tower(stored.name)
+            layers[tower, found.layer].add(stored, found)
+            inside += 0 if tower else matching.inside(stored, found)
+    return inside + sum(layer.idle(matching.top_k) for layer in layers.values())
 
 
 @dataclass

@@ -88,6 +88,17 @@ def _cut(call: Call, matrix: Tensor, own: JsonMapping) -> Iterator[Tensor]:
     yield from carve.experts(matrix, len(call.shapes), share, change, call.params.get("scale", 1.0))
 
 
+def _unit_rows(call: Call) -> Iterator[Tensor]:
+    """The rows that a table lists, each over its length."""
+    import torch
+
+    from moetool.kernels import fires
+
+    matrix = call.inputs[0]
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    yield fires.unit_rows(matrix[call.tables[call.params["order"]]].to(wide)).to(matrix.dtype)
+
+
 def _combine(call: Call) -> Iterator[Tensor]:
     from moetool.kernels import combine
 
@@ -229,6 +240,7 @@ OPS = {
         Op("draw", _draw, "numpy", 12.0),
         Op("neurons", _neurons, "torch", 6.0, reads=2.0),
         Op("slabs", _slabs, "torch", 8.0, reads=2.0),
+        Op("unit_rows", _unit_rows, "torch", 12.0),
         Op("combine", _combine, "torch", 4.0),
         Op("affine", _affine, "torch", 4.0),
         Op("affine_sum", _affine_sum, "torch", 4.0),

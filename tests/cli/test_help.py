@@ -21,7 +21,7 @@ from moetool.cli.commands import GROUPS, READING
 from moetool.cli.options import Command, helped, metavar
 from moetool.cli.write import command as written
 from moetool.methods.field import RUN, WHAT, Field
-from moetool.methods.options import PANELS
+from moetool.methods.options import PANELS, Text, fields
 
 WRITING = tuple(methods.METHODS)
 PLAIN = tuple(module.COMMAND.name for module in READING)
@@ -309,4 +309,5 @@ def test_no_help_text_is_written_twice() -> None:
     several = {key for key, found in texts.items() if len(found) > 1}
     purposes = {"device", "form", "max_kl", "memory", "method", "router", "sample", "seed"}
     purposes |= {"target", "text", "layers"}
+    purposes |= {f.name for f in fields(Text)}  # which one way of upcycle alone reads
     assert {name for name, _ in several} <= purposes

@@ -41,6 +41,7 @@ BASE: dict[str, str] = {
 VALUES: dict[str, tuple[str, ...]] = {
     "ratio": ("0", "0.5"),
     "decisions": ("@decisions",),
+    "upcycle.calibrate": ("@text",),
     "calibrate": ("", "@lines.jsonl:0.5 @text:0.5"),
     "stats": ("@stats",),
     "tokens": ("300",),
@@ -85,7 +86,9 @@ VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("none", "every:2"),
     "target": ("mixtral", "qwen3_moe", "same"),
     "upcycle.router": ("zero", "normal:0.02", "kaiming", "uniform:0.02", "group:0.02"),
-    "carve": ("random", "kmeans:gate"),
+    "carve": ("random", "kmeans:gate", "activation"),
+    "carve_shared": ("1",),
+    "carve_marks": ("4",),
     "diversify": ("permute", "noise:0.01", "drop:0.5+permute"),
     "scale": ("1", "2.5"),
     "trunk": ("mean", "weights:0.5,0.5", "interp:0.5"),
@@ -119,9 +122,16 @@ def options(verb: str) -> tuple[Field, ...]:
     return (*methods.load(verb).fields(), *fields(Common), *more)
 
 
+def based(verb: str, name: str) -> str:
+    """What a case says of an option unless it tries another value; text is read by one way of
+    upcycle alone.
+    """
+    return BASE.get(name, "") if verb != "upcycle" else ""
+
+
 def values(verb: str, option: Field) -> list[str]:
     """What an option is tried with; first what is said if nothing is."""
-    base = BASE.get(option.name, "")
+    base = based(verb, option.name)
     if option.type is bool:
         return [base, "false" if option.default else "true"]
     if option.choices:
@@ -251,9 +261,9 @@ def test_pairwise(verb: str, number: int, bench: Bench, tmp_path: Path) -> None:
         if done.returncode == 0:
             break
         assert not out.exists(), words
-        named = GATES if done.returncode == 4 else _named(case, done.stderr)
+        named = GATES if done.returncode == 4 else _named(verb, case, done.stderr)
         assert named, f"it does not say what to leave out:\n{done.stderr}\n{done.args}"
-        case |= {name: BASE.get(name, "") for name in named}
+        case |= {name: based(verb, name) for name in named}
     assert done.returncode == 0, (done.args, done.stderr)
     if not more:
         _verify(out, words, bench, verb)
@@ -314,15 +324,15 @@ def _run(words: list[object]) -> Done:
     return done
 
 
-def _named(case: Case, said: str) -> list[str]:
+def _named(verb: str, case: Case, said: str) -> list[str]:
     """Options of the case that a refusal names: in its sentence, or else below it."""
-    told = {n.rstrip("_").replace("_", "-"): n for n, v in case.items() if v != BASE.get(n, "")}
+    told = {n.rstrip("_").replace("_", "-"): n for n, v in case.items() if v != based(verb, n)}
     sentence, _, below = said.partition("\n")
     for part in (sentence, below):
         found = [told[w] for w in re.findall(r"--(?:no-)?([a-z][a-z-]*)", part) if w in told]
         if found:
             return found
-    return [n for n, v in case.items() if v != BASE.get(n, "") and _holds(below, v)]
+    return [n for n, v in case.items() if v != based(verb, n) and _holds(below, v)]
 
 
 def _holds(said: str, value: str) -> bool:

@@ -104,12 +104,14 @@ NAMES = {
     "clip-moe",
     "robust-qa-switch",
     "sparse-upcycling-vit",
+    "cmoe",
 }
 REDUCED = ("prune", "merge")
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize", "extend")}
 CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
+    "cmoe": [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"],
     "instructvla": ["rank=8"],
     "awaker": ["rank=8", "prompt-from=7", "prompt-until=9"],
     "pill": ["modality-ids=5"],
@@ -230,7 +232,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 74 and len(CALIBRATED) == 19
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 75 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -47,6 +47,7 @@ def made(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 def test_all_kinds_are_found() -> None:
     assert set(ExpertKind.known()) == {
         "adapter",
+        "carved",
         "film",
         "full",
         "gate",

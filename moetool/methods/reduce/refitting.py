@@ -61,7 +61,7 @@ class Solution(NamedTuple):
 class Refitting:
     """Solves the decided layers (forward/solve.py); each sees what the solved ones below give."""
 
-    linears, gates = False, 0
+    linears, changes, gates = False, True, 0
 
     def __init__(
         self, asked: Asked, seen: Evidence, layers: Mapping[int, Decision], parts: Parts

@@ -60,7 +60,7 @@ class LayerByLayer:
     (forward/solve.py).
     """
 
-    linears, gates = False, 0
+    linears, changes, gates = False, True, 0
 
     def __init__(
         self, asked: Asked, within: Bounds, replay: Decided | None, wanted: Wanted

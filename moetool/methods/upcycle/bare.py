@@ -11,7 +11,7 @@ from moetool.errors import MoetoolError
 from moetool.methods.contract import Builder, Certificate, Made, ModelFacts, Settings
 from moetool.surgery import groups, reform
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import EMPTY, Group
+from moetool.surgery.groups import EMPTY, PART, Group
 from moetool.surgery.plan import Outputs
 from moetool.surgery.route import MODALITY
 from moetool.surgery.spec import whole
@@ -30,8 +30,11 @@ def named(group: Group) -> str:
 
 
 def adds_nothing(group: Group) -> bool:
-    """Whether the model is the same without it: experts of no output beside an FFN."""
-    return group.form == EMPTY and group.base == "beside"
+    """Whether the model is the same without it: experts of no output beside an FFN, or parts that
+    all run and count once.
+    """
+    whole = group.reached == group.experts and group.route.law == "hard" and group.scale == 1.0
+    return group.base == "beside" if group.form == EMPTY else group.form == PART and whole
 
 
 def base_of(source: Checkpoint) -> Checkpoint:

@@ -5,18 +5,41 @@ neuron numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
 
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
-FORMS = "contiguous, random, kmeans:gate or kmeans:up"
+_LEADS = ".leads"
+ACTIVATION = "activation"  # kinds/carved.py
+FORMS = (
+    "contiguous, random, kmeans:gate or kmeans:up, or activation (what fires together on "
+    "--calibrate; those that fire most always run)"
+)
+
+
+def order_name(layer: int) -> str:
+    """The table of a layer's neurons, part after part."""
+    return f"layer{layer}"
+
+
+def leads_name(layer: int) -> str:
+    """The table of a layer's neurons that stand for experts."""
+    return f"{order_name(layer)}{_LEADS}"
+
+
+def leads_of(tables: Iterable[str]) -> dict[int, str]:
+    """layer -> such a table, of those that there are."""
+    found = (name for name in tables if name.endswith(_LEADS))
+    return {int(name.removeprefix("layer").removesuffix(_LEADS)): name for name in found}
 
 
 def parse(spec: str, split: int) -> tuple[str, str]:
-    """(kind, matrix): kind is contiguous, random or kmeans; UsageError for anything else."""
-    found = re.fullmatch(r"(contiguous|random)|kmeans(?::(gate|up))?", spec)
+    """(kind, matrix): kind is contiguous, random, activation or kmeans; UsageError for anything
+    else.
+    """
+    found = re.fullmatch(r"(contiguous|random|activation)|kmeans(?::(gate|up))?", spec)
     if not found:
         raise UsageError(
             f"--carve {spec!r} is not understood",

@@ -17,6 +17,7 @@ from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.methods.upcycle.options import AUTO, Upcycling
 from moetool.methods.upcycle.word import words
 from moetool.surgery.reform import FORMS
+from moetool.surgery.route import ROUTED
 
 
 def _forms() -> str:
@@ -68,7 +69,8 @@ def kind(options: Upcycling) -> type[ExpertKind]:
 
 def route(options: Upcycling) -> Mapping[str, type[Any]]:
     """The key and the law that are meant."""
-    key, form = words(RouteKey)[options.key], kind(options)
+    form = kind(options)
+    key = words(RouteKey)[form.looks or options.key if options.key == ROUTED else options.key]
     usual = key.law(form.law, form.standing(options))
     return {"key": key, "law": words(RouteLaw)[usual if options.law == AUTO else options.law]}
 

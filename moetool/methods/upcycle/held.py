@@ -17,7 +17,7 @@ from moetool.methods.upcycle.weighing import ALWAYS, DOMAIN, Weighing
 from moetool.surgery import forms, groups
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, Group
+from moetool.surgery.groups import EMPTY, FIRST_SITE, LINEAR, PART, Group
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import MODALITY, ROUTED
 from moetool.surgery.spec import rows, whole
@@ -253,6 +253,8 @@ def _wrong(group: Group) -> str:
         return _ELSEWHERE.get(group.site, f"experts at the site {group.site}")
     if group.tower != "text":
         return f"experts in the {group.tower} tower"
+    if group.form == PART and route.key == "neurons":
+        return "a router with an activation, |act(g x) u x|, as the parts of an FFN have here"
     if route.key not in _KEYS:
         return f"a route that looks at {route.key}"
     if Weighing.of(group) is None:
@@ -264,6 +266,8 @@ def _wrong(group: Group) -> str:
         return "experts that are mixed inside each linear"
     if group.form in HELD:
         return f"{group.form} experts, which change what goes into an FFN or comes out of it"
+    if group.form == PART:
+        return "experts that are parts of the FFN's own matrices"
     if group.base == "member" or group.form == EMPTY:
         return f"{group.form} experts whose FFN is {group.base}"
     if ACTIVATION in group.params and group.base == "beside":

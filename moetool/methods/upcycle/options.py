@@ -128,7 +128,8 @@ class Upcycling(Storing, Served):
     )
 
     def __post_init__(self) -> None:
-        self._check_counts()
+        if self.carve != carve.ACTIVATION:  # there parts are shared that are no experts
+            self._check_counts()
         carve.parse(self.carve, self.split)
         Diversify.parse(self.diversify)
         if self.name and not self.name.isidentifier():

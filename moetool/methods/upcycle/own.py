@@ -15,6 +15,7 @@ from moetool.methods.contract import Builder, Decisions, Made, ModelFacts, Setti
 from moetool.methods.upcycle import assemble
 from moetool.methods.upcycle.ground import Ground, Place, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.methods.upcycle.laws.law import INSIDE
 from moetool.surgery import forms, groups, places, reform, shim
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
@@ -25,7 +26,7 @@ from moetool.surgery.spec import FLOATS, Stored, whole
 from moetool.surgery.text_model import text_model
 
 TRUNKS = "trunks"  # in a report: how far each source's other tensors are from the first one's
-_WHERE = {"under": " over the FFN", "beside": " beside the FFN"}
+_WHERE = {"under": " over the FFN", "beside": " beside the FFN", INSIDE: " of the FFN"}
 
 
 def decide(kind: ExpertKind, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
@@ -71,14 +72,7 @@ def plan(
     told = (*kind.told_by(found), *(_trunks_told(found) if kind.verb.trunk == "base" else ()))
     kind.key.attach(found.extra, len(sources))
     ground, *others = (kind.ground(source) for source in sources)
-    if not ground.layers:
-        raise UsageError(
-            f"{kind.spelled} without a layer",
-            expected="a layer or more",
-            found="--layers none",
-            hint="leave out --layers",
-        )
-    _check_widths(kind, ground)
+    _check_layers(kind, ground)
     kind.check(ground)
     kind.key.check_tower(ground.tower)
     kind.key.check(ground, kind.choices, kind.verb.top_k)
@@ -105,8 +99,14 @@ def plan(
             into |= kind.write(build, spot)
     config = _config(ground, group)
     wanted = Outputs(config, build.targets, build.tasks, ground.dropped())
-    made = reform.plan((*sources, *found.extra), wanted, max_shard=settings.max_shard, into=into)
-    facts = replace(_facts(ground, group, made), trunks=tuple(found.report.get(TRUNKS, ())))
+    made = reform.plan(
+        (*sources, *found.extra),
+        wanted,
+        max_shard=settings.max_shard,
+        tables=found.tables,
+        into=into,
+    )
+    facts = replace(_facts(kind, ground, group, made), trunks=tuple(found.report.get(TRUNKS, ())))
     certificate, files = kind.certificate(group, len(sources)), {shim.FILE: shim.TEXT.encode()}
     if mixed:
         certificate = assemble.mixed()
@@ -129,8 +129,15 @@ def _check_sources(kind: ExpertKind, sources: Sequence[Checkpoint]) -> None:
     assemble.check_alike((first, *rest))
 
 
-def _check_widths(kind: ExpertKind, ground: Ground) -> None:
-    """Refuse experts that stand for what keeps a token's width, where it does not."""
+def _check_layers(kind: ExpertKind, ground: Ground) -> None:
+    """Refuse experts nowhere, and such as stand for what keeps a token's width, where it does not."""
+    if not ground.layers:
+        raise UsageError(
+            f"{kind.spelled} without a layer",
+            expected="a layer or more",
+            found="--layers none",
+            hint="leave out --layers",
+        )
     if ground.hidden != ground.given and kind.keeps_width and kind.verb.site == groups.FIRST_SITE:
         raise UsageError(
             f"{kind.spelled} gives what is as wide as what it sees",
@@ -281,17 +288,15 @@ def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
         kind.key.one(build, spot, tensor, kind.first_router)
 
 
-def _facts(ground: Ground, group: Group, plan: Plan) -> ModelFacts:
+def _facts(kind: ExpertKind, ground: Ground, group: Group, plan: Plan) -> ModelFacts:
     return ModelFacts(
         source_type=str(ground.source.config.get("model_type")),
         target_type=groups.MODEL_TYPE,
         layers=group.layers,
         experts=group.experts,
         top_k=group.reached,
-        expert_width=ground.width
-        if any(group.has(one.name) for one in ground.block.linears)
-        else 0,
-        layout=f"{group.form} experts{_WHERE.get(group.base, '')}",
+        expert_width=kind.width(ground, group),
+        layout=f"{group.form} experts{_WHERE.get(kind.stands, '')}",
         parameters=plan.parameters,
         active_parameters=plan.active_parameters,
         expert_sources=(0,) * group.experts,  # what it stands on: `verify` compares their logits

@@ -13,9 +13,12 @@ Kind = TypeVar("Kind", bound="Word")
 
 
 class Word:
-    """What all have: the first sentence of the docstring describes it, `Options` are its own."""
+    """What all have: the first sentence of the docstring describes it, `Options` are its own.
+    `asked`: the option that asks for it, where that is not its axis and name.
+    """
 
     name: ClassVar[str] = ""
+    asked: ClassVar[str] = ""
     Options: ClassVar[type] = Nothing
 
     @classmethod

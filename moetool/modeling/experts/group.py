@@ -71,6 +71,15 @@ class ExpertGroup(nn.ModuleList):
         """One linear of one expert."""
         raise NotImplementedError
 
+    def mixed(self, block: GroupedBlock, x: Tensor, picked: Picked, scale: float) -> Tensor:
+        """What the group gives [tokens, hidden]: the sum of `run` times the group's factor, zero
+        for tokens that nobody works on.
+        """
+        if not picked.runs and not self.idle:  # nobody
+            return torch.zeros_like(x)
+        made = self.run(block, x, picked)
+        return made if scale == 1.0 else made * scale
+
     def run(self, block: GroupedBlock, x: Tensor, picked: Picked) -> Tensor:
         """[tokens, hidden] -> the weighted sum of what each token's experts give."""
         made = picked.each(picked.rows(x), partial(self.of, block))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from moetool.modeling.block import Grouped, GroupedBlock
+from moetool.modeling.block import FfnLinears, Grouped, GroupedBlock
 from moetool.modeling.residual_block import ResidualBlock
 from moetool.modeling.sites.site import GroupSite, wrong
 from moetool.modeling.step_block import StepBlock
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import EMPTY, Group
+from moetool.surgery.groups import EMPTY, PART, Group
 
 
 class FfnSite(GroupSite):
@@ -27,6 +27,8 @@ class FfnSite(GroupSite):
 
     def check(self, module: Grouped, group: Group) -> None:
         super().check(module, group)
+        if group.form == PART:
+            _check_parts(module.linears, group)
         keeps = group.form == EMPTY or group.params.get("at") == "before"
         if keeps and module.linears.hidden != module.linears.given:
             raise wrong(
@@ -40,3 +42,15 @@ class FfnSite(GroupSite):
         if isinstance(module, StepBlock):
             module.steps = block.steps
             module.paths = {linear.name: linear.path for linear in block.linears}
+
+
+def _check_parts(linears: FfnLinears, group: Group) -> None:
+    """Refuse parts that do not cut the FFN, or would lose its biases."""
+    width = linears.shapes[linears.out][1]
+    parts = int(group.params.get("shared", 0)) + group.experts
+    if width % parts or linears.biased or linears.transposed:
+        raise wrong(
+            "parts of an FFN that cannot be cut so",
+            "a divisor of its width, weights as [out, in] and no biases",
+            f"{parts} parts of {width} neurons{', biases' if linears.biased else ''}",
+        )

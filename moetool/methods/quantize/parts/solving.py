@@ -138,7 +138,7 @@ def _experts(count: int) -> str:
 class Rounder:
     """Solves a layer's matrices, in one turn or several (forward/solve.py)."""
 
-    linears = True
+    linears = changes = True
 
     def __init__(self, choice: Choice, own: JsonObject, room: int) -> None:
         self.choice, self.own, self.room = choice, own, room

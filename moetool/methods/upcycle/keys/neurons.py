@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
@@ -13,7 +13,7 @@ from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.keys.key import RouteKey
 from moetool.methods.upcycle.route import Router
 from moetool.surgery.route import RouterTensor
-from moetool.surgery.spec import Piece, rows
+from moetool.surgery.spec import Piece, rows, whole
 
 SPREAD = "spread"
 # Activations by what configs call them.
@@ -49,6 +49,10 @@ class NeuronsKey(RouteKey):
     draws = False
     Options: ClassVar[type] = Representatives
     own: Representatives
+
+    def __init__(self, own: Any = None) -> None:
+        super().__init__(own)
+        self.shown: dict[int, str] = {}  # layer -> the table of those that text showed
 
     def check(self, ground: Ground, choices: int, top_k: int) -> None:
         self.options(ground, choices, top_k)
@@ -92,11 +96,12 @@ class NeuronsKey(RouteKey):
     def one(self, build: Builder, spot: Spot, tensor: RouterTensor, start: Router) -> None:
         target, ground = self.target(build, spot, tensor), spot.ground
         lying = {linear.role: ground.stored(linear, spot.layer) for linear in spot.block.linears}
+        held = lying.get("gate_up") or lying.get(tensor.name) or lying["fc1"]
+        first = ground.width if "gate_up" in lying and tensor.name == "up" else 0
+        if table := self.shown.get(spot.layer):
+            piece: Piece = rows(held, first, first + ground.width)
+            build.task("unit_rows", [piece], [whole(target)], order=table)
+            return
         for expert, number in enumerate(self._numbers(spot.group.choices, ground.width)):
-            if "gate_up" in lying:
-                first = 0 if tensor.name == "gate" else ground.width
-                piece: Piece = rows(lying["gate_up"], first + number, first + number + 1)
-            else:
-                held = lying.get(tensor.name) or lying["fc1"]
-                piece = rows(held, number, number + 1)
+            piece = rows(held, first + number, first + number + 1)
             build.copy(piece, rows(target, expert, expert + 1))

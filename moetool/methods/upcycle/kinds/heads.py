@@ -23,11 +23,11 @@ class Heads:
     """The options of such experts."""
 
     shared_heads: int = option(
-        HALF, "with --site heads: heads that always run, the first ones; -1: half of them", WHAT
+        HALF, "heads that always run, the first ones; -1: half of them", WHAT
     )
     active_heads: int = option(
         0,
-        "with --site heads: of the other heads, how many run for a token; 0: all, which is exact "
+        "of the other heads, how many run for a token; 0: all, which is exact "
         "at birth with --law hard",
         WHAT,
     )
@@ -39,6 +39,7 @@ class HeadsKind(ExpertKind):
     """
 
     name = "heads"
+    asked = "--site heads"
     Options: ClassVar[type] = Heads
     own: Heads
     law = "hard"

@@ -43,6 +43,7 @@ class ExpertKind(Word):
     base: ClassVar[str] = "under"
     starts: str = "ffn"
     law: ClassVar[str] = "renormalised"  # what --law auto means
+    looks: ClassVar[str] = ""  # what --key token means, where it is another
     top_k: ClassVar[int] = 2  # experts of a token, where nothing is said
     takes: ClassVar[tuple[str, ...]] = ()  # options of upcycle beyond those that all kinds take
     several: ClassVar[bool] = False  # whether --from means anything
@@ -146,6 +147,10 @@ class ExpertKind(Word):
     def keeps_width(self) -> bool:
         """Whether its experts give what is as wide as what they see."""
         return False
+
+    def width(self, ground: Ground, group: Group) -> int:
+        """Neurons of an expert; 0 where experts are no FFNs."""
+        return ground.width if any(group.has(one.name) for one in ground.block.linears) else 0
 
     @property
     def choices(self) -> int:

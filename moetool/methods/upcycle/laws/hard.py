@@ -9,7 +9,7 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
 from moetool.methods.options import option
-from moetool.methods.upcycle.laws.law import RouteLaw, exact
+from moetool.methods.upcycle.laws.law import INSIDE, RouteLaw, exact
 from moetool.surgery.groups import Group
 from moetool.surgery.route import STRAIGHT
 
@@ -42,7 +42,7 @@ class HardWord(RouteLaw):
         return self.own.straight != _OFF
 
     def told(self, base: str, top_k: int) -> None:
-        if base != "beside" and top_k != 1:
+        if base not in ("beside", INSIDE) and top_k != 1:
             raise UsageError(
                 "--law hard gives each chosen expert the weight 1: two of them are twice the FFN",
                 expected="--top-k 1",

@@ -18,6 +18,8 @@ from moetool.surgery import places
 from moetool.surgery.groups import Group
 from moetool.surgery.route import COMPARED
 
+INSIDE = "inside"  # where experts stand that are parts of the FFN
+
 
 class RouteLaw(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.
