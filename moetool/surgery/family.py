@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 
 from moetool.data import JsonObject
@@ -210,7 +210,8 @@ class Names:
     """Words in tensor names that hold for every family (archs/names.json). `dead`: ends of old
     buffers that no class reads; `mtp`: heads of layers that predict more tokens and lie outside
     the stack; `first`: what comes before the layers, such as embeddings; `tables`: parts of names
-    of embeddings inside layers; `images`: config fields that name the token of an image.
+    of embeddings inside layers; `images`: config fields that name the token of an image; `older`:
+    what files on the Hub have before names of a tower -> what transformers has today.
     """
 
     dead: tuple[str, ...]
@@ -218,11 +219,24 @@ class Names:
     first: tuple[str, ...]
     tables: tuple[str, ...]
     images: tuple[str, ...]
+    older: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, text: str) -> Names:
         """From the file's text; TypeError for an unknown key."""
-        return cls(**{k: tuple(v) for k, v in json.loads(text).items()})
+        data = json.loads(text)
+        older = data.pop("older", {})
+        return cls(**{k: tuple(v) for k, v in data.items()}, older=older)
+
+    def older_of(self, stem: str, names: Collection[str]) -> tuple[str, str]:
+        """What names of a stack have before them in a file, and have today; nothing where these
+        are the same.
+        """
+        for there, today in self.older.items():
+            found = there + stem.removeprefix(today)
+            if stem.startswith(today) and any(name.startswith(found) for name in names):
+                return there, today
+        return "", ""
 
     def is_dead(self, name: str) -> bool:
         """Whether a tensor holds nothing that a model reads."""

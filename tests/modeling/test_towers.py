@@ -21,7 +21,7 @@ import transformers
 from modeling import stacks
 from modeling.grown import apart
 from modeling.stacks import BY_NAME, IDS, SLOW, STACKS, Stack
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moetool
 from moetool.errors import MoetoolError
@@ -278,6 +278,26 @@ def test_archs_show_says_where_experts_can_stand() -> None:
     assert found["bloom"]["text"] == "transformer.h.{layer}.mlp.experts"
     assert "nowhere" in found["mamba"]["text"]
     assert not found["mixtral"]
+
+
+def test_a_tower_under_older_names_is_read_and_written_under_todays(tmp_path: Path) -> None:
+    """LLaVA as it lies on the Hub."""
+    stack, source = BY_NAME["llava-vision"], tmp_path / "source"
+    stack.save(source)
+    hub = {
+        n.replace("vision_tower.", "vision_tower.vision_model."): t for n, t in held(source).items()
+    }
+    save_file(hub, source / "model.safetensors", {"format": "pt"})
+    wanted = outputs(stack, loaded(stack, source))
+    said = {"experts": 2, "top_k": 1, "form": "lora", "rank": 2, "tower": "vision"}
+    moetool.upcycle(str(source), str(tmp_path / "out"), **said)
+    model = loaded(stack, tmp_path / "out")
+    assert all(map(torch.equal, outputs(stack, model), wanted))
+    assert {type(b).__name__ for b in blocks(model)} == {"MoeCLIPMLP"}
+    assert not moetool.inspect(str(tmp_path / "out"))["unknown_tensors"]
+    assert moetool.verify(str(tmp_path / "out"), against=[str(source)], load=False)
+    model.save_pretrained(tmp_path / "again")
+    assert held(tmp_path / "again").keys() == held(tmp_path / "out").keys()
 
 
 _ABSENT = """

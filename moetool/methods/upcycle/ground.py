@@ -32,6 +32,7 @@ class Ground:
     blocks: tuple[FfnBlock, ...]  # of each layer, at the site where experts are to be
     layers: tuple[int, ...]
     tower: str
+    older: tuple[str, str] = ("", "")  # what names have before them in SRC, and have today
 
     @classmethod
     def of(
@@ -51,7 +52,8 @@ class Ground:
         at = tower_of(source.config, named)
         blocks = places.named(where).blocks(at.layout)
         blocks = chosen(blocks, only) if only else blocks
-        found = cls(source, at, blocks, site.parse(layers, at.field("layers") or 0), named)
+        count, older = at.field("layers") or 0, words().older_of(at.layout.stem, source.tensors)
+        found = cls(source, at, blocks, site.parse(layers, count), named, older)
         for layer in found.layers:
             for linear in chain.from_iterable(block.linears for block in blocks):
                 found.stored(linear, layer)
@@ -99,9 +101,19 @@ class Ground:
         """The module that holds a layer's FFN: `model.layers.3.mlp`, or another block."""
         return self.at.name((block or self.block).module, layer=layer)
 
+    def today(self, name: str) -> str:
+        """What a tensor of SRC is called today."""
+        there, today = self.older
+        return today + name.removeprefix(there) if there and name.startswith(there) else name
+
+    def _there(self, name: str) -> str:
+        """What SRC calls a tensor."""
+        there, today = self.older
+        return there + name.removeprefix(today) if there and name.startswith(today) else name
+
     def stored(self, linear: FfnLinear, layer: int) -> Stored:
         """The weight of a linear; MoetoolError where it is quantized, or no matrix."""
-        name = self.at.name(linear.slot.name, layer=layer)
+        name = self._there(self.at.name(linear.slot.name, layer=layer))
         if name not in self.source.tensors:
             self._check_there(name, layer)
         found = self.source.tensor(name)
@@ -138,7 +150,8 @@ class Ground:
         """The bias of a linear, where the layer has one."""
         if linear.bias is None:
             return None
-        found = self.source.tensors.get(self.at.name(linear.bias.name, layer=layer))
+        name = self._there(self.at.name(linear.bias.name, layer=layer))
+        found = self.source.tensors.get(name)
         return found if found is None or linear.rows is None else run_of(found, *linear.rows)
 
     def names(self) -> dict[Place, list[str]]:
@@ -147,7 +160,7 @@ class Ground:
         for name in sorted(self.source.tensors):
             if drops(name):
                 continue
-            place: Place | None = self.at.layer_of(name)
+            place: Place | None = self.at.layer_of(self.today(name))
             if place is None:
                 place = "before" if words().is_first(name) else "after"
             found.setdefault(place, []).append(name)

@@ -83,6 +83,7 @@ def plan(
     own = _own(ground, group)
     gone = own if group.base == "gone" else set()
     mixed = {n: m for n, m in _mixed(kind, sources).items() if n not in own}
+    _check_names(ground, mixed)
     for place in places:
         for name in names.get(place, ()):
             if name in gone or kind.copied(build, ground, name):
@@ -90,7 +91,7 @@ def plan(
             if name in mixed:
                 mixed[name].write(build)
             else:
-                into |= _copy(build, ground.source.tensors[name])
+                into |= _copy(build, ground.source.tensors[name], ground.today(name))
         if not isinstance(place, int) or place not in ground.layers:
             continue
         for block in ground.blocks:
@@ -212,6 +213,17 @@ def _shown(group: Group) -> str:
     return ", ".join(map(str, group.layers))
 
 
+def _check_names(ground: Ground, mixed: Mapping[str, Mixed]) -> None:
+    """Refuse to mix tensors that lie under older names: they would get today's."""
+    if mixed and ground.older[0]:
+        raise UsageError(
+            f"--trunk {ground.tower} of tensors under older names",
+            expected=f"{ground.older[1]}... as transformers saves them today",
+            found=f"{ground.older[0]}...",
+            hint="save the sources again with transformers, or leave out --trunk",
+        )
+
+
 def _mixed(kind: ExpertKind, sources: Sequence[Checkpoint]) -> Mapping[str, Mixed]:
     """The tensors that --trunk mixes: all numbers that every source has. Groups that SRC has are
     its own.
@@ -249,9 +261,9 @@ class Mixed(NamedTuple):
         build.task("combine", pieces, [out], weights=self.weights)
 
 
-def _copy(build: Builder, stored: Stored) -> dict[str, Into]:
+def _copy(build: Builder, stored: Stored, name: str) -> dict[str, Into]:
     """A tensor of SRC as it lies; what holds an expert of its groups stays in its form."""
-    build.copy(whole(stored), whole(build.target(stored.name, stored.dtype, stored.shape)))
+    build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
     held = stored.parts
     if held is None or not forms.named(held.form).in_groups:
         return {}
