@@ -116,7 +116,18 @@ def _one(
 
 
 def _accept(method: Method, sources: tuple[Checkpoint, ...]) -> None:
-    """Refuse sources with experts that no stock class holds, where a verb does not know them."""
+    """Refuse sources with experts that no stock class holds, and language models inside classes of
+    the Hub, where a verb does not know them.
+    """
+    inside = next((s for s in sources if s.hub_left), None)
+    if inside is not None and not method.takes_out:
+        raise MoetoolError(
+            f"this model is a {inside.hub_class} inside a class of the Hub, with more beside it",
+            file=inside.folder,
+            expected="a language model by itself",
+            found=f"{len(inside.hub_left)} other tensors, first {inside.hub_left[0]}",
+            hint="`moetool convert-layout SRC OUT --to stock` takes the language model out",
+        )
     held = next((s for s in sources if groups.is_ours(s.config) and groups.read(s.config)), None)
     if held is not None and not method.reads_groups:
         raise MoetoolError(

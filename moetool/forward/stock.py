@@ -136,10 +136,11 @@ def filled(checkpoint: Checkpoint, **how: Any) -> Any:
     """
     from moetool.kernels import codec
 
-    raw = checkpoint.config
+    raw, left = checkpoint.config, set(checkpoint.hub_left)
     state = {
         name: checkpoint.matrix(name).to(codec.torch_dtype(stored.dtype))
         for name, stored in checkpoint.tensors.items()
+        if name not in left
     }
     made = config(raw, checkpoint.folder)
     return model_class(raw).from_pretrained(

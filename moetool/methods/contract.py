@@ -253,6 +253,7 @@ class Method:
     interruptible: ClassVar[bool] = False  # deciding takes long, and can be stopped after a layer
     lays: ClassVar[bool] = False  # it says itself how experts lie
     reads_groups: ClassVar[bool] = False  # also sources with experts that no stock class holds
+    takes_out: ClassVar[bool] = False  # of a source that is more than a language model, this alone
 
     def __init__(self, options: Any) -> None:
         self.options = options

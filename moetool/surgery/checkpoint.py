@@ -140,6 +140,12 @@ class Checkpoint:
         named = (told["cls"] for form, told in self.told.items() if forms.named(form).moves)
         return next(named, "")
 
+    @property
+    def hub_left(self) -> list[str]:
+        """Names of what is not of the language model, in files of a class of the Hub around it."""
+        found = (told["left"] for form, told in self.told.items() if forms.named(form).moves)
+        return next(found, [])
+
     def part(self, name: str) -> Stored:
         """The tensor of this name as it lies in a file; MoetoolError when it is missing."""
         return _present(self.stored, name, self.folder)

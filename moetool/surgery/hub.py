@@ -75,12 +75,20 @@ class JoinedRows:
 
 
 @dataclass(frozen=True)
+class Wrapped:
+    """A class of the Hub with such a model inside: the part of its config, the prefix of names."""
+
+    config: str
+    prefix: str
+
+
+@dataclass(frozen=True)
 class HubFamily:
     """One file of archs/hub/. `family`: whose class it computes like; `defaults`: what its own
     class takes for fields that a config leaves out; `rename` and `drop`: of those fields;
     `modules`: the family's name of a module -> its name there; `joined`: name there -> the family's
     modules in it, each with the field that counts its heads; `blocks`: the field that counts
-    blocks.
+    blocks; `around`: model types of classes with such a model inside.
     """
 
     model_types: tuple[str, ...]
@@ -92,6 +100,7 @@ class HubFamily:
     modules: dict[str, str]
     joined: dict[str, dict[str, str]]
     blocks: str
+    around: dict[str, Wrapped]
     twofold: Twofold | None = None
 
     @classmethod
@@ -101,7 +110,9 @@ class HubFamily:
         try:
             second = data.pop("twofold", None)
             types = tuple(data.pop("model_types"))
-            return cls(types, **data, twofold=Twofold(**second) if second else None)
+            around = {name: Wrapped(**where) for name, where in data.pop("around", {}).items()}
+            made = Twofold(**second) if second else None
+            return cls(types, **data, around=around, twofold=made)
         except (KeyError, TypeError) as problem:
             raise MoetoolError(
                 f"a family of the Hub is not well formed: {problem}",
@@ -192,9 +203,9 @@ class HubFamily:
         own = {f"{block}.{groups.FIRST}.0.{linear}": there for linear, there in second.items()}
         return {there.replace("{layer}", "#"): name for name, there in (self.modules | own).items()}
 
-    def matrices(self, stored: Stored, config: JsonObject) -> Iterator[Stored]:
+    def matrices(self, stored: Stored, config: JsonObject, prefix: str = "") -> Iterator[Stored]:
         """What a tensor of a file is to the family; itself where nothing is known of its name."""
-        module, _, part = stored.name.rpartition(".")
+        module, _, part = stored.name.removeprefix(prefix).rpartition(".")
         number = next(iter(_NUMBER.findall(f"{module}.")), None)
         layer = None if number is None else int(number)
         joined = _NUMBER.sub("{layer}", f"{module}.").removesuffix(".")
@@ -226,13 +237,37 @@ def family(model_type: object) -> HubFamily | None:
     return next((one for one in families() if model_type in one.model_types), None)
 
 
+class HubModel(NamedTuple):
+    """A model of one of these families: its own config, and what stands before its names."""
+
+    family: HubFamily
+    config: JsonObject
+    prefix: str = ""
+
+
+def find(config: JsonObject) -> HubModel | None:
+    """The model that a config is of, or that is inside it; None where there is none."""
+    model_type = config.get("model_type")
+    if (own := family(model_type)) is not None:
+        return HubModel(own, config)
+    for one in families():
+        where = one.around.get(str(model_type))
+        inner = config.get(where.config) if where else None
+        if where and isinstance(inner, dict) and inner.get("model_type") in one.model_types:
+            outer: JsonObject = {n: config[n] for n in ("dtype", "torch_dtype") if n in config}
+            return HubModel(one, outer | inner, where.prefix)
+    return None
+
+
 def seen(known: Known) -> Known:
-    """A checkpoint as the family that it computes like has it; any other as it is. MoetoolError
-    for one that is quantized.
+    """A checkpoint as the family that it computes like has it; any other as it is. Where it is
+    inside another model, the tensors of this keep their names. MoetoolError for one that is
+    quantized.
     """
-    found = family(known.config.get("model_type"))
-    if found is None:
+    at = find(known.config)
+    if at is None:
         return known
+    found, config = at.family, at.config
     if known.told:
         raise MoetoolError(
             f"a quantized {found.cls} is not read: its matrices lie joined",
@@ -241,11 +276,16 @@ def seen(known: Known) -> Known:
             hint=f"take the original, or quantize what moetool makes of it (a {found.family})",
         )
     made: dict[str, Stored] = {}
-    for stored in known.tensors.values():
-        made |= {one.name: one for one in found.matrices(stored, known.config)}
-    second = found.twofold if found.is_twofold(known.config) else None
+    left: list[str] = []
+    for name, stored in known.tensors.items():
+        if name.startswith(at.prefix):
+            made |= {one.name: one for one in found.matrices(stored, config, at.prefix)}
+        else:
+            made[name] = stored
+            left.append(name)
+    second = found.twofold if found.is_twofold(config) else None
     cls = second.cls if second else found.cls
-    return Known(made, found.config(known.config), {FORM: {"cls": cls}})
+    return Known(made, found.config(config), {FORM: {"cls": cls, "left": left}})
 
 
 def _unfit(joined: str, expected: str, found: object) -> MoetoolError:

@@ -77,6 +77,21 @@ def save(folder: Path, dtype: torch.dtype = torch.float32, **changed: Any) -> Pa
     return folder
 
 
+def save_inside(plain: Path, folder: Path) -> Path:
+    """The same model inside an InternVL."""
+    config = json.loads((plain / "config.json").read_text())
+    held = load_file(plain / "model.safetensors")
+    made = {f"language_model.{name}": tensor for name, tensor in held.items()}
+    made |= {"mlp1.0.weight": torch.ones(8)}
+    made |= {"vision_model.embeddings.class_embedding": torch.ones(1, 1, 8)}
+    folder.mkdir()
+    save_file(made, folder / "model.safetensors")
+    said = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}
+    said |= {"llm_config": config, "vision_config": {"model_type": "intern_vit_6b"}}
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
 def logits(folder: Path, ids: Tensor, images: Tensor | None = None) -> Tensor:
     """Float64 [batch, length, vocabulary]. `images`: which tokens are of images [batch, length]."""
     config = json.loads((folder / "config.json").read_text())

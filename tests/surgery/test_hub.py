@@ -128,6 +128,25 @@ def test_what_is_refused(said: dict[str, Any], words: str, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("said", [{}, hub_models.TWOFOLD])
+def test_a_language_model_inside_another(said: dict[str, Any], tmp_path: Path) -> None:
+    """Taken out of an InternVL, with its tower left out by name; nothing else does that."""
+    plain = hub_models.save(tmp_path / "plain", **said)
+    source = hub_models.save_inside(plain, tmp_path / "source")
+    with pytest.raises(MoetoolError, match="inside a class of the Hub") as raised:
+        moetool.upcycle(str(source), str(tmp_path / "out"))
+    assert "--to stock" in str(raised.value.hint)
+    report = moetool.convert_layout(str(source), str(tmp_path / "out"), to="stock")
+    assert report["certificate"]["level"] == "exact_if"
+    assert set(report["dropped_tensors"]) >= {"mlp1.0.weight", "vision_model.embeddings.class_embedding"}
+    moetool.verify(str(tmp_path / "out"), against=[str(source)], load=True)
+    assert far(logits_of(tmp_path / "out"), plain) < 1e-5
+    with torch.no_grad():
+        read = moetool.load(str(source), dtype="float32").eval()(input_ids=LONG).logits
+    assert far(read, plain) < 1e-5
+    assert "not known to the family: 2" in inside("inspect", source).stdout
+
+
 def test_a_hole_is_named(tmp_path: Path) -> None:
     source = hub_models.save(tmp_path / "source")
     held = load_file(source / "model.safetensors")

@@ -67,6 +67,11 @@ class ConvertLayout(Method):
     lays = True
 
     @property
+    def takes_out(self) -> bool:  # type: ignore[override]
+        """Whether it writes a language model that is inside another."""
+        return self.options.to == STOCK
+
+    @property
     def reads_groups(self) -> bool:  # type: ignore[override]
         """Whether SRC may have groups: a class of the Hub may be one of moetool's own."""
         return self.options.to == STOCK
@@ -119,18 +124,24 @@ class ConvertLayout(Method):
 def _as_stock(source: Checkpoint, settings: Settings) -> Made:
     """Every tensor by the name that its class in transformers has for it."""
     build, config, files = Builder(), source.config, dict[str, bytes]()
+    left = dict.fromkeys(source.hub_left, "it is not of the language model")
     for name, stored in source.tensors.items():
-        build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+        if name not in left:
+            build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
     if groups.is_ours(config):
         config, files = config | {"auto_map": dict(shim.AUTO_MAP)}, {shim.FILE: shim.TEXT.encode()}
     plan = reform.plan(
-        [source], Outputs(config, build.targets, build.tasks, {}), max_shard=settings.max_shard
+        [source], Outputs(config, build.targets, build.tasks, left), max_shard=settings.max_shard
     )
     family, count = str(config["model_type"]), plan.parameters
     facts = ModelFacts(
         source.hub_class, family, (), 0, 0, 0, "dense", count, plan.active_parameters
     )
     certificate = Certificate("exact", f"only names and places change: {family} computes the same")
+    if left:
+        certificate = Certificate(
+            "exact_if", "tokens are text: the language model alone is written"
+        )
     return Made(plan, certificate, plan.config, {}, facts, (), files)
 
 
