@@ -187,6 +187,8 @@ class Grouped(nn.Module):
         """
         router = getattr(self, group.router)
         router.check()
+        if (fixed := router.fixed(self.heard, x)) is not None:
+            return Picked.of(fixed, group.choices)
         scores, likely = router(x, told(self.heard, group, x, lie)), router.likely(x)
         kept = self.heard.find(KEPT, len(x)) if self._padded(group, law) else None
         chosen = law.choose(scores, Beside(self.training, kept, likely))

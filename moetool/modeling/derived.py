@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moetool.errors import MoetoolError
-from moetool.modeling import balance, ragged, signals
+from moetool.modeling import balance, passes, ragged, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.embedded import embedded
 from moetool.modeling.generation import prepared, taking, told
@@ -264,6 +264,7 @@ def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, An
         return _scored(self, held, run, args, kwargs)
     try:
         with embedded(self, heard, held):
+            passes.first(heard, held, run, args, kwargs)
             return _scored(self, held, run, args, kwargs)
     finally:
         heard.over = True

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moetool.modeling.block import blocks
+from moetool.modeling.passes import CACHE, are_two
 from moetool.modeling.signals import GIVEN, MODALITY, PROMPT, of_ids, span_of, wanted_by, within
 
 Tensor = torch.Tensor
@@ -42,6 +43,8 @@ def told(stock: Method) -> Method:
     @wraps(stock)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._prompt = None
+        if are_two([*blocks(self)]):
+            kwargs[CACHE] = False
         try:
             return stock(self, *args, **kwargs)
         finally:

@@ -17,7 +17,7 @@ from moetool.modeling.spans import Span
 
 Tensor = torch.Tensor
 MODALITY, PROMPT, NOISE, TASK = "modality", "prompt", "noise", "task"
-KEPT, EMBEDDINGS = "kept", "embeddings"  # those that no caller gives
+KEPT, EMBEDDINGS, BEFORE = "kept", "embeddings", "pass before"  # those that no caller gives
 # Arguments that a model's forward takes for its routes, with what each is.
 GIVEN: Mapping[str, str] = {
     MODALITY: "[batch, length] of 0 (text), 1, ...",
@@ -32,12 +32,14 @@ _IGNORED = -100  # of labels
 class Heard:
     """What one call says beside its tokens. `values`: modality [batch, length], kept and prompt
     [batch, length] (bool), noise and task [batch], embeddings [batch, length, hidden]; `fresh`:
-    whether sequences begin with it, and no cache holds tokens before; `over`: the call has ended.
+    whether sequences begin with it, and no cache holds tokens before; `over`: the call has ended;
+    `before`: this is the pass before, of those that have two, whose hidden states are looked at.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     fresh: bool = True
     over: bool = False
+    before: bool = False
 
     def read(self, name: str) -> Tensor:
         """UsageError where nobody said it, or it was said of another call: layers run alone."""

@@ -85,6 +85,11 @@ class Group:
         return "router" if self.name == FIRST else f"{self.name}_router"
 
     @property
+    def once(self) -> bool:
+        """Whether one router, in the first module of its first layer, scores for all."""
+        return self.route.key in KEYS and KEYS[self.route.key].once
+
+    @property
     def router_tensors(self) -> tuple[RouterTensor, ...]:
         """What the router has; nothing for a route without one."""
         return tuple(self.route.tensors(self.choices))

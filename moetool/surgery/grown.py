@@ -22,7 +22,9 @@ def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
     more = list[GroupSlot]()
     for group in groups:
         _check(group, count)
-        for block in places.named(group.site).of(layout, group):
+        for number, block in enumerate(places.named(group.site).of(layout, group)):
+            if not group.once or not number:
+                more += _router_slots(layout, block, group)
             more += _slots(layout, block, group)
     cls, kept = f"Moe{layout.cls}", without(layout, layout, groups, count)
     return replace(layout, model_type=MODEL_TYPE, cls=cls, tensors=(*kept, *more))
@@ -72,14 +74,19 @@ def _in(slot: Slot, held: Mapping[int, int]) -> Slot:
     return GroupSlot(slot.name, slot.shape, slot.role, "held", slot.when, held=held)
 
 
-def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
-    """What one group adds: its router, and a matrix for each linear of each expert."""
-    routed, held = dict.fromkeys(group.layers, 1), dict.fromkeys(group.layers, group.experts)
+def _router_slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
+    """The router of one group."""
+    routed = dict.fromkeys([min(group.layers)] if group.once else group.layers, 1)
     router, hidden = f"{block.module}.{group.router}", block.seen(layout.fields["hidden"])
     for tensor in group.router_tensors:
         shape = [hidden if word == "hidden" else word for word in tensor.shape]
         role = "router" if tensor.name == "weight" else f"router.{tensor.name}"
         yield GroupSlot(f"{router}.{tensor.name}", [*shape], role, "held", held=routed)
+
+
+def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:
+    """What the experts of one group add: a matrix for each linear of each."""
+    held, hidden = dict.fromkeys(group.layers, group.experts), block.seen(layout.fields["hidden"])
     alone = (tower := towers.lying(layout)) is not None and tower.single
     given = None if alone else hidden  # what one module gives, no field of its own config says
     owner, reached = f"{block.module}.{group.name}", group.reached

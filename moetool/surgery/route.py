@@ -18,6 +18,7 @@ from moetool.surgery import strict
 from moetool.surgery.strict import Kinds
 
 ROUTED = "token"  # the key of routes that score each token by itself
+TWOPASS = "twopass"  # the key of routes that look at what a whole pass before saw
 MODALITY = "modality"  # the key of routes that look at what kind of token it is
 # What a route that compares the tokens of a call means for whoever runs it.
 COMPARED = (
@@ -56,6 +57,7 @@ class Route:
         said["seen"] = said.get("width", "hidden")
         if said.get("routers") == "each":
             said["rows"] = scored * len(said["allowed"])
+        said["rows"] *= said.get("modules", 1)
         key = KEYS[self.key]
         more = (RouterTensor("bias", ("rows",), start="zero"),) if self.bias else ()
         for one in (*key.tensors, *more, *LAWS[self.law].tensors):
@@ -81,6 +83,8 @@ class Route:
             raise _unfit(f"{what} with a bias", "none", "bias")
         for name in filter(self.options.__contains__, SPAN):
             _check_ids([self.options[name]])
+        if self.options.get("middle") and not self.options.get("width"):
+            raise _unfit(f"`middle` of {what}", "`width` beside it", self.options)
         if "allowed" in self.options:
             _check_allowed(self, choices - law.rest)
         if not 1 <= self.top_k <= choices - law.rest:
@@ -89,9 +93,10 @@ class Route:
 
 
 class RouterTensor(NamedTuple):
-    """A tensor of a router. Words of its shape: hidden (the width of a token), choices, rows
-    (choices, or as many for each modality), an option's name, or 2*one. `when`: the option
-    without which it is not there; `start`: zero, drawn as --router says, or given.
+    """A tensor of a router. Words of its shape: hidden (the width of a token), seen (of what is
+    scored: an option `width`, else hidden), choices, rows (choices, or as many for each modality or
+    module), an option's name, or 2*one. `when`: the option without which it is not there; `start`:
+    zero, drawn as --router says, or given.
     """
 
     name: str
@@ -110,7 +115,8 @@ class RouteWord:
     router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
     model's tokens; `beside`: towers beside the text model that it can be in all the same;
     `compares`: whether what a token gets depends on the other tokens of a call; `rest`: how many of
-    the choices, the last ones, are always on, and have no scores.
+    the choices, the last ones, are always on, and have no scores; `once`: whether a group has one
+    router, in the first module of its first layer, that scores for all.
     """
 
     tensors: tuple[RouterTensor, ...] = ()
@@ -121,6 +127,7 @@ class RouteWord:
     beside: tuple[str, ...] = ()
     compares: bool = False
     rest: int = 0
+    once: bool = False
 
     def in_tower(self, tower: str) -> bool:
         """Whether a route can be there."""
@@ -185,6 +192,20 @@ KEYS: Mapping[str, RouteWord] = {
     "sequence": RouteWord((_WEIGHT,), biased=True, hears=True, beside=("vision",)),
     "task": RouteWord((_MASKED,), {"allowed": list}, {"routers": ("one", "each")}, hears=True),
     "query": RouteWord(),
+    # an MLP of the last hidden states of a pass before, ReLU between its linears (X-LoRA)
+    TWOPASS: RouteWord(
+        (
+            RouterTensor("into", ("width", "hidden"), "width"),
+            RouterTensor("into_bias", ("width",), "width", "zero"),
+            RouterTensor("middle", ("middle", "width", "width"), "middle"),
+            RouterTensor("middle_bias", ("middle", "width"), "middle", "zero"),
+            RouterTensor("weight", ("rows", "seen")),
+            RouterTensor("bias", ("rows",), start="zero"),
+        ),
+        {},
+        {"width": int, "middle": int, "modules": int, "before": float},
+        once=True,
+    ),
 }
 LAWS: Mapping[str, RouteWord] = {
     "expert_choice": RouteWord(

@@ -189,6 +189,11 @@ class Spot:
         return self.ground.module(self.layer, self.block)
 
     @property
+    def first(self) -> bool:
+        """Whether it is the group's first."""
+        return self.layer == min(self.group.layers) and self.block == self.ground.blocks[0]
+
+    @property
     def seen(self) -> int:
         """Width of what a router sees."""
         first = self.block.linears[0]

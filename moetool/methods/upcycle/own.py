@@ -289,6 +289,8 @@ def _own(ground: Ground, group: Group) -> set[str]:
 
 def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     """The router of a layer, as --router says it starts."""
+    if spot.group.once and not spot.first:
+        return
     given = kind.router(build, spot)
     if given is None:
         kind.key.write(build, spot, kind.first_router)

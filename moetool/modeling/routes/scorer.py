@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetool.errors import MoetoolError
+from moetool.modeling.laws.law import Choices
 from moetool.modeling.piece import GrownPart
 from moetool.modeling.signals import Heard
 from moetool.surgery.groups import Group
@@ -56,6 +57,18 @@ class Scorer(GrownPart):
     def learns(self) -> bool:
         """Whether something can be trained to choose more evenly: what the balance loss counts."""
         return bool(self._parameters)
+
+    def fixed(self, heard: Heard, x: Tensor) -> Choices | None:
+        """Who works on x [tokens, hidden] whatever the scores; None: the law says it."""
+        return None
+
+    def stands(self, place: int) -> None:
+        """Told where one router scores for all modules of a group: which of them this one is in,
+        from 0; only the first holds the tensors.
+        """
+
+    def among(self, modules: int) -> None:
+        """Told, of the first of them, how many there are. MoetoolError where it scores for others."""
 
     def held(self, name: str) -> Tensor | None:
         """One of its tensors, None where this router has it not."""

@@ -27,7 +27,10 @@ class GroupedLinear(Grouped):
         made: Tensor = self.stock.forward(self, input)
         x, total = input.reshape(-1, input.shape[-1]), made.reshape(-1, made.shape[-1])
         for group, law in self.held:
-            added = getattr(self, group.name).run(self, x, self.picked(group, law, x))
+            picked = self.picked(group, law, x)
+            if not picked.runs:  # nobody
+                continue
+            added = getattr(self, group.name).run(self, x, picked)
             total = total + (added if group.scale == 1.0 else added * group.scale)
         return total.view(made.shape)
 

@@ -10,6 +10,7 @@ from torch import nn
 from moetool.errors import MoetoolError
 from moetool.modeling import experts, laws, routes
 from moetool.modeling.block import FfnLinears, Grouped, grown
+from moetool.modeling.routes.scorer import Scorer
 from moetool.surgery import places
 from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import BASES, Group
@@ -33,6 +34,7 @@ class GroupSite:
         site, or a group names a layer that is not there.
         """
         place, layers = places.named(self.name), stack(model, layout)
+        together = dict[str, list[Scorer]]()
         for number in sorted(set().union(*(group.layers for group in groups))):
             if number >= len(layers):
                 raise wrong(
@@ -46,7 +48,13 @@ class GroupSite:
                 for block in place.of(layout, group):
                     found.setdefault(block.within, (block, []))[1].append(group)
             for name, (block, mine) in found.items():
-                self.grow(layers[number].get_submodule(name), block, mine)
+                module = layers[number].get_submodule(name)
+                self.grow(module, block, mine)
+                for group in (one for one in mine if one.once):
+                    together.setdefault(group.name, []).append(getattr(module, group.router))
+                    together[group.name][-1].stands(len(together[group.name]) - 1)
+        for first, *others in together.values():
+            first.among(1 + len(others))
 
     def kind_of(self, block: FfnBlock) -> type[Grouped]:
         """What a module becomes."""

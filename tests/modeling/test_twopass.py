@@ -1,0 +1,176 @@
+"""Experts of linears that are weighed by what a pass before saw (X-LoRA): against plain hooks on the
+stock model in float64, and as PEFT has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from methods.upcycled import apart
+from modeling.grown import IDS
+from modeling.test_other_experts import loaded, logits, shaken
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import moetool
+from moetool.errors import MoetoolError, UsageError
+from moetool.surgery.checkpoint import Checkpoint
+from moetool.surgery.text_model import text_model
+
+Models = Callable[..., Path]
+LINEARS = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
+LORA: dict[str, Any] = {"form": "lora", "site": "linear", "key": "twopass", "rank": 4, "experts": 2}
+LORA |= {"linears": ",".join(LINEARS), "alpha": 6.0}
+DEEP = {"classifier_depth": 4, "classifier_width": 16}
+CASES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "deep": DEEP,
+    "layerwise": DEEP | {"layerwise": True, "layers": "1,3"},
+    "before": {"classifier_depth": 2, "classifier_width": 16, "pass_weight": 0.3},
+    "warm": {"layerwise": True, "temperature": 0.5},
+}
+
+
+def trained(source: Path, out: Path, **options: Any) -> Path:
+    """A model of X-LoRA whose experts and classifier are drawn anew."""
+    moetool.upcycle(str(source), str(out), **LORA, **options)
+    (file,) = out.glob("*.safetensors")
+    held, drawn = load_file(file), torch.Generator().manual_seed(3)
+    for name, tensor in held.items():
+        if ".router." in name or name.endswith("lora_B"):
+            held[name] = torch.randn(tensor.shape, generator=drawn) * (
+                0.4 if "router" in name else 0.1
+            )
+    save_file(held, file, {"format": "pt"})
+    return out
+
+
+def classified(router: dict[str, Tensor], seen: Tensor) -> Tensor:
+    """The classifier's scores [..., rows]."""
+    if "into" in router:
+        seen = (seen @ router["into"].T + router["into_bias"]).relu()
+    for n in range(len(router.get("middle", ()))):
+        seen = (seen @ router["middle"][n].T + router["middle_bias"][n]).relu()
+    return seen @ router["weight"].T + router["bias"]
+
+
+def reference(source: Path, out: Path, options: dict[str, Any]) -> Tensor:
+    """Two passes of the stock model in float64, with what experts add hooked onto its linears."""
+    model, held = tiny.load(source).double(), load_file(next(out.glob("*.safetensors")))
+    held = {name: tensor.double() for name, tensor in held.items()}
+    head = next(n for n in held if n.endswith("router.bias")).removesuffix("bias")
+    router = {n.removeprefix(head): t for n, t in held.items() if n.startswith(head)}
+    names = [n for n, _ in model.named_modules() if f"{n}.experts.0.lora_A" in held]
+    weights: dict[str, Tensor] = {}
+
+    def add(name: str, _: Any, args: tuple[Tensor], made: Tensor) -> Tensor:
+        for e in range(2):
+            low = args[0] @ held[f"{name}.experts.{e}.lora_A"].T
+            made = (
+                made
+                + weights[name][..., e, None] * 1.5 * low @ held[f"{name}.experts.{e}.lora_B"].T
+            )
+        return made
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(add, name))
+        weights[name] = torch.full((*IDS.shape, 2), options.get("pass_weight", 0.0)).double()
+    with torch.no_grad():
+        seen = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        scores = classified(router, seen).unflatten(-1, (-1, 2)) / options.get("temperature", 1.0)
+        for place, name in enumerate(names):
+            own = scores[..., place if options.get("layerwise") else 0, :]
+            weights[name] = own.softmax(-1)
+        made: Tensor = model(input_ids=IDS).logits
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_passes(name: str, models: Models, tmp_path: Path) -> None:
+    source, options = models("llama"), CASES[name]
+    out = trained(source, tmp_path / "out", **options)
+    wanted, model = reference(source, out, options), loaded(out)
+    made = logits(model, IDS)
+    assert (
+        apart(made.double(), wanted) < 1e-5 and apart(logits(tiny.load(source), IDS), wanted) > 1e-2
+    )
+    assert sum(".router." in n for n, _ in model.named_parameters()) == len(
+        [n for n in Checkpoint.open(out).tensors if ".router." in n]
+    )
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), IDS), made)
+
+
+def test_it_starts_as_its_source_and_learns(models: Models, tmp_path: Path) -> None:
+    """The classifier learns through the second pass alone; layers computed again give the same."""
+    source, out = models("llama"), tmp_path / "out"
+    report = moetool.upcycle(str(source), str(out), **LORA, **DEEP)
+    assert report["certificate"]["level"] == "exact"
+    model = loaded(out)
+    assert apart(logits(model, IDS), logits(tiny.load(source), IDS)) < 1e-5
+    shaken(model, "lora_B")
+    grads = []
+    for again in (False, True):
+        model.zero_grad()
+        if again:
+            name = "activation_checkpointing_enable"  # of newer ones
+            getattr(model, name, model.gradient_checkpointing_enable)()
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    learned = [n for n in grads[0] if ".router." in n]
+    assert len(learned) == 6 and all(grads[0][n].abs().max() > 0 for n in learned)
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+def test_it_generates_without_a_cache(models: Models, tmp_path: Path) -> None:
+    model = loaded(trained(models("llama"), tmp_path / "out", **DEEP))
+    made = model.generate(IDS[:1, :6], max_new_tokens=4, do_sample=False)
+    again = IDS[:1, :6]
+    for _ in range(4):
+        again = torch.cat([again, logits(model, again)[:, -1:].argmax(-1)], -1)
+    assert torch.equal(made, again)
+    with torch.no_grad():
+        cache = tiny.load(models("llama"))(IDS[:1, :6], use_cache=True).past_key_values
+    with pytest.raises(UsageError, match="no cache of it"):
+        model(IDS[:1, 6:7], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"site": "ffn"}, "looks at what ffn has not"),
+        ({"law": "renormalised"}, "--law soft"),
+        ({"linears": "down_proj"}, "sees hidden states"),
+        ({"key": "token", "classifier_depth": 2}, "belong together"),
+    ],
+)
+def test_what_does_not_go_together(
+    options: dict[str, Any], said: str, models: Models, tmp_path: Path
+) -> None:
+    asked = {
+        k: v for k, v in (LORA | options).items() if options.get("site") is None or k != "linears"
+    }
+    with pytest.raises((MoetoolError, UsageError)) as raised:
+        moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **asked)
+    assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"modules": 7}, {"modules": True}, {"wide": 3}, {"before": -1.0}, {"middle": 1}]
+)
+def test_the_config_is_read_strictly(wrong: dict[str, Any], models: Models, tmp_path: Path) -> None:
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **LORA)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["moetool"]["groups"][0]["route"]["options"] = wrong
+    file.write_text(json.dumps(config))
+    with pytest.raises(MoetoolError):
+        text_model(config)
+        loaded(tmp_path / "out")
