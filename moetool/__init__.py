@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moetool.verbs import inspect
 
     Verb = Callable[..., JsonObject]
+    add_tokens: Verb
     convert_layout: Verb
     dequantize: Verb
     eval: Verb
@@ -42,6 +43,7 @@ __all__ = [
     "Stopped",
     "UsageError",
     "VerificationFailed",
+    "add_tokens",
     "convert_layout",
     "dequantize",
     "eval",

@@ -27,6 +27,7 @@ WRITING = {
     "dequantize": "dequantize",
     "materialize": "materialize",
     "convert_layout": "convert-layout",
+    "add_tokens": "add-tokens",
 }
 COMMON = fields(Common)
 

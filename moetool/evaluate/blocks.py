@@ -41,9 +41,10 @@ def compare(source: Checkpoint, out: Checkpoint, *, seed: int = 0) -> Iterator[D
     from moetool.forward import block as blocks
     from moetool.kernels import moe
 
-    if text_model(out.config).layout.kind != "moe":
+    dense = text_model(source.config)
+    if text_model(out.config).layout.kind != "moe" or dense.layout.kind == "moe":
         return
-    dense, mixture = text_model(source.config), Mixture.of(out)
+    mixture = Mixture.of(out)
     act = blocks.activation(mixture)
     for layer in mixture.layers:
         ffn = DenseFfn.read(source, dense, layer)

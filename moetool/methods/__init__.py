@@ -40,6 +40,10 @@ METHODS = {
         "moetool.methods.extend.method:Extend",
         "Add copies of experts to a mixture of experts, as room for something new.",
     ),
+    "add-tokens": Entry(
+        "moetool.methods.tokens.method:AddTokens",
+        "Add rows for new tokens to embeddings and head; what is there stays.",
+    ),
     "quantize": Entry(
         "moetool.methods.quantize.method:Quantize",
         "Store a model in fewer bits: every expert quantized, or named as left out.",

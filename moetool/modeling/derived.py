@@ -26,7 +26,7 @@ from moetool.modeling.piece import GrownPart
 from moetool.surgery import groups, shim
 
 Tensor = torch.Tensor
-_PREPARE = "prepare_inputs_for_generation"
+_PREPARE, _ASKED = "prepare_inputs_for_generation", "output_router_logits"
 _FLOAT32 = ("weight_scale", "output_scale")  # of pieces; bf16 would round them
 
 
@@ -273,8 +273,11 @@ def _looking(self: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, An
 def _scored(
     self: Any, held: Sequence[Any], run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    asked = kwargs.pop("output_router_logits", None)
-    if not (self.config.output_router_logits if asked is None else asked):
+    asked = kwargs.pop(_ASKED, None)
+    asked = self.config.output_router_logits if asked is None else asked
+    if hasattr(getattr(type(self), "stock", type(self)).config_class, _ASKED):
+        kwargs[_ASKED] = bool(asked)  # a family with experts of its own
+    if not asked:
         made = run(*args, **kwargs)
         for name in ("aux_loss", "router_logits"):
             if not isinstance(made, tuple):
@@ -292,8 +295,10 @@ def _scored(
     finally:
         for block in held:
             block.seen = None
-    made["aux_loss"] = loss = balance.mean(seen, kwargs.get("attention_mask") if masked else None)
-    each = [scores.logits for scores in seen]
+    loss = balance.mean(seen, kwargs.get("attention_mask") if masked else None)
+    parts = [one for one in (made.get("aux_loss"), loss) if one is not None]
+    made["aux_loss"] = sum(one.to(parts[0].device) for one in parts) if parts else None
+    each = [*(made.get("router_logits") or ()), *(scores.logits for scores in seen)]
     made["router_logits"] = balance.alike(each) if self.base_model is self else tuple(each)
     if made.get("loss") is not None and loss is not None:
         made["loss"] = made.loss + self.config.router_aux_loss_coef * loss.to(made.loss.device)

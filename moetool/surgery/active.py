@@ -62,7 +62,7 @@ class Matching:
     @property
     def top_k(self) -> object:
         """Experts that a token reaches, where the config says it."""
-        if self.text is not None and self.text.groups:
+        if self.text is not None and self.text.groups and self.text.layout.kind != "moe":
             reached = {group.reached for group in self.text.groups}
             return reached.pop() if len(reached) == 1 else None
         return self.text.field("top_k") if self.text else None

@@ -122,9 +122,11 @@ class Checkpoint:
 
     @property
     def real(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints whose files hold the bytes: itself, or those under it."""
+        """The checkpoints whose files hold the bytes: itself, or those under it; none where headers
+        alone are known.
+        """
         if not self.under:
-            return (self,)
+            return (self,) if self.folder else ()
         return tuple(chain.from_iterable(c.real for c in self.under))
 
     @property

@@ -128,7 +128,7 @@ def _placeless(checkpoint: Checkpoint, at: TextModel) -> Iterator[Fault]:
         nowhere = layers if "{layer}" in found.slot.name else 0  # one module has no number
         layer, expert = found.numbers.get("layer", nowhere), found.numbers.get("expert", 0)
         here, most = places, experts
-        if at.groups:
+        if isinstance(found.slot, GroupSlot):
             held = grown.experts_in(layout, found.slot.name)
             here, most = set(held), held.get(layer, 0)
         wanted = ""

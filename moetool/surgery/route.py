@@ -66,8 +66,15 @@ class Route:
                 shape = tuple(w if w == "hidden" else _number(str(w), said) for w in words)
                 yield one._replace(shape=shape)
 
-    def check(self, choices: int) -> None:
-        """Refuse a key, a law or options that nothing knows, or that do not fit each other."""
+    @property
+    def goes_without(self) -> bool:
+        """Whether its law can leave a token without an expert that its table gives none."""
+        return self.law == "hard" and not self.options.get("straight")
+
+    def check(self, choices: int, idle: bool = False) -> None:
+        """Refuse a key, a law or options that nothing knows, or that do not fit each other. `idle`:
+        whether a kind of tokens may go without an expert, by a table of who may use what.
+        """
         strict.word(self.key, tuple(KEYS), "route has the key")
         strict.word(self.law, tuple(LAWS), "route has the law")
         key, law = KEYS[self.key], LAWS[self.law]
@@ -86,7 +93,7 @@ class Route:
         if self.options.get("middle") and not self.options.get("width"):
             raise _unfit(f"`middle` of {what}", "`width` beside it", self.options)
         if "allowed" in self.options:
-            _check_allowed(self, choices - law.rest)
+            _check_allowed(self, choices - law.rest, idle and self.goes_without)
         if not 1 <= self.top_k <= choices - law.rest:
             expected = f"1 to {choices - law.rest}"
             raise _unfit("top_k of a group", expected, self.top_k)
@@ -246,16 +253,14 @@ def _number(word: str, said: JsonObject) -> str:
     return str(int(times or 1) * int(said[name]))
 
 
-def _check_allowed(route: Route, choices: int) -> None:
+def _check_allowed(route: Route, choices: int, idle: bool) -> None:
     """Refuse a table of who may use what that is none for these choices, and ids of tokens that
     are of no kind or of two.
     """
     rows, ids = route.options["allowed"], route.options.get("ids")
-    fit = all(
-        isinstance(row, list) and len(row) == choices and set(row) <= {0, 1} and sum(row) > 0
-        for row in rows
-    )
-    few = not rows or not fit or min(map(sum, rows)) < route.top_k
+    fit = all(isinstance(row, list) and len(row) == choices and set(row) <= {0, 1} for row in rows)
+    counts = [sum(row) for row in rows if any(row) or not idle] if fit else []
+    few = not counts or min(counts) < max(route.top_k, 1)
     if not fit or few or (ids is not None and len(rows) != len(ids) + 1):
         expected = f"a row of {choices} for each, at least top_k {route.top_k} of them 1"
         raise _unfit(f"`allowed` of a route by {route.key}", expected, rows)

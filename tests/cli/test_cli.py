@@ -355,6 +355,7 @@ def test_the_public_face_is_complete() -> None:
         "Stopped",
         "UsageError",
         "VerificationFailed",
+        "add_tokens",
         "convert_layout",
         "dequantize",
         "eval",

@@ -85,7 +85,7 @@ def parsed(name: str) -> set[str]:
 
 
 def test_every_command_is_seen_here() -> None:
-    assert len(WRITING) == 8 and len(PLAIN) == 8 and len(GROUPED) == 4
+    assert len(WRITING) == 9 and len(PLAIN) == 8 and len(GROUPED) == 4
 
 
 @pytest.mark.parametrize("name", sorted(OF_0_2_0))

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 GOLDEN = ROOT / "tests" / "golden"
 NAMES = {
+    "gw-redundancy",
     "sparse-upcycling",
     "moe-llava",
     "llava-mod",
@@ -116,6 +117,7 @@ SMALL = {
     "awaker": ["rank=8", "prompt-from=7", "prompt-until=9"],
     "pill": ["modality-ids=5"],
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
+    "gw-redundancy": ["modality-ids=512-523", "anchors=40"],
     "mono-internvl": ["modality-ids=5"],
     "moiie": ["modality-ids=5"],
     "moma": ["modality-ids=5"],
@@ -191,6 +193,7 @@ def changes(recipe: Path, out: Path) -> list[str]:
         f"out={out}",
         *([f"from={','.join([str(MODEL)] * len(models))}"] if models else []),
         *([f"domains={domains()}"] if any(f.startswith("domains=") for f in found) else []),
+        *([f"vectors={codebook()}"] if any(f.startswith("vectors=") for f in found) else []),
         *SMALL.get(recipe.stem, ()),
     ]
 
@@ -200,6 +203,14 @@ def domains() -> Path:
     """Embeddings of three domains."""
     file = Path(tempfile.mkdtemp()) / "domains.safetensors"
     save_file({"domains": torch.eye(3)}, file)
+    return file
+
+
+@lru_cache(maxsize=1)
+def codebook() -> Path:
+    """Vectors of 12 tokens."""
+    file = Path(tempfile.mkdtemp()) / "codes.safetensors"
+    save_file({"codes": torch.randn(12, 3, generator=torch.Generator().manual_seed(0))}, file)
     return file
 
 
@@ -232,7 +243,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 75 and len(CALIBRATED) == 19
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 76 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

@@ -121,3 +121,99 @@ def test_no_class_routes_by_linear(models: Models, tmp_path: Path) -> None:
     moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **LORA)
     with pytest.raises(MoetoolError, match="a router for each linear"):
         moetool.materialize(str(tmp_path / "out"), str(tmp_path / "native"))
+
+
+IMAGES: dict[str, Any] = {
+    **{"site": "linear", "form": "lora", "key": "modality", "law": "hard", "experts": 1},
+    **{
+        "rank": 4,
+        "alpha": 8,
+        "linears": "q_proj,o_proj",
+        "modality_ids": "5-7,9",
+        "name": "images",
+    },
+}
+
+
+def changed(stock: Any, added: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Logits of a stock model whose linears add 2 B A x at image tokens."""
+    image, handles = torch.isin(ids, torch.tensor([5, 6, 7, 9]))[..., None], []
+    for name in sorted({n.partition(".images.")[0] for n in added}):
+        a, b = (added[f"{name}.images.0.lora_{one}"] for one in "AB")
+        handles.append(
+            stock.get_submodule(name).register_forward_hook(
+                lambda m, x, y, a=a, b=b: y + image * 2.0 * (x[0] @ a.T @ b.T)
+            )
+        )
+    made = logits(stock, ids)
+    for handle in handles:
+        handle.remove()
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_modality_alone_has_what_is_added(family: str, models: Models, tmp_path: Path) -> None:
+    """PLoRA: text passes its linears as before, to the bit, in a mixture too."""
+    source, out = models(family), tmp_path / "out"
+    report = moetool.upcycle(str(source), str(out), **IMAGES)
+    assert report["certificate"]["level"] == "exact"
+    assert moetool.verify(str(out), against=[str(source)])["verified"]
+    moetool.inspect(str(out))
+    model, stock, ids = loaded(out), loaded(source), IDS.clone()
+    shaken(model, "lora_")
+    assert torch.equal(logits(model, ids), logits(stock, ids))
+    ids[:, 3:6] = torch.tensor([5, 9, 6])
+    added = {n: p.detach() for n, p in model.named_parameters() if ".images." in n}
+    expected = changed(stock, added, ids)
+    assert len(added) == 16 and apart(logits(model, ids), expected) < 1e-5
+    assert apart(expected, logits(stock, ids)) > 1e-3
+    told = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    told["attention_mask"] = torch.ones_like(ids)
+    with_cache = model.generate(ids, **told)
+    assert torch.equal(with_cache, model.generate(ids, **told, use_cache=False))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), ids), logits(model, ids))
+    asked = model(input_ids=ids, labels=ids, output_router_logits=True)
+    asked.loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".images." in n)
+    if family == "mixtral":  # its own routers are balanced as the stock class does it
+        theirs = stock(input_ids=IDS, labels=IDS, output_router_logits=True)
+        ours = model(input_ids=IDS, labels=IDS, output_router_logits=True)
+        assert torch.equal(ours.aux_loss, theirs.aux_loss) and ours.loss == theirs.loss
+        assert ours.router_logits[0].shape == theirs.router_logits[0].shape
+        assert model(input_ids=IDS, output_router_logits=False).aux_loss is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"law": "renormalised"}, "a row of 1"), ({"key": "token"}, "unknown|allowed")],
+)
+def test_tokens_without_an_expert_are_read_strictly(
+    change: dict[str, str], said: str, models: Models, tmp_path: Path
+) -> None:
+    moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **IMAGES)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["moetool"]["groups"][0]["route"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(MoetoolError, match=said):
+        Checkpoint.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"law": "softmax"}, "text has none"),
+        ({"law": "auto"}, "text has none"),
+        ({"modality_ids": "7-5"}, "no numbers"),
+        ({"modality_ids": "150-170"}, "no tokens of the model"),
+        ({"allowed": "0/0"}, "--allowed does not fit"),
+        ({"site": "ffn", "linears": "", "allowed": "0/1"}, "text has the only expert"),
+    ],
+)
+def test_what_a_modality_cannot_be(
+    options: dict[str, Any], said: str, models: Models, tmp_path: Path
+) -> None:
+    with pytest.raises(MoetoolError, match=said) as refused:
+        moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **IMAGES | options)
+    assert refused.value.hint

@@ -138,7 +138,10 @@ def test_a_language_model_inside_another(said: dict[str, Any], tmp_path: Path) -
     assert "--to stock" in str(raised.value.hint)
     report = moetool.convert_layout(str(source), str(tmp_path / "out"), to="stock")
     assert report["certificate"]["level"] == "exact_if"
-    assert set(report["dropped_tensors"]) >= {"mlp1.0.weight", "vision_model.embeddings.class_embedding"}
+    assert set(report["dropped_tensors"]) >= {
+        "mlp1.0.weight",
+        "vision_model.embeddings.class_embedding",
+    }
     moetool.verify(str(tmp_path / "out"), against=[str(source)], load=True)
     assert far(logits_of(tmp_path / "out"), plain) < 1e-5
     with torch.no_grad():

@@ -91,7 +91,7 @@ def plan(
             if name in mixed:
                 mixed[name].write(build)
             else:
-                into |= _copy(build, ground.source.tensors[name], ground.today(name))
+                into |= kept(build, ground.source.tensors[name], ground.today(name))
         if not isinstance(place, int) or place not in ground.layers:
             continue
         for block in ground.blocks:
@@ -261,9 +261,9 @@ class Mixed(NamedTuple):
         build.task("combine", pieces, [out], weights=self.weights)
 
 
-def _copy(build: Builder, stored: Stored, name: str) -> dict[str, Into]:
+def kept(build: Builder, stored: Stored, name: str = "") -> dict[str, Into]:
     """A tensor of SRC as it lies; what holds an expert of its groups stays in its form."""
-    build.copy(whole(stored), whole(build.target(name, stored.dtype, stored.shape)))
+    build.copy(whole(stored), whole(build.target(name or stored.name, stored.dtype, stored.shape)))
     held = stored.parts
     if held is None or not forms.named(held.form).in_groups:
         return {}

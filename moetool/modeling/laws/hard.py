@@ -25,10 +25,13 @@ class HardLaw(CombineLaw):
         super().__init__(route)
         self.through = route.options.get("straight", "")
         self.counts_straight = self.through == "balance"
-        self.sums = self.top_k == 1 and self.through not in ("chosen", "all")
+        self.idle = any(not any(row) for row in route.options.get("allowed", ()))
+        self.sums = self.top_k == 1 and self.through not in ("chosen", "all") and not self.idle
 
     def choose(self, scores: Tensor, asked: Beside = USUAL) -> Choices:
-        best = scores.topk(self.top_k, -1).indices
+        found, best = scores.topk(self.top_k, -1)
+        if self.idle:  # tokens of a kind that has no experts
+            return Choices(best.masked_fill(found.isneginf(), -1), None, drops=True)
         if self.sums or not asked.training or self.through not in ("chosen", "all"):
             return Choices(best, None)
         share = self.shares(scores)

@@ -28,7 +28,7 @@ class GroupedLinear(Grouped):
         x, total = input.reshape(-1, input.shape[-1]), made.reshape(-1, made.shape[-1])
         for group, law in self.held:
             picked = self.picked(group, law, x)
-            if not picked.runs:  # nobody
+            if not picked.runs:  # no token is of a kind that has experts
                 continue
             added = getattr(self, group.name).run(self, x, picked)
             total = total + (added if group.scale == 1.0 else added * group.scale)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery.ffn import FfnBlock
+from moetool.surgery.ffn import FfnBlock, FfnLinear
 from moetool.surgery.groups import LINEAR, Group, linear_of
 from moetool.surgery.layout import Layout
 from moetool.surgery.places import words
@@ -14,18 +14,23 @@ from moetool.surgery.places.place import GroupPlace
 
 
 class LinearPlace(GroupPlace):
-    """every linear of its attention and FFN, each with a router of its own"""
+    """every linear of its attention and, where it is no mixture, FFN, each with its own router"""
 
     name = noun = LINEAR
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
-        found = (*words.linears(layout, "attention"), *FfnBlock.of(layout).linears)
+        found = (*words.linears(layout, "attention", mixture=True), *_ffn(layout))
         # what is added to a linear has no bias of its own
         alone = (replace(one, bias=None, whole=True) for one in found)
         return tuple(FfnBlock(one.slot.name.removesuffix(".weight"), (one,)) for one in alone)
 
     def of(self, layout: Layout, group: Group) -> tuple[FfnBlock, ...]:
         return chosen(self.blocks(layout), group.params.get("linears", ()))
+
+
+def _ffn(layout: Layout) -> tuple[FfnLinear, ...]:
+    """Those of the FFN; none where experts stand for it already."""
+    return () if layout.kind == "moe" else FfnBlock.of(layout).linears
 
 
 def chosen(blocks: tuple[FfnBlock, ...], names: Sequence[str]) -> tuple[FfnBlock, ...]:

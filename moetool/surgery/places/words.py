@@ -24,9 +24,9 @@ def _words() -> Mapping[str, Mapping[str, str]]:
     return found
 
 
-def linears(layout: Layout, site: str) -> tuple[FfnLinear, ...]:
+def linears(layout: Layout, site: str, mixture: bool = False) -> tuple[FfnLinear, ...]:
     """Those of a layer, in the order of their roles. MoetoolError where the family has none, no
-    plain stack of layers that are alike, or experts already.
+    plain stack of layers that are alike, or, without `mixture`, experts already.
     """
     slots = {slot.name: slot for slot in layout.tensors}
     turned = layout.overlay.linears == "transposed"
@@ -37,7 +37,7 @@ def linears(layout: Layout, site: str) -> tuple[FfnLinear, ...]:
                 bias = slots.get(slot.name.removesuffix(_WEIGHT) + ".bias")
                 is_norm = role == NORM
                 found.append(FfnLinear(role, slot, bias, turned and not is_norm, is_norm))
-    if layout.kind == "moe" or not layout.stack or not found:
+    if (layout.kind == "moe" and not mixture) or not layout.stack or not found:
         has = "it has experts already" if layout.kind == "moe" else f"stack {layout.stack}"
         raise homeless(layout, site, "a plain stack of dense layers with one", has)
     return tuple(found)

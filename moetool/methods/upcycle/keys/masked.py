@@ -27,13 +27,16 @@ class Masked:
     )
 
 
-def table(said: str, usual: str, kinds: int, choices: int, top_k: int) -> list[list[int]]:
+def table(
+    said: str, usual: str, kinds: int, choices: int, top_k: int, idle: bool = False
+) -> list[list[int]]:
     """[kinds][choices] of 0 and 1 of --allowed, or as is usual. UsageError where it is not
-    understood, or gives a kind fewer than it runs.
+    understood, or gives a kind fewer than it runs; with `idle`, but for kinds without any.
     """
     rows = (said or usual).split("/")
-    wrong = [r for r in rows if len(r) != choices or set(r) - {"0", "1"} or "1" not in r]
-    if wrong or len(rows) != kinds or any(r.count("1") < top_k for r in rows):
+    wrong = [r for r in rows if len(r) != choices or set(r) - {"0", "1"}]
+    used = [r for r in rows if "1" in r or not idle]
+    if wrong or len(rows) != kinds or not used or any(r.count("1") < max(top_k, 1) for r in used):
         raise UsageError(
             "--allowed does not fit" if said else "the usual table has too few experts for it",
             expected=f"{kinds} rows of {choices} digits 0 or 1, at least --top-k {top_k} of them 1",

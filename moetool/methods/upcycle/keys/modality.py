@@ -13,10 +13,13 @@ from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground
 from moetool.methods.upcycle.keys.masked import Masked, MaskedKey, choosing, table
+from moetool.methods.upcycle.laws.law import RouteLaw
 from moetool.surgery import places
-from moetool.surgery.groups import Group
+from moetool.surgery.groups import LINEAR, Group
 from moetool.surgery.layout import words
 from moetool.surgery.route import MODALITY
+
+_MOST = 1 << 20  # ids in a range: a config names each
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Modalities(Masked):
 
     modality_ids: str = option(
         "",
-        "token ids of each modality beside text, for example 32000 or 32000,32001/32002; as the "
-        "config says where it names an image token",
+        "token ids of each modality beside text, for example 32000 or 32000-40191/40192,40193; as "
+        "the config says where it names an image token",
         WHAT,
         metavar="IDS[/IDS]",
     )
@@ -43,6 +46,19 @@ class ModalityKey(MaskedKey):
     name = MODALITY
     Options: ClassVar[type] = Modalities
     own: Modalities
+    sites = (*MaskedKey.sites, LINEAR)
+    alone = False  # what is added to a linear: text goes without
+
+    def told(self, site: str, law: RouteLaw) -> None:
+        super().told(site, law)
+        self.alone = site == LINEAR
+        if self.alone and law.name != "hard":
+            raise UsageError(
+                f"--law {law.name} weighs experts, and text has none at --site {site}",
+                expected="--law hard",
+                found=f"--key {self.name} --site {site} --law {law.name}",
+                hint="add --law hard: tokens of other modalities have the first of theirs",
+            )
 
     def check(self, ground: Ground, choices: int, top_k: int) -> None:
         ids = self.ids(ground)
@@ -67,6 +83,9 @@ class ModalityKey(MaskedKey):
 
     def _table(self, kinds: int, choices: int, top_k: int) -> list[list[int]]:
         rest = choices - 1
+        if self.alone:
+            usual = "/".join(["0" * choices, *["1" * choices] * (kinds - 1)])
+            return table(self.own.allowed, usual, kinds, choices, top_k, idle=True)
         if not rest:
             raise UsageError(
                 "text has the only expert",
@@ -82,11 +101,12 @@ class ModalityKey(MaskedKey):
         if self.own.modality_ids:
             try:
                 rows = self.own.modality_ids.split("/")
-                return [[int(one) for one in row.split(",")] for row in rows]
+                each = ([_ids(one) for one in row.split(",")] for row in rows)
+                return [[*chain.from_iterable(row)] for row in each]
             except ValueError:
                 raise UsageError(
                     "--modality-ids are no numbers",
-                    expected="token ids, for example 32000 or 32000,32001/32002",
+                    expected="token ids, for example 32000 or 32000-40191/40192,40193",
                     found=self.own.modality_ids,
                     hint="`/` stands between modalities",
                 ) from None
@@ -111,3 +131,12 @@ class ModalityKey(MaskedKey):
             return made
         noun = places.named(group.site).noun
         return replace(made, why=f"{made.why}; text has the {noun} alone, for good")
+
+
+def _ids(said: str) -> range:
+    """`7` or `7-9`; ValueError for anything else."""
+    first, _, last = said.partition("-")
+    found = range(int(first), int(last or first) + 1)
+    if not 0 < len(found) <= _MOST:
+        raise ValueError(said)
+    return found

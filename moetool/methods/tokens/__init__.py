@@ -1,0 +1,1 @@
+"""add-tokens: rows for new tokens in embeddings and head."""
