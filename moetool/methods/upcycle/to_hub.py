@@ -24,14 +24,16 @@ from moetool.surgery.layout import Layout
 from moetool.surgery.plan import Outputs
 from moetool.surgery.route import MODALITY
 from moetool.surgery.spec import Stored, Target, rows, whole
-from moetool.surgery.text_model import text_model
+from moetool.surgery.text_model import TextModel, text_model
 
+_BESIDE = "it is not of the text model, which alone is written"
 HELD = "the class computes it, or trains alone by it"
 _SILU = ("silu", "swish")
 _TURNS = ("default", "linear", "dynamic")  # of rotary positions
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _TIED = "tie_word_embeddings"
-_OWN = ("architectures", "model_type", "auto_map", "dtype", "torch_dtype", *_ROPE)
+_DTYPES = ("dtype", "torch_dtype")
+_OWN = ("architectures", "model_type", "auto_map", *_DTYPES, *_ROPE)
 
 
 def target(name: str) -> HubFamily | None:
@@ -54,19 +56,18 @@ def plan(source: Checkpoint, family: HubFamily, settings: Settings) -> Made:
     held.write(build)
     wanted = Outputs(held.config(), build.targets, build.tasks, held.dropped())
     made = reform.plan((source,), wanted, max_shard=settings.max_shard, form="same")
-    why = "text has the FFN and image tokens have its copy, as the caller's mask says"
     facts = ModelFacts(
         source_type=groups.MODEL_TYPE,
         target_type=family.twofold.name,
         layers=held.group.layers,
         experts=1,
         top_k=1,
-        expert_width=held.layout.field("width", held.base.config),
+        expert_width=held.at.field("width"),
         layout="two FFNs a layer",
         parameters=made.parameters,
         active_parameters=made.active_parameters,
     )
-    return Made(made, Certificate("exact", why), made.config, held.fields(), facts, held.told())
+    return Made(made, held.certificate(), made.config, held.fields(), facts, held.told())
 
 
 def _group(source: Checkpoint) -> Group:
@@ -99,18 +100,23 @@ class _Held:
         return bare.base_of(self.source)
 
     @cached_property
+    def at(self) -> TextModel:
+        """The base's text model, which alone is written."""
+        return text_model(self.base.config)
+
+    @property
     def layout(self) -> Layout:
-        return Layout.load(groups.family_of(self.source.config))
+        return self.at.layout
 
     @cached_property
     def text(self) -> JsonObject:
-        """The base's config, defaults filled in."""
-        return self.layout.text(self.base.config)
+        """The text model's config, defaults filled in."""
+        return self.at.text
 
     @cached_property
     def turns(self) -> JsonObject:
         """Rotary settings."""
-        return pair.rope(self.layout, self.base.config)
+        return pair.rope(self.layout, self.at.config)
 
     def check(self) -> None:
         """Refuse what the class cannot hold."""
@@ -137,7 +143,7 @@ class _Held:
 
     def _unlike_base(self) -> Iterator[str]:
         """What of the base the class has not."""
-        text, family = self.text, groups.family_of(self.source.config)
+        text, family = self.text, self.layout.model_type
         if family != self.family.family:
             yield f"it is a {self.family.family}, and this model stands on {family}"
             return
@@ -160,16 +166,16 @@ class _Held:
     @cached_property
     def tied(self) -> bool:
         """Whether the base has no head of its own; the class is written with a copy."""
-        return bool(self.text.get(_TIED))
+        return bool(self.text.get(_TIED, self.base.config.get(_TIED)))
 
     def write(self, build: Builder) -> None:
         """Plan every tensor: bytes only move."""
         joined, left = dict[str, Target](), self.dropped()
         for name, stored in self.base.tensors.items():
             if name not in left:
-                self._one(build, name, stored, joined)
+                self._one(build, self.at.inner(name) or "", stored, joined)
         for head, embedded in self.layout.tied.items() if self.tied else ():
-            self._one(build, head, self.base.tensor(embedded), joined)
+            self._one(build, head, self.base.tensor(self.at.name(embedded)), joined)
         for layer, linear, stored in self._seconds():
             there = filled(self.second.modules[linear], layer=layer)
             _copy(build, stored, f"{there}.weight")
@@ -196,9 +202,9 @@ class _Held:
     def _seconds(self) -> Iterator[_Second]:
         """Of every second FFN: the layer's own matrix where the group has none."""
         block, held = FfnBlock.of(self.layout), self.group
-        for layer in range(int(self.layout.field("layers", self.base.config) or 0)):
+        for layer in range(int(self.at.field("layers") or 0)):
             for linear in block.linears:
-                own = linear.slot.named(layer=layer)
+                own = self.at.name(linear.slot.name, layer=layer)
                 inside = f"{groups.block_of(own)}.{held.expert(0, linear.name, 'weight')}"
                 has = layer in held.layers and held.has(linear.name)
                 yield _Second(layer, linear.name, self.source.tensor(inside if has else own))
@@ -207,28 +213,45 @@ class _Held:
         """Tensors that are not taken along, by name with the reason."""
         used = {one.stored.name for one in self._seconds()}
         found = {n: why for n in self.source.tensors if (why := pair.drops(n))}
-        if self.tied:
-            heads = self.layout.tied.keys() & self.source.tensors
-            found |= dict.fromkeys(heads, "tied to the embeddings by the config")
+        found |= bare.dropped(self.source, self._nulls())
+        for head in self.layout.tied if self.tied else ():
+            found[self.at.name(head)] = "tied to the embeddings by the config"
         for name in self.source.tensors:
-            if name not in self.base.tensors and name not in used:
-                found[name] = "the caller says which tokens are of images: there is no router"
-        return found
+            if name in self.base.tensors:
+                found |= {} if self.at.match(name) else {name: _BESIDE}
+            elif name not in used:
+                found.setdefault(name, "the caller says which tokens are of images: no router")
+        return {name: why for name, why in found.items() if name in self.source.tensors}
+
+    def _nulls(self) -> list[Group]:
+        return [g for g in text_model(self.source.config).groups if bare.adds_nothing(g)]
+
+    def certificate(self) -> Certificate:
+        """Exact; of a model with more beside its text model, for what is embedded already."""
+        why = "text has the FFN and image tokens have its copy, as the caller's mask says"
+        if _BESIDE not in self.dropped().values():
+            return Certificate("exact", why)
+        return Certificate("exact_if", f"images are embedded by the caller; {why}")
 
     def config(self) -> JsonObject:
         """As the class reads it."""
-        told, own = self.base.config, {v: k for k, v in self.family.rename.items()}
+        told, own = self.at.config, {v: k for k, v in self.family.rename.items()}
         here = {own.get(name, name): value for name, value in self.text.items()}
         made = {name: here.get(name, usual) for name, usual in self.family.defaults.items()}
-        made |= {_TIED: False, "rope_theta": self.turns.get("rope_theta"), "rope_scaling": None}
+        made |= {
+            "hidden_act": _SILU[0],
+            _TIED: False,
+            "rope_theta": self.turns.get("rope_theta"),
+            "rope_scaling": None,
+        }
         kind = self.turns.get("rope_type", "default")
         if kind != "default":
             made["rope_scaling"] = {"type": kind, "factor": float(self.turns["factor"])}
         made[self.family.blocks] = made[self.family.blocks] or here[self.layout.fields["heads"]]
         head = {"architectures": [self.second.cls], "model_type": self.second.model_type}
         more = {n: v for n, v in told.items() if n not in self.layout.defaults and n not in _OWN}
-        dtype = told.get("dtype", told.get("torch_dtype"))
-        said = {"torch_dtype": dtype} if dtype else {}
+        said = {n: v for n in _DTYPES if (v := told.get(n, self.base.config.get(n)))}
+        said = {_DTYPES[-1]: next(iter(said.values()))} if said else {}
         if len(ids := self._ids()) == 1:
             said[self.second.image] = ids[0]
         return {**head, **made, **more, **said}
@@ -236,7 +259,7 @@ class _Held:
     def fields(self) -> dict[str, str]:
         """Fields of the base's config that are not taken along, with the reason."""
         kept = {*self.family.defaults, *self.family.rename.values(), *_ROPE}
-        known = (n for n in self.base.config if n in self.layout.defaults)
+        known = (n for n in self.at.config if n in self.layout.defaults)
         return dict.fromkeys((n for n in known if n not in kept), HELD)
 
     def _ids(self) -> list[int]:
