@@ -133,6 +133,27 @@ def recipes() -> str:
     return markdown(["recipe", "is"], rows)
 
 
+# How a recipe begins what it says of the difference to its paper.
+_OTHERWISE = r"(Approximate|Left out|Not here|Not made|Unknown)\b"
+
+
+def papers() -> str:
+    """Every method that gives a model experts: its recipe, and what is there another way."""
+    rows = []
+    for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
+        if path.parent.name in ("upcycle", "extend"):
+            data = yaml.safe_load(path.read_text())
+            said = re.split(r"(?<=\.)\s(?=[A-Z])", " ".join(data["about"].split()))
+            apart = [one for one in said if re.match(_OTHERWISE, one)]
+            rows.append([f"`{path.stem}`", number(data["paper"]), " ".join(apart) or "whole"])
+    return markdown(["recipe", "arXiv", "otherwise than there"], rows)
+
+
+def number(paper: str) -> str:
+    """The papers' numbers at arXiv."""
+    return ", ".join(re.findall(r"\d{4}\.\d{5}", paper))
+
+
 def formats() -> str:
     """Every word of `quantize --format`, its stored bits a weight, and who reads it in linears and
     in experts: formats that somebody reads first, the smallest first.
@@ -210,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "what works where": works,
     "what breaks it": breaks,
     "recipes": recipes,
+    "papers": papers,
     "guide": guide,
 }
 
