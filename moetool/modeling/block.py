@@ -16,7 +16,7 @@ from torch import nn
 
 from moetool.modeling.balance import Scores
 from moetool.modeling.laws.law import Beside
-from moetool.modeling.signals import KEPT, Heard
+from moetool.modeling.signals import KEPT, OF_TEXT, Heard
 from moetool.surgery.groups import MASKED
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ class GroupedBlock(Grouped):
 
     def _one(self, group: Group, law: CombineLaw, x: Tensor, lie: Sequence[int]) -> Tensor:
         """What one group gives."""
-        picked = self.picked(group, law, x, lie)
+        after = getattr(self, group.router).after
+        picked = self.picked(group, law, self.own_ffn(x) if after else x, lie)
         made: Tensor = getattr(self, group.name).mixed(self, x, picked, group.scale)
         return made
 
@@ -301,13 +302,15 @@ def _blank(kind: type[Grouped], stock: type[Any]) -> Grouped:
 
 def told(heard: Heard, group: Group, x: Tensor, lie: Sequence[int]) -> Heard:
     """What a call says to a route of x [tokens, hidden]. In a tower that no text goes through it
-    says nothing; there all tokens are kept, as they lie [batch, length].
+    says nothing but what is of its text as a whole; there all tokens are kept, as they lie [batch,
+    length].
     """
     if group.tower in MASKED:
         return heard
     if len(lie) < 2:
         return Heard()
-    return Heard({KEPT: torch.ones(tuple(lie), dtype=torch.bool, device=x.device)})
+    whole = {name: heard.read(name) for name in OF_TEXT if name in heard.values}
+    return Heard(whole | {KEPT: torch.ones(tuple(lie), dtype=torch.bool, device=x.device)})
 
 
 def blocks(model: nn.Module) -> Iterator[Grouped]:

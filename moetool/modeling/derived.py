@@ -20,13 +20,14 @@ from moetool.errors import MoetoolError
 from moetool.modeling import balance, passes, ragged, signals
 from moetool.modeling.block import blocks
 from moetool.modeling.embedded import embedded
-from moetool.modeling.generation import prepared, taking, told
+from moetool.modeling.generation import encoding, prepared, taking, told
 from moetool.modeling.install import install
 from moetool.modeling.piece import GrownPart
 from moetool.surgery import groups, shim
 
 Tensor = torch.Tensor
 _PREPARE, _ASKED = "prepare_inputs_for_generation", "output_router_logits"
+_ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
 _FLOAT32 = ("weight_scale", "output_scale")  # of pieces; bf16 would round them
 
 
@@ -211,6 +212,8 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
     }
     if hasattr(stock, "generate"):
         said |= {"generate": told(stock.generate)}
+        if encode := getattr(stock, _ENCODE, None):
+            said |= {_ENCODE: encoding(encode)}
         said |= {_PREPARE: prepared(stock.prepare_inputs_for_generation)}
     made = type(f"Moe{stock.__name__}", (Grown, stock), said)
     _copy_names(stock, made)

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
-from moetool.modeling.signals import EMBEDDINGS, Heard, Hears, wanted_by
+from moetool.modeling.signals import EMBEDDINGS, IDS, WORDS, Heard, Hears, wanted_by
 from moetool.modeling.sites.site import stack
 from moetool.surgery.layout import Layout
 
@@ -16,7 +17,10 @@ from moetool.surgery.layout import Layout
 @contextmanager
 def embedded(model: Any, heard: Heard, blocks: Sequence[Hears]) -> Iterator[None]:
     """While it is open, a forward of the model says its embeddings to the routes that want them."""
-    if not any(EMBEDDINGS in reader.reads for reader in wanted_by(blocks)):
+    reads = {*chain.from_iterable(reader.reads for reader in wanted_by(blocks))}
+    if WORDS in reads:
+        heard.values[WORDS] = model.get_input_embeddings()(heard.values[IDS])
+    if EMBEDDINGS not in reads:
         yield
         return
 

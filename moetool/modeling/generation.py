@@ -13,8 +13,19 @@ from typing import Any
 import torch
 
 from moetool.modeling.block import blocks
+from moetool.modeling.embedded import embedded
 from moetool.modeling.passes import CACHE, are_two
-from moetool.modeling.signals import GIVEN, MODALITY, PROMPT, of_ids, span_of, wanted_by, within
+from moetool.modeling.signals import (
+    GIVEN,
+    MODALITY,
+    PROMPT,
+    WORDS,
+    note,
+    of_ids,
+    span_of,
+    wanted_by,
+    within,
+)
 
 Tensor = torch.Tensor
 Method = Callable[..., Any]
@@ -51,6 +62,28 @@ def told(stock: Method) -> Method:
             del self._prompt
 
     return generate
+
+
+def encoding(stock: Method) -> Method:
+    """What encodes images before the first step, for routes that look at text while it does."""
+
+    @wraps(stock)
+    def encode(
+        self: Any, inputs: Tensor, kwargs: dict[str, Any], name: str | None = None, *args: Any
+    ) -> Any:
+        held = [*blocks(self)]
+        if not any(WORDS in reader.reads for reader in wanted_by(held)):
+            return stock(self, inputs, kwargs, name, *args)
+        said = {n: kwargs[n] for n in (*GIVEN, "attention_mask") if n in kwargs}
+        heard = note(held, (), {name or "input_ids": inputs, **said})
+        assert heard is not None
+        try:
+            with embedded(self, heard, held):
+                return stock(self, inputs, kwargs, name, *args)
+        finally:
+            heard.over = True
+
+    return encode
 
 
 def prepared(stock: Method) -> Method:

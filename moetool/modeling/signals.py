@@ -17,7 +17,11 @@ from moetool.modeling.spans import Span
 
 Tensor = torch.Tensor
 MODALITY, PROMPT, NOISE, TASK = "modality", "prompt", "noise", "task"
-KEPT, EMBEDDINGS, BEFORE = "kept", "embeddings", "pass before"  # those that no caller gives
+# Those that no caller gives: which tokens are no padding, what goes into the first layer, the ids of
+# tokens and their embeddings, without those of images.
+KEPT, EMBEDDINGS, IDS, WORDS = "kept", "embeddings", "ids", "words"
+BEFORE = "pass before"
+OF_TEXT = (IDS, WORDS, PROMPT)  # that a route of another tower may look at
 # Arguments that a model's forward takes for its routes, with what each is.
 GIVEN: Mapping[str, str] = {
     MODALITY: "[batch, length] of 0 (text), 1, ...",
@@ -197,6 +201,8 @@ def _values(
         yield KEPT, call.kept
     if PROMPT in wanted:
         yield PROMPT, _prompt(call, given.get(PROMPT), span_of(readers))
+    if WORDS in wanted:
+        yield IDS, _ids(call)
     if NOISE in wanted:
         yield NOISE, _noise(call, given.get(NOISE))
     if TASK in wanted:
@@ -217,6 +223,17 @@ def _modality(call: Tokens, given: Tensor | None, ids: Sequence[Sequence[int]]) 
             hint="give the model one of the two",
         )
     return of_ids(call.ids, ids)
+
+
+def _ids(call: Tokens) -> Tensor:
+    if call.ids is None:
+        raise UsageError(
+            "experts by the text that an image attends to need to know the text",
+            expected="input_ids",
+            found="inputs_embeds alone",
+            hint="give the model input_ids",
+        )
+    return call.ids
 
 
 def span_of(readers: Iterable[Any]) -> Span:

@@ -249,7 +249,8 @@ def _check(group: Group) -> None:
     _check_kinds(group)
     key = group.route.key
     if key in KEYS and not KEYS[key].in_tower(group.tower):
-        raise _wrong(f"experts by {key} beside the text model", f"tower {TEXT}", group.tower)
+        towers = " or ".join(KEYS[key].alone or (TEXT, *KEYS[key].beside))
+        raise _wrong(f"experts by {key} in another tower", f"tower {towers}", group.tower)
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
         raise _wrong("a count is no whole number", "experts, top_k, layers", counts)

@@ -92,6 +92,8 @@ class Route:
             _check_ids([self.options[name]])
         if self.options.get("middle") and not self.options.get("width"):
             raise _unfit(f"`middle` of {what}", "`width` beside it", self.options)
+        if "ids" in self.options and "allowed" not in self.options:
+            _check_ids([self.options["ids"]])
         if "allowed" in self.options:
             _check_allowed(self, choices - law.rest, idle and self.goes_without)
         if not 1 <= self.top_k <= choices - law.rest:
@@ -120,7 +122,8 @@ class RouterTensor(NamedTuple):
 class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
     router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
-    model's tokens; `beside`: towers beside the text model that it can be in all the same;
+    model's tokens; `beside`: towers beside the text model that it can be in all the same; `alone`:
+    towers in which alone it can be;
     `compares`: whether what a token gets depends on the other tokens of a call; `rest`: how many of
     the choices, the last ones, are always on, and have no scores; `once`: whether a group has one
     router, in the first module of its first layer, that scores for all.
@@ -132,13 +135,15 @@ class RouteWord:
     biased: bool = False
     hears: bool = False
     beside: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     compares: bool = False
     rest: int = 0
     once: bool = False
 
     def in_tower(self, tower: str) -> bool:
         """Whether a route can be there."""
-        return not self.hears or tower in ("text", *self.beside)
+        towers = self.alone or ("text", *self.beside)
+        return not self.hears or tower in towers
 
 
 _IDS = 1 << 31  # token ids are below it
@@ -154,6 +159,12 @@ KEYS: Mapping[str, RouteWord] = {
         (_MASKED,), {"allowed": list, "ids": list}, {"routers": ("one", "each")}, hears=True
     ),
     "always": RouteWord(),
+    "attended": RouteWord(
+        (_WEIGHT._replace(shape=("choices", "seen")),),
+        {"width": int, "ids": list},
+        hears=True,
+        alone=("projector",),
+    ),
     # the domains' embeddings through a SwiGLU MLP are the rows of the router
     "domain": RouteWord(
         (

@@ -63,6 +63,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "alpha": ("8",),
     "adapter_dim": ("8",),
     "adapter_groups": ("2",),
+    "adapter_residual": ("0.1",),
     "scale_group": ("128",),
     "top_k": ("1", "4"),
     "capacity": ("1",),

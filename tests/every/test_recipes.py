@@ -115,6 +115,7 @@ SMALL = {
     "cmoe": [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"],
     "instructvla": ["rank=8"],
     "awaker": ["rank=8", "prompt-from=7", "prompt-until=9"],
+    "parrot": ["adapter-dim=16"],
     "pill": ["modality-ids=5"],
     "fit-6gb": ["target-size=2MB", "fit-tokens=256"],
     "gw-redundancy": ["modality-ids=512-523", "anchors=40"],

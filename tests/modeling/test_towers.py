@@ -367,7 +367,7 @@ def test_a_tower_in_a_config_is_read_strictly(tmp_path: Path) -> None:
         ("vison", {}, "no vison tower"),
         ("vision", {}, "no vision tower"),
         (3, {}, "`tower`"),
-        ("vision", {"key": "modality"}, "beside the text model"),
+        ("vision", {"key": "modality"}, "in another tower"),
     ):
         config["moetool"]["groups"][0] |= {"tower": tower, "route": route}
         path.write_text(json.dumps(config))

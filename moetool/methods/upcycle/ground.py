@@ -224,14 +224,16 @@ class Spot:
             target = build.target(self.name(expert, linear, "bias"), bias.dtype, bias.shape)
             build.copy(whole(bias, source), whole(target))
 
-    def write_inside(self, build: Builder) -> None:
-        """What experts have that are no FFNs: zero, or drawn as torch's linears are."""
+    def write_inside(self, build: Builder, drawn: bool = False) -> None:
+        """What experts have that are no FFNs: zero, or drawn as torch's linears are; `drawn`: all
+        matrices are.
+        """
         hidden, dtype, group = self.ground.given, self.ground.dtype, self.group
         each = product(range(group.experts), inside(group.form, group.params))
         for expert, one in ((e, o) for e, o in each if e < o.among(group.experts, group.params)):
             name = f"{self.module}.{group.expert(expert, part=one.name)}"
             target = build.target(name, dtype, one.sides(hidden, group.params))
-            if one.zero:
+            if one.zero and not (drawn and len(target.shape) == 2):
                 build.zeros(target)
             else:
                 build.task("draw", [], [whole(target)], law="kaiming", seed=self.seed, name=name)

@@ -28,7 +28,8 @@ _ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class AdapterExperts(AddingExperts):
     """up(act(down h)), or gated up(act(gate h) * down h). params: dim, the bottleneck's width;
     `at`: after (the usual) or before the module; act; gated; bias, on the ways down and up; groups,
-    into which up is cut; shared_down: the first expert's way down (and gate) is everyone's.
+    into which up is cut; shared_down: the first expert's way down (and gate) is everyone's;
+    residual: the factor on what comes out of the module, where that is no 1.
     """
 
     name: ClassVar[str] = "adapter"
@@ -40,12 +41,22 @@ class AdapterExperts(AddingExperts):
         "bias": bool,
         "groups": int,
         "shared_down": bool,
+        "residual": float,
     }
 
     def __init__(self, group: Group, linears: FfnLinears) -> None:
         super().__init__(group, linears)
         said = group.params
         self.before, self.shared = said.get("at") == "before", bool(said.get("shared_down"))
+        self.keeps = float(said.get("residual", 1.0))
+        if self.keeps != 1.0 and (self.before or group.base != "under"):
+            raise MoetoolError(
+                "`residual` of adapters that do not stand behind an FFN",
+                file="config.json",
+                expected="base under, at after",
+                found=f"base {group.base}, at {said.get('at', 'after')}",
+                hint="restore the config.json that came with the model",
+            )
         self.gated, self.act = bool(said.get("gated")), _ACTS[said.get("act", "gelu")]
         for expert in list(self)[1:] if self.shared else ():
             for name in [n for n, _ in expert.named_children() if n != "adapter_up"]:

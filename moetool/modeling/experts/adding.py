@@ -12,11 +12,12 @@ from moetool.modeling.experts.group import ExpertGroup
 
 class AddingExperts(ExpertGroup):
     """Subclass it in a file of this folder and say what an expert makes of rows (`made`). `before`:
-    of what goes into the module, not of what comes out.
+    of what goes into the module, not of what comes out; `keeps`: the factor on what they add to.
     """
 
     bases: ClassVar[tuple[str, ...]] = ("under",)
     before: bool = False
+    keeps: float = 1.0
 
     def made(self, number: int, rows: Tensor) -> Tensor:
         """What one expert adds to rows [rows, hidden]."""
@@ -31,4 +32,6 @@ class AddingExperts(ExpertGroup):
             rows = picked.rows(x)
             return picked.back(picked.weighted(block.own_ffn(rows + picked.each(rows, self.made))))
         rows = picked.rows(block.own_ffn(x))  # once, however many experts see it
-        return picked.back(picked.weighted(rows + picked.each(rows, self.made)))
+        made = picked.each(rows, self.made)
+        whole = rows + made if self.keeps == 1.0 else self.keeps * rows + made
+        return picked.back(picked.weighted(whole))

@@ -22,12 +22,14 @@ _STD = 0.02
 class Scorer(GrownPart):
     """Subclass it in a file of this folder, with a `name`; built with the group whose experts it
     scores and the width of a token. Its parameters are the tensors that surgery/route.py names.
-    `reads`: the signals that it looks at (modeling/signals.py); `sites`: where alone it can be.
+    `reads`: the signals that it looks at (modeling/signals.py); `sites`: where alone it can be;
+    `after`: whether it looks at what comes out of the module.
     """
 
     name: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[bool] = False
 
     def __init__(self, group: Group, hidden: int) -> None:
         super().__init__()

@@ -84,10 +84,11 @@ class RouteKey(Word):
 
     def check_tower(self, tower: str) -> None:
         """Refuse a tower that the caller's tokens do not go through, where it looks at these."""
-        if not KEYS[self.name].in_tower(tower):
+        key = KEYS[self.name]
+        if not key.in_tower(tower):
             raise UsageError(
                 f"--key {self.name} looks at what a call of the text model says",
-                expected=f"--tower {TEXT}",
+                expected=f"--tower {' or '.join(key.alone or (TEXT,))}",
                 found=f"--tower {tower}",
                 hint="in another tower, leave out --key: each patch or token is routed by itself",
             )

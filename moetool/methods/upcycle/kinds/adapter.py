@@ -7,14 +7,16 @@ from typing import ClassVar
 
 from moetool.data import JsonObject
 from moetool.errors import UsageError
-from moetool.methods.contract import Builder
+from moetool.methods.contract import Builder, Certificate
 from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery.groups import FIRST_SITE
+from moetool.surgery.groups import FIRST_SITE, Group
 from moetool.surgery.inside import ADAPTER_ACTS
 from moetool.surgery.reform import Into
+
+_STARTS = ("zero", "drawn")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Bottleneck:
         1, "parts into which an adapter's way up is cut, as a grouped convolution", minimum=1
     )
     adapter_shared_down: bool = option(False, "all adapters of a layer share one way down")
+    adapter_residual: float = option(
+        1.0, "factor on what comes out of the FFN, to which adapters add; 1 alone is exact"
+    )
+    adapter_start: str = option(
+        _STARTS[0],
+        "how an adapter's way up starts: zero (exact), or drawn as the way down",
+        choices=_STARTS,
+    )
 
 
 class AdapterKind(ExpertKind):
@@ -80,6 +90,23 @@ class AdapterKind(ExpertKind):
                 hint="for example --adapter-dim 64",
             )
 
+    def told(self) -> None:
+        super().told()
+        moved = self.own.adapter_residual != 1.0
+        if moved and (self.verb.site != FIRST_SITE or self.own.adapter_at != "after"):
+            raise UsageError(
+                "--adapter-residual is of adapters behind an FFN",
+                expected=f"--site {FIRST_SITE} --adapter-at after",
+                found=f"--site {self.verb.site} --adapter-at {self.own.adapter_at}",
+                hint="leave out --adapter-residual",
+            )
+
+    def certificate(self, group: Group, sources: int) -> Certificate:
+        if self.own.adapter_start != _STARTS[0] or self.own.adapter_residual != 1.0:
+            why = "adapters start at random, or add to a part of what they stand behind"
+            return Certificate("none", why, None)
+        return super().certificate(group, sources)
+
     @property
     def keeps_width(self) -> bool:
         return self.own.adapter_at == "before"
@@ -94,9 +121,10 @@ class AdapterKind(ExpertKind):
             "bias": (own.adapter_bias, False),
             "groups": (own.adapter_groups, 1),
             "shared_down": (own.adapter_shared_down, False),
+            "residual": (own.adapter_residual, 1.0),
         }
         return said | {name: value for name, (value, usual) in more.items() if value != usual}
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
-        spot.write_inside(build)
+        spot.write_inside(build, drawn=self.own.adapter_start != _STARTS[0])
         return {}
