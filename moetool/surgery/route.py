@@ -123,10 +123,10 @@ class RouteWord:
     """A key or a law. `needs` and `knows`: options that it must and may have; `biased`: whether a
     router of this key may have a bias; `hears`: whether it looks at what a call says, of the text
     model's tokens; `beside`: towers beside the text model that it can be in all the same; `alone`:
-    towers in which alone it can be;
-    `compares`: whether what a token gets depends on the other tokens of a call; `rest`: how many of
-    the choices, the last ones, are always on, and have no scores; `once`: whether a group has one
-    router, in the first module of its first layer, that scores for all.
+    towers in which alone it can be; `compares`: whether what a token gets depends on the other
+    tokens of a call; `rest`: how many of the choices, the last ones, are always on, and have no
+    scores; `once`: whether a group has one router, in the first module of its first layer, that
+    scores for all.
     """
 
     tensors: tuple[RouterTensor, ...] = ()

@@ -58,6 +58,7 @@ KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "task": ({}, {"task": torch.tensor([2, 0])}),
     "token": ({}, {}),
     "token-heads": (HEADS, {}),
+    "twopass": ({"site": "linear", "law": "soft"}, {}),
     "token-shared": ({"target": "moetool", "experts": 3, "shared": True}, {}),
 }
 _AGAIN = next(f.name for f in fields(TrainingArguments) if f.name.endswith("_checkpointing"))
