@@ -32,10 +32,12 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Every file of a folder, then the folder."""
+    """Every file of a folder, and of those in it, then the folder."""
     for path in sorted(folder.iterdir()):
         if path.is_file():
             sync(path)
+        elif path.is_dir():
+            sync_all(path)
     sync(folder)
 
 
@@ -84,7 +86,7 @@ def copy(source: str | Path, path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written in a folder."""
-    for left in folder.glob("*" + SUFFIX):
+    for left in folder.rglob("*" + SUFFIX):
         left.unlink()
 
 

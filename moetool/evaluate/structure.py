@@ -97,7 +97,9 @@ def opened(folder: str | Path) -> Checkpoint:
     try:
         if (at / peft.CONFIG).is_file() and not (at / "config.json").exists():
             config = read_json(at / peft.CONFIG, what="adapter config")
-            return Checkpoint.seen(str(at), config, WeightFiles.read(at, [peft.WEIGHTS]))
+            inside = sorted(p.parent.name for p in at.glob(f"*/{peft.WEIGHTS}"))
+            names = [peft.WEIGHTS, *(f"{name}/{peft.WEIGHTS}" for name in inside)]
+            return Checkpoint.seen(str(at), config, WeightFiles.read(at, names))
         return Checkpoint.open(folder)
     except MoetoolError:
         if (at / "moetool.json").exists() and (at / "config.json").exists():

@@ -28,6 +28,7 @@ OWN = {
     shim.FILE,
 }
 ADAPTER = "adapter_config.json"  # made by those that write an adapter; one beside a model is not
+ADAPTED = (ADAPTER, "adapter_model.safetensors")  # all that an adapter inside another has
 _KNOWN = re.compile(
     r"""tokenizer[\w.-]*\.json | special_tokens_map\.json | added_tokens\.json | tekken\.json
       | (vocab|merges|normalizer|bpe)[\w.-]*\.(json|txt|bpe|codes)

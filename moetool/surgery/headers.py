@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,9 @@ class WeightFiles:
 
     @classmethod
     def read(cls, folder: Path, names: list[str]) -> WeightFiles:
-        """MoetoolError where a tensor stands in two files."""
+        """MoetoolError where a tensor stands in two files. One of a file in a folder of it has that
+        in its name: `1/NAME`.
+        """
         tensors: dict[str, Stored] = {}
         files: dict[str, tuple[int, str]] = {}
         types: dict[str, str] | None = None
@@ -37,7 +39,10 @@ class WeightFiles:
             read = read_header(folder / name)
             files[name] = (read.size, read.seal)
             types = types if read.types is None else (types or {}) | read.types
+            inside = name.rpartition("/")[0]
             for tensor in read.tensors:
+                if inside:
+                    tensor = replace(tensor, name=f"{inside}/{tensor.name}", file=name)
                 if tensor.name in tensors:
                     raise MoetoolError(
                         "the same tensor stands in two files",

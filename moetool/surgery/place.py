@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from moetool.atomic import SUFFIX
 from moetool.errors import MoetoolError, UsageError
 from moetool.surgery import companions
 
@@ -130,11 +131,25 @@ def _in_the_way(folder: Path, others: Sequence[str]) -> MoetoolError:
 
 
 def strangers(folder: Path) -> list[str]:
-    """Names in a folder that no checkpoint holds: other files, and everything that is no file."""
+    """Names in a folder that no checkpoint holds: other files, and everything that is no file, but
+    folders of adapters (X-LoRA's).
+    """
     with os.scandir(folder) as entries:
         return sorted(
-            e.name for e in entries if not companions.is_output(e.name) or not _is_file(e)
+            e.name
+            for e in entries
+            if not (companions.is_output(e.name) and _is_file(e)) and not _is_adapter(e)
         )
+
+
+def _is_adapter(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder that holds an adapter, or what there is of one, and nothing else."""
+    if not entry.is_dir(follow_symlinks=False):
+        return False
+    with os.scandir(entry.path) as inside:
+        found = [*inside]
+    names = {e.name.removesuffix(SUFFIX) for e in found}
+    return bool(found) and names <= set(companions.ADAPTED) and all(map(_is_file, found))
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from moetool.data import JsonObject
@@ -290,7 +291,10 @@ def _pack(
     max_shard: int,
     container: containers.Container,
 ) -> tuple[Shard, ...]:
-    """Greedy, in plan order. Tensors that share a task share a shard, so that the task runs once."""
+    """Greedy, in plan order, a folder after the other. Tensors that share a task share a shard, so
+    that the task runs once.
+    """
+    at = container.folder
     groups: list[tuple[list[str], list[int]]] = []
     place: dict[str, int] = {}
     for number, task in enumerate(tasks):
@@ -310,14 +314,12 @@ def _pack(
                 groups[home][0].append(out.name)
         groups[home][1].append(number)
     packed: list[tuple[list[str], list[int]]] = []
-    filled = 0
-    for names, numbers in groups:
-        if not names:
-            continue
+    filled, folder = 0, ""
+    for names, numbers in sorted(filter(itemgetter(0), groups), key=lambda g: at(g[0][0])):
         size = sum(targets[n].size for n in names if n in targets)
-        if not packed or filled + size > max_shard:
+        if not packed or filled + size > max_shard or at(names[0]) != folder:
             packed.append(([], []))
-            filled = 0
+            filled, folder = 0, at(names[0])
         packed[-1][0].extend(names)
         packed[-1][1].extend(numbers)
         filled += size

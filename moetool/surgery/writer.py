@@ -162,6 +162,8 @@ class Writer:
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(mine).encode(), 0)
         atomic.sweep(self.staging)
+        for shard in self.plan.shards:
+            (self.staging / shard.name).parent.mkdir(exist_ok=True)
 
     def _strangers(self) -> list[str]:
         """Weight files in the staging folder that are not whole shards of this plan."""

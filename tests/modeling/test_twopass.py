@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def trained(source: Path, out: Path, **options: Any) -> Path:
     """A model of X-LoRA whose experts and classifier are drawn anew."""
-    moetool.upcycle(str(source), str(out), **LORA, **options)
+    moetool.upcycle(str(source), str(out), **(LORA | options))
     (file,) = out.glob("*.safetensors")
     held, drawn = load_file(file), torch.Generator().manual_seed(3)
     for name, tensor in held.items():
@@ -140,6 +140,76 @@ def test_it_generates_without_a_cache(models: Models, tmp_path: Path) -> None:
         cache = tiny.load(models("llama"))(IDS[:1, :6], use_cache=True).past_key_values
     with pytest.raises(UsageError, match="no cache of it"):
         model(IDS[:1, 6:7], past_key_values=cache)
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_folder_of_x_lora(models: Models, tmp_path: Path) -> None:
+    """The classifier, its rows in the order in which the stock class has its linears, and an
+    adapter of PEFT for each expert; verified, kept where it stands, and replaced.
+    """
+    source, own, made = models("phi3"), tmp_path / "own", tmp_path / "made"
+    said = DEEP | {"layerwise": True, "layers": "1,2", "linears": "qkv_proj,o_proj,down_proj"}
+    trained(source, own, **said)
+    report = moetool.materialize(str(own), str(made), target="peft", base="org/name")
+    assert report["certificate"]["level"] == "exact" and "config.adapters" in report["warnings"][0]
+    each = ["adapter_config.json", "adapter_model.safetensors"]
+    inside = [f"{n}/{name}" for n in range(2) for name in each]
+    assert listed(made) == [*inside, "README.md", *each, "moetool.json"]
+    config = json.loads((made / "adapter_config.json").read_text())
+    assert (config["xlora_depth"], config["xlora_size"], config["layerwise_scalings"]) == (
+        4,
+        16,
+        True,
+    )
+    old, new = (load_file(next(f.glob("*.safetensors"))) for f in (own, made))
+    (head,) = {n.rpartition(".")[0] for n in old if n.endswith("router.into")}
+    stem, ours = "base_model.internal_xlora_classifier.layers.", ("qkv_proj", "o_proj", "down_proj")
+    order = ("o_proj", "qkv_proj", "down_proj")  # as transformers' Phi3Attention has them
+    assert torch.equal(new[f"{stem}4.weight"], old[f"{head}.middle"][1])
+    rows = old[f"{head}.weight"].view(2, 3, 2, 16)[:, [ours.index(name) for name in order]]
+    assert torch.equal(new[f"{stem}6.weight"], rows.reshape(12, 16)) and len(new) == 8
+    for expert in range(2):
+        held = load_file(made / str(expert) / each[1])
+        name = "model.layers.2.mlp.down_proj"
+        wanted = old[f"{name}.experts.{expert}.lora_A"]
+        assert torch.equal(held[f"base_model.model.{name}.lora_A.weight"], wanted)
+        told = json.loads((made / str(expert) / each[0]).read_text())
+        assert (told["r"], told["lora_alpha"], len(held)) == (4, 6.0, 12)
+    assert moetool.verify(str(made), against=[str(own)])["verified"] == "bytes and function"
+    assert moetool.materialize(str(own), str(made), target="peft", base="org/name")["seconds"] == 0
+    with pytest.raises(UsageError):
+        moetool.materialize(str(own), str(made), target="peft", base="org/other")
+    moetool.materialize(str(own), str(made), target="peft", base="org/other", overwrite=True)
+    (made / "0" / "notes.txt").write_text("mine")
+    with pytest.raises((MoetoolError, UsageError)):
+        moetool.materialize(str(own), str(made), target="peft", base="org/name", overwrite=True)
+    assert (made / "0" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_peft_computes_the_same(name: str, models: Models, tmp_path: Path) -> None:
+    peft, source = pytest.importorskip("peft"), models("llama")
+    own, made = trained(source, tmp_path / "own", **CASES[name]), tmp_path / "made"
+    moetool.materialize(str(own), str(made), target="peft", base=str(source))
+    base, config = tiny.load(source), peft.PeftConfig.from_pretrained(made)
+    base.config.use_cache = False
+    config.adapters = {expert: str(made / expert) for expert in config.adapters}
+    model = peft.PeftModel.from_pretrained(base, made, config=config).eval()
+    assert apart(logits(model, IDS), logits(loaded(own), IDS)) < 1e-5
+
+
+def test_peft_finds_adapters_of_some_models_alone(models: Models, tmp_path: Path) -> None:
+    said = {"form": "lora", "site": "linear", "key": "twopass", "experts": 2, "rank": 4}
+    moetool.upcycle(str(models("gpt2")), str(tmp_path / "own"), **said)
+    with pytest.raises(MoetoolError, match="lie in `model"):
+        moetool.materialize(str(tmp_path / "own"), str(tmp_path / "made"), target="peft")
+    moetool.materialize(
+        str(tmp_path / "own"), str(tmp_path / "one"), target="peft", request_gates="0.5,0.5"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.methods.upcycle import bare, to_hub, to_peft
+from moetool.methods.upcycle import bare, to_hub, to_peft, to_xlora
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
 from moetool.methods.upcycle.held import ACTIVATION, SATURATED, HeldGroup, own
@@ -125,6 +125,8 @@ class Materialize(Method):
         """The experts' output scales, which become part of their down_proj, and of routers whose
         scores go through a sigmoid that only ranks them, by how much they are made smaller.
         """
+        if self._twice(sources[0]):
+            return to_xlora.decide(sources[0])
         if self.options.target in (to_peft.TARGET, bare.TARGET, *to_hub.names()):
             return Decisions()
         held = HeldGroup.of(sources[0])
@@ -143,6 +145,9 @@ class Materialize(Method):
         if self.options.target == bare.TARGET:
             return bare.plan(own(sources[0]), settings)
         if self.options.target == to_peft.TARGET:
+            if self._twice(sources[0]):
+                order = decisions.chosen.get(to_xlora.ORDER, ())
+                return to_xlora.plan(sources[0], self.options.base, order)
             return to_peft.plan(own(sources[0]), self.options.base, self.options.gates())
         if (family := to_hub.target(self.options.target)) is not None:
             return to_hub.plan(own(sources[0]), family, settings)
@@ -173,6 +178,11 @@ class Materialize(Method):
         facts = _facts(held, chosen, plan)
         certificate = _certificate(held, chosen, saturates=bool(decisions.chosen.get("saturates")))
         return Made(plan, certificate, plan.config, config.dropped, facts)
+
+    def _twice(self, source: Checkpoint) -> bool:
+        """Whether it becomes X-LoRA of PEFT, and not one request's adapter."""
+        asked = self.options.target == to_peft.TARGET and not self.options.gates()
+        return asked and to_xlora.is_meant(own(source))
 
     def _chosen(self, held: HeldGroup) -> Conversion:
         """The conversion that computes what the group does and works in most clients."""

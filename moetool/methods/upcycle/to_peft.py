@@ -55,9 +55,9 @@ class Adapted:
     def alpha(self) -> float:
         return self.scale * self.rank
 
-    def write(self, build: Builder) -> None:
-        """Plan lora_A [rank, in] and lora_B [out, rank]."""
-        (a, b), stem = self.parts[0], f"base_model.model.{self.module}"
+    def write(self, build: Builder, folder: str = "") -> None:
+        """Plan lora_A [rank, in] and lora_B [out, rank], in a folder of the output (`0/`)."""
+        (a, b), stem = self.parts[0], f"{folder}base_model.model.{self.module}"
         down = build.target(f"{stem}.lora_A.weight", a.dtype, (self.rank, a.shape[1]))
         up = whole(build.target(f"{stem}.lora_B.weight", b.dtype, (b.shape[0], self.rank)))
         begun = 0
@@ -80,16 +80,16 @@ def plan(source: Checkpoint, base: str, gates: Gates) -> Made:
     or a row for each.
     """
     at = text_model(source.config)
-    adapted = [*chain.from_iterable(_adapted(source, at, g, gates) for g in at.groups)]
+    adapted = [*chain.from_iterable(linears_of(source, at, g, gates) for g in at.groups)]
     modules = [one.module for one in adapted]
     if len(set(modules)) != len(modules):
-        raise _refused(source, "two groups change the same linear, each by itself")
+        raise refused(source, "two groups change the same linear, each by itself")
     build = Builder()
     for one in adapted:
         one.write(build)
-    name = base or _base(source)
-    config = _config(source, adapted, name)
-    wanted = Outputs(config, build.targets, build.tasks, _dropped(source, build), {"name": TARGET})
+    name = base or base_name(source)
+    config = adapter_config(source, adapted, name)
+    wanted = Outputs(config, build.targets, build.tasks, left_out(source, build), {"name": TARGET})
     made = Plan.build([source.fingerprint()], wanted, max_shard=1 << 62)
     why = "one change of each linear, whatever the token: PEFT adds the same"
     if gates:
@@ -97,10 +97,10 @@ def plan(source: Checkpoint, base: str, gates: Gates) -> Made:
         why = f"the request's experts weigh {said} in every linear; PEFT adds the same"
     told = () if name else ("the adapter names no base: say it with --base NAME",)
     certificate = Certificate("exact_if" if gates else "exact", why)
-    return Made(made, certificate, config, {}, _facts(adapted, made), told)
+    return Made(made, certificate, config, {}, facts_of(adapted, made), told)
 
 
-def _adapted(source: Checkpoint, at: TextModel, group: Group, gates: Gates) -> Iterator[Adapted]:
+def linears_of(source: Checkpoint, at: TextModel, group: Group, gates: Gates) -> Iterator[Adapted]:
     """The linears that a group changes, in the order of layers."""
     rows, base = _weights(source, group, gates), groups.base_of(source.config)
     each = rows if len(rows) > 1 else [rows[0]] * len(group.layers)
@@ -128,12 +128,12 @@ def _weights(source: Checkpoint, group: Group, gates: Gates) -> Gates:
     """
     where = f"group {group.name!r}"
     if group.form != LORA:
-        raise _refused(
+        raise refused(
             source, f"{where} holds {group.form} experts, and PEFT's adapters are low-rank"
         )
     stands = "beside" if group.site == LINEAR else "under"
     if group.base != stands or group.scale != 1.0 or group.tower != "text":
-        raise _refused(source, f"{where} is more than a change of the text model's own linears")
+        raise refused(source, f"{where} is more than a change of the text model's own linears")
     if gates:
         return _gated(source, group, gates)
     if group.experts == 1 and group.route.law in ALONE:
@@ -141,13 +141,13 @@ def _weights(source: Checkpoint, group: Group, gates: Gates) -> Gates:
     if group.site == LINEAR and group.route.key == ALWAYS and Weighing.of(group) is not None:
         return [[1.0 if group.route.law == "hard" else 1 / group.experts] * group.experts]
     if group.site == LINEAR:
-        raise _refused(
+        raise refused(
             source,
             f"each linear of {where} weighs its {group.experts} experts by itself, by "
             f"{group.route.key}; PEFT's X-LoRA weighs all by the last hidden state of a pass before",
             "--request-gates 0.2,0.8,... writes the experts of one request, added up",
         )
-    raise _refused(
+    raise refused(
         source,
         f"{where} chooses among {group.experts} experts for each token, by what goes into their "
         "block; PEFT adds one change for all tokens, and its X-LoRA weighs them by the last "
@@ -169,7 +169,7 @@ def _gated(source: Checkpoint, group: Group, gates: Gates) -> Gates:
         )
     sums = group.site == LINEAR or "mix" in group.params
     if not sums and group.experts > 1 and not all(map(_alone, gates)):
-        raise _refused(
+        raise refused(
             source,
             f"experts of group {group.name!r} are mixed behind the {group.site}, which is not "
             "linear: no one change of its matrices is their sum",
@@ -187,7 +187,7 @@ def _said(row: Sequence[float]) -> str:
     return ", ".join(f"{gate:g}" for gate in row)
 
 
-def _config(source: Checkpoint, adapted: Sequence[Adapted], base: str) -> JsonObject:
+def adapter_config(source: Checkpoint, adapted: Sequence[Adapted], base: str) -> JsonObject:
     """adapter_config.json, as PEFT writes it."""
     first, modules = adapted[0], [one.module for one in adapted]
     other = [one for one in adapted if (one.rank, one.alpha) != (first.rank, first.alpha)]
@@ -213,7 +213,7 @@ def _config(source: Checkpoint, adapted: Sequence[Adapted], base: str) -> JsonOb
     }
 
 
-def _base(source: Checkpoint) -> str:
+def base_name(source: Checkpoint) -> str:
     """What the model was made from, as its config or its record calls it."""
     said = source.config.get("_name_or_path")
     path = Path(source.folder) / "moetool.json"
@@ -223,13 +223,13 @@ def _base(source: Checkpoint) -> str:
     return str(said or "")
 
 
-def _dropped(source: Checkpoint, build: Builder) -> dict[str, str]:
+def left_out(source: Checkpoint, build: Builder) -> dict[str, str]:
     """All that the adapter is not."""
     used = {piece.name for piece in chain.from_iterable(task.inputs for task in build.tasks)}
     return dict.fromkeys((n for n in source.stored if n not in used), DROPPED)
 
 
-def _facts(adapted: Sequence[Adapted], made: Plan) -> ModelFacts:
+def facts_of(adapted: Sequence[Adapted], made: Plan) -> ModelFacts:
     ranks = sorted({one.rank for one in adapted})
     layers = sorted({one.layer for one in adapted})
     count = sum(prod(target.shape) for target in made.targets.values())
@@ -237,7 +237,7 @@ def _facts(adapted: Sequence[Adapted], made: Plan) -> ModelFacts:
     return ModelFacts(groups.MODEL_TYPE, TARGET, tuple(layers), 0, 0, 0, lie, count, count)
 
 
-def _refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:
+def refused(source: Checkpoint, why: str, hint: str = "") -> MoetoolError:
     return MoetoolError(
         f"no adapter of PEFT computes this: {why}",
         file=source.folder,

@@ -46,6 +46,10 @@ class Container:
     config: ClassVar[str] = "config.json"  # the file that makes a folder of these whole
     is_model: ClassVar[bool] = True  # whether it loads by itself, with tokenizer and all
 
+    def folder(self, tensor: str) -> str:
+        """In which folder of an output a tensor of this name lies; the output itself, mostly."""
+        return ""
+
     def lay(self, number: int, count: int, tensors: Sequence[Target], tasks: list[int]) -> Shard:
         """File `number` of `count`, with these tensors."""
         raise NotImplementedError
