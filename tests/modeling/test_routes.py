@@ -98,11 +98,23 @@ def test_generating_is_the_same_with_a_cache(key: str, models: Models, tmp_path:
     cached, whole = (model.generate(IDS[:, :8], use_cache=use, **how) for use in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
     assert apart(torch.stack(cached.logits), torch.stack(whole.logits)) < 1e-5
+    if key in ("pooled", "pooled-hidden", "sequence"):
+        check_padding(model, how, torch.stack(cached.logits))
     if key != "pooled":
         return
     beams = {**how, "num_beams": 2, "output_logits": False}
     one, two = (model.generate(IDS[:, :8], use_cache=use, **beams) for use in (True, False))
     assert torch.equal(one.sequences, two.sequences)
+
+
+def check_padding(model: Any, how: dict[str, Any], wanted: Tensor) -> None:
+    """What stands in the padding changes nothing, nor whether there is any."""
+    other = IDS[:, :8].clone()
+    other[0, :3] = torch.tensor([150, 3, 77])
+    again = model.generate(other, **how)
+    assert apart(torch.stack(again.logits), wanted) < 1e-6
+    alone = model.generate(IDS[:1, 3:8], **{**how, "attention_mask": torch.ones(1, 5).long()})
+    assert apart(torch.stack(alone.logits)[:, 0], wanted[:, 0]) < 1e-5
 
 
 def scores(router: Any, key: str, x: Tensor, heard: Heard) -> Tensor:
