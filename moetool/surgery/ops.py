@@ -126,10 +126,15 @@ def _transpose(call: Call) -> Iterator[Tensor]:
 
 
 def _columns(call: Call) -> Iterator[Tensor]:
-    """Matrices with as many rows, side by side."""
+    """Matrices with as many rows, side by side, each times its factor where such are given."""
     import torch
 
-    yield torch.cat(list(call.inputs), -1)
+    from moetool.kernels import combine
+
+    each = list(call.inputs)
+    if scales := call.params.get("scales"):
+        each = [combine.affine(m, s, 0.0) for m, s in zip(each, scales, strict=True)]
+    yield torch.cat(each, -1)
 
 
 def _turn(call: Call) -> Iterator[Tensor]:

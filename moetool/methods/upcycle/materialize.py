@@ -25,7 +25,7 @@ from moetool.methods.contract import (
 )
 from moetool.methods.field import WHAT
 from moetool.methods.options import Served, option
-from moetool.methods.upcycle import bare, to_hub, to_peft, to_xlora
+from moetool.methods.upcycle import bare, fused, to_hub, to_peft, to_xlora
 from moetool.methods.upcycle.config import config_of
 from moetool.methods.upcycle.experts import write_given
 from moetool.methods.upcycle.held import ACTIVATION, SATURATED, HeldGroup, own
@@ -67,7 +67,23 @@ class Materializing(Served):
         metavar="0.2,0.8[/1,0...]",
     )
 
+    noise: str = option(
+        "",
+        "of experts that the noise level chooses: the level (what the caller would give as `noise`) "
+        "for which they are written, as one wide FFN of the dense family",
+        WHAT,
+        metavar="LEVEL",
+    )
+
     def __post_init__(self) -> None:
+        self.level()
+        if self.noise and self.target != "auto":
+            raise UsageError(
+                "--noise writes the dense family that the model stands on",
+                expected="--noise LEVEL without --target",
+                found=f"--noise {self.noise} --target {self.target}",
+                hint="leave out --target",
+            )
         if self.target != to_peft.TARGET and (self.base or self.request_gates):
             raise UsageError(
                 "--base and --request-gates are of an adapter",
@@ -83,6 +99,21 @@ class Materializing(Served):
                 hint="leave out --for: every client of PEFT reads it, on top of its base",
             )
         self.gates()
+
+    def level(self) -> float:
+        """The noise level. UsageError for what is no number."""
+        try:
+            found = float(self.noise or 0)
+        except ValueError:
+            found = nan
+        if not isfinite(found):
+            raise UsageError(
+                "--noise is no number",
+                expected="a noise level, for example 0.25",
+                found=self.noise,
+                hint="what the caller would give as `noise`",
+            )
+        return found
 
     def gates(self) -> list[list[float]]:
         """The numbers of --request-gates, of all layers or of each. UsageError for what is none."""
@@ -118,6 +149,7 @@ class Materialize(Method):
         "moetool materialize OWN NATIVE --for vllm --dry-run",
         "moetool materialize OWN ADAPTER --target peft --base org/name",
         "moetool materialize CLONES NATIVE --target internlm2_ve",
+        "moetool materialize DENOISERS DENSE --noise 0.25",
     )
     options: Materializing
 
@@ -125,6 +157,8 @@ class Materialize(Method):
         """The experts' output scales, which become part of their down_proj, and of routers whose
         scores go through a sigmoid that only ranks them, by how much they are made smaller.
         """
+        if self.options.noise:
+            return Decisions(chosen=fused.decide(sources[0], self.options.level()))
         if self._twice(sources[0]):
             return to_xlora.decide(sources[0])
         if self.options.target in (to_peft.TARGET, bare.TARGET, *to_hub.names()):
@@ -142,6 +176,9 @@ class Materialize(Method):
 
     def plan(self, sources: Sequence[Checkpoint], decisions: Decisions, settings: Settings) -> Made:
         """Every expert in full; all else moves byte for byte, by the names of the new family."""
+        if self.options.noise:
+            chosen_at = decisions.chosen["noise"]
+            return fused.plan(sources[0], chosen_at, self.options.level(), settings)
         if self.options.target == bare.TARGET:
             return bare.plan(own(sources[0]), settings)
         if self.options.target == to_peft.TARGET:
