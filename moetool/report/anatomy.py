@@ -12,7 +12,6 @@ from moetool.surgery.active import Matching, RoutedLayer
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Matched
-from moetool.surgery.route import COMPARED
 from moetool.surgery.spec import Stored
 from moetool.surgery.text_model import TextModel
 
@@ -89,7 +88,7 @@ def _group(group: Group) -> JsonObject:
         "experts": f"{group.experts} x {group.form}, {group.base}",
         "layers": list(group.layers),
         "route": f"{route.key}, {route.law}, top-{route.top_k}",
-        "note": COMPARED if route.compares(group.choices) else "",
+        "note": route.note(group.choices),
     }
 
 

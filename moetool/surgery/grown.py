@@ -79,9 +79,14 @@ def _router_slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[Gro
     routed = dict.fromkeys([min(group.layers)] if group.once else group.layers, 1)
     router, hidden = f"{block.module}.{group.router}", block.seen(layout.fields["hidden"])
     for tensor in group.router_tensors:
-        shape = [hidden if word == "hidden" else word for word in tensor.shape]
+        shape = [w.replace("hidden", hidden) if hidden else _known(w) for w in tensor.shape]
         role = "router" if tensor.name == "weight" else f"router.{tensor.name}"
         yield GroupSlot(f"{router}.{tensor.name}", [*shape], role, "held", held=routed)
+
+
+def _known(word: str) -> str | None:
+    """A number; nothing where it is as wide as a token, and nothing says how wide that is."""
+    return None if word.endswith("hidden") else word
 
 
 def _slots(layout: Layout, block: FfnBlock, group: Group) -> Iterator[GroupSlot]:

@@ -25,6 +25,10 @@ COMPARED = (
     "experts compare all tokens of a call: what is generated with a cache is computed otherwise "
     "than without, and a sequence beside others otherwise than alone"
 )
+PATCHED = (
+    "the tokens of a patch choose together: what is generated with a cache is computed otherwise "
+    "than without (and beam search needs use_cache=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,18 @@ class Route:
         alone = bool(said.get("auxiliary")) or said.get("capacity", 0) >= choices
         return LAWS[self.law].compares and not alone
 
+    def note(self, choices: int) -> str:
+        """What whoever runs it must know of tokens that depend on others; empty where none does."""
+        if self.compares(choices):
+            return COMPARED
+        return PATCHED if self.options.get("patch") else ""
+
     def tensors(self, choices: int) -> Iterator[RouterTensor]:
         """What a router over so many choices has, shapes in numbers but for `hidden`."""
         scored = choices - LAWS[self.law].rest
         said: JsonObject = {**self.options, "choices": scored, "rows": scored}
         said["seen"] = said.get("width", "hidden")
+        said["patched"] = f"{said['patch']}*hidden" if said.get("patch") else "hidden"
         if said.get("routers") == "each":
             said["rows"] = scored * len(said["allowed"])
         said["rows"] *= said.get("modules", 1)
@@ -62,8 +73,8 @@ class Route:
         more = (RouterTensor("bias", ("rows",), start="zero"),) if self.bias else ()
         for one in (*key.tensors, *more, *LAWS[self.law].tensors):
             if not one.when or said.get(one.when):
-                words = (said["seen"] if w == "seen" else w for w in one.shape)
-                shape = tuple(w if w == "hidden" else _number(str(w), said) for w in words)
+                words = (str(said[w]) if w in ("seen", "patched") else w for w in one.shape)
+                shape = tuple(w if w.endswith("hidden") else _number(w, said) for w in words)
                 yield one._replace(shape=shape)
 
     @property
@@ -115,7 +126,8 @@ class RouterTensor(NamedTuple):
 
     def sides(self, hidden: int) -> tuple[int, ...]:
         """Its shape, where the others are numbers already."""
-        return tuple(hidden if word == "hidden" else int(word) for word in self.shape)
+        parts = (word.rpartition("*") for word in self.shape)
+        return tuple(int(n or 1) * (hidden if w == "hidden" else int(w)) for n, _, w in parts)
 
 
 @dataclass(frozen=True)
@@ -207,7 +219,15 @@ KEYS: Mapping[str, RouteWord] = {
         biased=True,
         hears=True,
     ),
-    "sequence": RouteWord((_WEIGHT,), biased=True, hears=True, beside=("vision",)),
+    # with `patch`, so many tokens one after the other, flattened
+    "sequence": RouteWord(
+        (_WEIGHT._replace(shape=("choices", "patched")),),
+        {},
+        {"patch": int},
+        biased=True,
+        hears=True,
+        beside=("vision",),
+    ),
     "task": RouteWord((_MASKED,), {"allowed": list}, {"routers": ("one", "each")}, hears=True),
     "query": RouteWord(),
     # an MLP of the last hidden states of a pass before, ReLU between its linears (X-LoRA)

@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "gate_noise": ("0.1",),
     "prompt_from": ("7",),
     "prompt_until": ("9",),
+    "patch": ("4",),
     "shared_heads": ("1",),
     "active_heads": ("2",),
     "delta_bits": ("4",),

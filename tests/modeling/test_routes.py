@@ -255,3 +255,43 @@ def test_what_does_not_go_together(
     with pytest.raises(MoetoolError) as raised:
         moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **{**LORA, **options})
     assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
+def test_patches_choose_by_all_of_their_tokens(models: Models, tmp_path: Path) -> None:
+    """Against float64, of a batch padded at the left; token by token with a cache each sees what
+    came before it in its patch; exact at birth and itself when saved.
+    """
+    out = made("sequence", models, tmp_path, patch=4, router_bias=True)
+    model, stock = loaded(out), loaded(models("llama"))
+    assert apart(logits(model, IDS), logits(stock, IDS)) <= 1e-5
+    wild(model)
+    router, x = next(blocks(model)).router, torch.randn(2, 7, HIDDEN)
+    kept = torch.tensor([[0, 0] + [1] * 5, [1] * 7]).bool()
+    at = {n: p.detach().double() for n, p in router.named_parameters()}
+
+    def wanted(row: int, last: int, first: int) -> Tensor:
+        """The scores of a patch that begins at `first`, of what stands up to `last`."""
+        flat = torch.zeros(4, HIDDEN, dtype=torch.float64)
+        flat[: last + 1 - first] = x[row, first : last + 1].double()
+        return at["weight"] @ flat.flatten() + at["bias"]
+
+    with torch.no_grad():
+        whole = router(x.flatten(0, 1), Heard({"kept": kept})).view(2, 7, -1).double()
+        steps = [router(x[:, :4].flatten(0, 1), Heard({"kept": kept[:, :4]})).view(2, 4, -1)]
+        for n in range(4, 7):
+            heard = Heard({"kept": kept[:, n : n + 1]}, fresh=False)
+            steps.append(router(x[:, n], heard).view(2, 1, -1))
+    cached = torch.cat(steps, 1).double()
+    for row, start in ((0, 2), (1, 0)):
+        for n in range(start, 7):
+            first = start + (n - start) // 4 * 4
+            last = min(first + 3, 6)
+            assert apart(whole[row, n], wanted(row, last, first)) < 1e-5
+            seen = min(last, 3) if n < 4 else n
+            assert apart(cached[row, n], wanted(row, seen, first)) < 1e-5
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), IDS), logits(model, IDS))
+    moetool.verify(str(out), against=[str(models("llama"))], load=False)
+    again = {**LORA, "key": "sequence", "patch": 4}
+    told = moetool.upcycle(str(models("llama")), str(tmp_path / "dry"), dry_run=True, **again)
+    assert any("tokens of a patch choose together" in line for line in told["warnings"])

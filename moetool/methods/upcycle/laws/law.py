@@ -16,7 +16,6 @@ from moetool.methods.options import option
 from moetool.methods.upcycle.word import Word
 from moetool.surgery import places
 from moetool.surgery.groups import Group
-from moetool.surgery.route import COMPARED
 
 INSIDE = "inside"  # where experts stand that are parts of the FFN
 
@@ -53,8 +52,9 @@ class RouteLaw(Word):
 
     def warned(self, group: Group) -> Iterator[str]:
         """What whoever runs it must know beforehand."""
-        if group.route.compares(group.choices):
-            yield COMPARED + self.mends
+        route, choices = group.route, group.choices
+        if note := route.note(choices):
+            yield note + (self.mends if route.compares(choices) else "")
 
     def certificate(self, group: Group) -> Certificate:
         """How experts that all start as the FFN, in its place, relate to it."""
