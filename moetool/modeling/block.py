@@ -205,6 +205,16 @@ class Grouped(nn.Module):
         return (_blank, (kind, self.stock), *tuple(super().__reduce_ex__(protocol))[2:])
 
 
+class Deep(Grouped):
+    """A module whose linears may lie deeper. `paths`: where, by their names."""
+
+    paths: Mapping[str, str]
+
+    def __getattr__(self, name: str) -> Any:
+        path = self.__dict__.get("paths", {}).get(name, name)
+        return super().__getattr__(name) if path == name else self.get_submodule(path)
+
+
 class GroupedBlock(Grouped):
     """An FFN's module."""
 

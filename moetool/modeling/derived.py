@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moetool.errors import MoetoolError
 from moetool.modeling import balance, passes, ragged, signals
-from moetool.modeling.block import blocks
+from moetool.modeling.block import Grouped, blocks
 from moetool.modeling.embedded import embedded
 from moetool.modeling.generation import encoding, prepared, taking, told
 from moetool.modeling.install import install
@@ -54,9 +54,20 @@ class Grown(PreTrainedModel):  # type: ignore[misc]
         _admit_training(made)
         return (made, info) if asked else made
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """First values are given as the library's own code gives them, tensor by tensor: it must
+        not leave out a module without tensors of its own, which fills those of others (FalconH1).
+        """
+        return False
+
     def initialize_weights(self) -> None:
-        """Experts and routers too: submodels of the stock class do not know them."""
+        """Experts and routers too: submodels of the stock class do not know them. Nothing where the
+        stock class would look for linears that are gone.
+        """
         for module in self.modules():
+            if isinstance(module, Grouped) and any(g.base == "gone" for g, _ in module.held):
+                module._is_hf_initialized = True  # type: ignore[assignment]
             if isinstance(module, GrownPart) and not getattr(module, "_is_hf_initialized", False):
                 module.reset()
                 module._is_hf_initialized = True  # type: ignore[assignment]

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
-from moetool.modeling.block import GroupedBlock, Linear, Standin, Swapped
+from moetool.modeling.block import Deep, GroupedBlock, Linear, Standin, Swapped
 
 Tensor = torch.Tensor
 
 
-class StepBlock(GroupedBlock):
-    """A layer. `steps`: paths of what runs one after the other before the last linear; `paths`: of
-    the linears, by their names. In the layer's own forward the steps give what they get, and in the
-    place of the last linear the experts run.
+class StepBlock(Deep, GroupedBlock):
+    """A layer. `steps`: paths of what runs one after the other before the last linear. In the
+    layer's own forward the steps give what they get, and in the place of the last linear the
+    experts run.
     """
 
     steps: tuple[str, ...]
-    paths: Mapping[str, str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock layer's."""
@@ -43,10 +42,6 @@ class StepBlock(GroupedBlock):
         module = self.get_submodule(step)
         made: Tensor = swapped(module, inside)(x) if inside else module(x)
         return made
-
-    def __getattr__(self, name: str) -> Any:
-        path = self.__dict__.get("paths", {}).get(name, name)
-        return super().__getattr__(name) if path == name else self.get_submodule(path)
 
 
 def swapped(module: Any, stands: Mapping[str, Any]) -> Swapped:

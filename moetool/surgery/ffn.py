@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from moetool.surgery.layout import Layout
 
 ROLES = ("gate", "up", "gate_up", "fc1", "down", "fc2")
 NORM = "norm"
+TURNED = "turned"  # heads before tokens, in what a norm sees
 LAST = ("down", "fc2", "o", "out", NORM)  # those that give the output of a block
 _WEIGHT = ".weight"
 
@@ -58,6 +60,10 @@ class FfnLinear:
         said = self.slot.shape
         return said if self.rows is None or said is None else [None, *said[1:]]
 
+    def at(self, path: str) -> FfnLinear:
+        """The same, at this path inside its block."""
+        return replace(self, within=path)
+
     def sides(self, shape: Sequence[int]) -> tuple[int, int]:
         """(out, in) of a weight of this shape; of a norm's both are its width."""
         first, second = shape if len(shape) == 2 else (*shape, *shape)
@@ -69,7 +75,9 @@ class FfnBlock:
     """The FFN of a layer. `module`: the template of the module that holds its linears, or the layer
     itself; `inside`: its path inside a layer, where the class has another; `steps`: the modules
     that run before the last linear, where the layer itself runs all; `residual`: whether its
-    forward takes what stands around it too, and adds that.
+    forward takes what stands around it too, and adds that; `mixes`: whether, as an attention, it
+    can have the heads of several beside each other; `heads`: of a norm, whether it sees each head
+    by itself, `tokens` (after the tokens) or `turned` (before them).
     """
 
     module: str
@@ -77,6 +85,8 @@ class FfnBlock:
     inside: str | None = None
     steps: tuple[str, ...] = ()
     residual: bool = False
+    mixes: bool = True
+    heads: str = ""
 
     @classmethod
     def of(cls, layout: Layout) -> FfnBlock:
@@ -118,7 +128,7 @@ class FfnBlock:
             within, lies, *word = tower.linears[role]
             name = f"{head}.{lies}{_WEIGHT}"
             slot = slots.get(name) or Slot(name, [None, None], f"ffn.{role}", "some")
-            bias, run = slots.get(f"{head}.{lies}.bias"), tower.rows.get(role)
+            bias, run = bias_slot(layout.tensors, f"{head}.{lies}.bias"), tower.rows.get(role)
             made = FfnLinear(role, slot, bias, turned, within=within, word="".join(word))
             return made if run is None else replace(made, rows=(run[0], run[1]))
 
@@ -146,6 +156,15 @@ class FfnBlock:
         if not first.whole or first.role == NORM or first.slot.shape is None:
             return hidden
         return first.slot.shape[0 if first.transposed else 1]
+
+
+def bias_slot(slots: Sequence[Slot], name: str) -> Slot | None:
+    """The slot of a bias of this name, in which further numbers may be open (`{i1}`)."""
+    for slot in slots:
+        pattern = re.sub(r"\\\{i\d+\\\}", r"\\d+", re.escape(slot.name))
+        if slot.name.endswith(".bias") and re.fullmatch(pattern, name):
+            return replace(slot, name=name)
+    return None
 
 
 def stands(layout: Layout) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,8 @@ def grown(layout: Layout, groups: Sequence[Group], count: int) -> Layout:
                 more += _router_slots(layout, block, group)
             more += _slots(layout, block, group)
     cls, kept = f"Moe{layout.cls}", without(layout, layout, groups, count)
-    return replace(layout, model_type=MODEL_TYPE, cls=cls, tensors=(*kept, *more))
+    ours = replace(layout, model_type=MODEL_TYPE, base=layout.family, cls=cls)
+    return replace(ours, tensors=(*kept, *more))
 
 
 def without(layout: Layout, tower: Layout, groups: Sequence[Group], count: int) -> tuple[Slot, ...]:

@@ -66,7 +66,8 @@ class Needed(NamedTuple):
 class Layout:
     """One family. Made by `Layout.load`; every key of the data file is a field here, an unknown
     key is an error. `stack`: the module of transformers' class that holds the layers which text
-    goes through, None where there is no plain one.
+    goes through, None where there is no plain one; `base`: the family that a layout with groups of
+    experts stands on.
     """
 
     model_type: str
@@ -83,6 +84,12 @@ class Layout:
     overlay: Overlay = field(default_factory=Overlay)
     towers: tuple[Tower, ...] = ()
     bare: Bare | None = None
+    base: str = ""
+
+    @property
+    def family(self) -> str:
+        """The model type of transformers' class."""
+        return self.base or self.model_type
 
     @classmethod
     def load(cls, model_type: str) -> Layout:

@@ -139,7 +139,8 @@ def _with_groups(at: TextModel, base: JsonObject, held: tuple[Group, ...]) -> Te
         if tower != at:
             found[name] = replace(tower, layout=made, groups=tuple(here))
         layout = replace(layout, tensors=kept)
-    layout = replace(layout, model_type=groups.MODEL_TYPE, cls=f"Moe{layout.cls}")
+    family, cls = layout.family, f"Moe{layout.cls}"
+    layout = replace(layout, model_type=groups.MODEL_TYPE, base=family, cls=cls)
     return replace(at, layout=layout, groups=held, towers=found)
 
 

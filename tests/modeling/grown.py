@@ -21,6 +21,7 @@ from moetool.surgery.groups import Group
 Tensor = torch.Tensor
 IDS = torch.randint(10, 150, (2, 24), generator=torch.Generator().manual_seed(1))
 SMALL = {"num_hidden_layers": 2, "vocab_size": 160, "pad_token_id": 0, "tie_word_embeddings": False}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2}
 # Families that tests/tiny.py has not: class, config
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", {**tiny.COMMON, "head_dim": 16, "sliding_window": 8}),
@@ -34,6 +35,31 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "num_heads": 8,
             "head_dim": 16,
             "n_groups": 2,
+        },
+    ),
+    "exaone4": ("Exaone4ForCausalLM", tiny.COMMON),
+    "apertus": ("ApertusForCausalLM", tiny.COMMON),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {**tiny.COMMON, "head_dim": 16}),
+    "bamba": (
+        "BambaForCausalLM",
+        {**tiny.COMMON, **MAMBA, "mamba_n_groups": 2, "attn_layer_indices": [1, 3]},
+    ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        {**tiny.COMMON, **MAMBA, "mamba_d_ssm": 128, "mamba_n_groups": 2, "head_dim": 16},
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        {
+            **tiny.COMMON,
+            "num_hidden_layers": 4,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "hybrid_layer_ids": [1, 3],
+            "num_mem_blocks": 1,
         },
     ),
     "qwen2_vl": (

@@ -254,7 +254,7 @@ def tails(ground: Ground) -> Iterator[tuple[str, str]]:
 def _attention(ground: Ground) -> Iterator[tuple[str, tuple[FfnLinear, Stored]]]:
     """The projections of attention in all layers, by their tails."""
     for layer in range(ground.count):
-        for linear in words.linears(ground.at.layout, "attention"):
+        for linear, *_ in words.linears(ground.at.layout, "attention"):
             tail = tail_of(ground, linear.slot.name, layer)
             yield tail, (linear, ground.stored(linear, layer))
 

@@ -52,7 +52,7 @@ class Attending:
             return {}
         names = [linear.name for linear in ground.block.linears]
         wide = _norms_over_all(ground)
-        if len(names) != 4 or wide:
+        if len(names) != 4 or wide or not ground.block.mixes:
             raise words.homeless(
                 ground.at.layout,
                 "attention, with mixed outputs",

@@ -52,8 +52,11 @@ class Ground:
         at = tower_of(source.config, named)
         blocks = places.named(where).blocks(at.layout)
         blocks = chosen(blocks, only) if only else blocks
-        count, older = at.field("layers") or 0, words().older_of(at.layout.stem, source.tensors)
-        found = cls(source, at, blocks, site.parse(layers, count), named, older)
+        count = 1 if places.named(where).outside else at.field("layers") or 0
+        meant = site.parse(layers, count)
+        meant = _held(source, at, blocks, meant) if layers == "all" else meant
+        older = words().older_of(at.layout.stem, source.tensors)
+        found = cls(source, at, blocks, meant, named, older)
         for layer in found.layers:
             for linear in chain.from_iterable(block.linears for block in blocks):
                 found.stored(linear, layer)
@@ -169,6 +172,17 @@ class Ground:
     def dropped(self) -> dict[str, str]:
         """What is left out, by name with the reason."""
         return {n: why for n in self.source.tensors if (why := drops(n))}
+
+
+def _held(
+    source: Checkpoint, at: TextModel, blocks: Sequence[FfnBlock], layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Of layers those that have the blocks, where a family has them in some alone; all, where none
+    has.
+    """
+    some = [o.slot.name for b in blocks for o in b.linears if o.slot.layers == "some"]
+    has = (n for n in layers if all(at.name(name, layer=n) in source.tensors for name in some))
+    return tuple(has) or layers
 
 
 @dataclass(frozen=True)

@@ -48,15 +48,17 @@ class _Changing:
         return self.made
 
 
-def surround(block: Grouped, stands: dict[str, Any], around: Sequence[Around]) -> None:
+def surround(
+    block: Grouped, into: Sequence[str], stands: dict[str, Any], around: Sequence[Around]
+) -> None:
     """Put what experts add around what stands for the linears of a block (`stands`, by name), or
-    around its own.
+    around its own; `into`: those that see the block's tokens.
     """
     lie = block.linears
     before, after = ([a for a in around if a.experts.before is at] for at in (True, False))
     if before:
         changing = _Changing(before)
-        for name in lie.into:
+        for name in into:
             stands[name] = _then(changing, stands.get(name) or getattr(block, name))
     if after:
         own = stands.get(lie.out) or getattr(block, lie.out)

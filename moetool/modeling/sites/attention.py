@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moetool.modeling import experts
-from moetool.modeling.block import FfnLinears, Grouped, Picked
+from moetool.modeling.block import Deep, FfnLinears, Grouped, Picked
 from moetool.modeling.experts.adding import AddingExperts
 from moetool.modeling.experts.gate import GateExperts
 from moetool.modeling.sites.around import Around, surround
@@ -28,7 +28,7 @@ from moetool.modeling.step_block import swapped
 from moetool.surgery.groups import Group
 
 
-class GroupedAttention(GroupedProjections):
+class GroupedAttention(Deep, GroupedProjections):
     """An attention module with groups of experts: one at most stands for its projections, others
     add to what goes into these, or to what comes out.
     """
@@ -42,11 +42,17 @@ class GroupedAttention(GroupedProjections):
             if group.base == "beside":
                 around.append(Around(getattr(self, group.name), picked, group.scale))
             else:
-                stands = self._projections(group, picked, x)
-        surround(self, stands, around)
-        return swapped(self, stands)(hidden_states, *args, **kwargs)
+                stands = self.projected(group, picked, x)
+        surround(self, self.own_into, stands, around)
+        paths = {self.paths.get(name, name): one for name, one in stands.items()}
+        return swapped(self, paths)(hidden_states, *args, **kwargs)
 
-    def _projections(self, group: Group, picked: Picked, x: Tensor) -> dict[str, Any]:
+    @property
+    def own_into(self) -> tuple[str, ...]:
+        """The linears that see the module's own tokens."""
+        return self.linears.into
+
+    def projected(self, group: Group, picked: Picked, x: Tensor) -> dict[str, Any]:
         """What stands for projections of the tokens x [tokens, hidden], by name."""
         experts = getattr(self, group.name)
         if isinstance(experts, GateExperts):
@@ -117,7 +123,7 @@ class AttentionSite(GroupSite):
 
     name = "attention"
     kind = GroupedAttention
-    forms = ("full", "gate", "adapter", "film")
+    forms: ClassVar[tuple[str, ...]] = ("full", "gate", "adapter", "film")
     bases = ("member", "gone", "beside")
 
     def experts(self, group: Group, linears: FfnLinears) -> nn.Module:

@@ -41,7 +41,6 @@ class FfnSite(GroupSite):
         super().grow(module, block, groups)
         if isinstance(module, StepBlock):
             module.steps = block.steps
-            module.paths = {linear.name: linear.path for linear in block.linears}
 
 
 def _check_parts(linears: FfnLinears, group: Group) -> None:

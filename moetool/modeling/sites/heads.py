@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetool.modeling.block import Grouped, Swapped
+from moetool.modeling.block import Deep, Grouped
 from moetool.modeling.laws.law import CombineLaw
 from moetool.modeling.sites.site import GroupSite, wrong
+from moetool.modeling.step_block import swapped
 from moetool.surgery.groups import PART, Group
 
 
-class GroupedHeads(Grouped):
+class GroupedHeads(Deep):
     """An attention module whose heads are one group of experts."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -33,8 +34,8 @@ class GroupedHeads(Grouped):
             made: Tensor = getattr(self, out)(heads.view(x.shape))
             return made
 
-        swapped = Swapped(self, {query: queries, out: last})
-        return self.stock.forward(swapped, hidden_states, *args, **kwargs)
+        stands = {self.paths[query]: queries, self.paths[out]: last}
+        return swapped(self, stands)(hidden_states, *args, **kwargs)
 
     def gates(self, group: Group, law: CombineLaw, x: Tensor, queries: Tensor) -> Tensor:
         """The weight of each head [..., heads] for x [..., hidden] and its queries."""

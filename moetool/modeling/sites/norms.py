@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -11,30 +12,46 @@ from torch import Tensor, nn
 from moetool.modeling.block import FfnLinears, Grouped, Swapped
 from moetool.modeling.experts.group import ExpertGroup
 from moetool.modeling.piece import GrownPart
-from moetool.modeling.sites.site import GroupSite
-from moetool.surgery.ffn import FfnBlock
+from moetool.modeling.sites.site import GroupSite, wrong
+from moetool.surgery.ffn import TURNED, FfnBlock
 from moetool.surgery.groups import Group
 from moetool.surgery.strict import Kinds
 
+_TOKENS = 3  # axes of what holds tokens: batch, length, width
+
 
 class GroupedNorm(Grouped):
-    """A norm with one group of experts."""
+    """A norm with one group of experts. `heads`: whether it sees each head of a token by itself
+    (surgery/ffn.py).
+    """
+
+    heads: str = ""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., width] -> the same, each token by the weights of its experts."""
-        group, law = self.held[0]
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        picked = self.picked(group, law, x)
-        made = picked.each(picked.rows(x), partial(self._by, group))
-        return picked.back(picked.weighted(made)).view(hidden_states.shape)
+        if self.heads == TURNED:  # [batch, heads, length, width]
+            return self._each(hidden_states.transpose(1, 2)).transpose(1, 2)
+        return self._each(hidden_states)
 
-    def _by(self, group: Group, choice: int, rows: Tensor) -> Tensor:
-        """The stock norm of rows, with the weights behind a choice; the first are its own."""
-        if choice == 0:
-            return self.stock.forward(self, rows)  # type: ignore[no-any-return]
-        expert = self.get_submodule(group.expert(choice - 1))
-        swapped = Swapped(self, dict(expert.named_parameters()))
-        return self.stock.forward(swapped, rows)  # type: ignore[no-any-return]
+    def _each(self, x: Tensor) -> Tensor:
+        """[batch, length, ..., width], by the experts of each token."""
+        group, law = self.held[0]
+        tokens = x.flatten(-2) if self.heads and x.dim() > _TOKENS else x
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        picked = self.picked(group, law, rows)
+        made = picked.each(picked.rows(rows), partial(self._by, group, x.shape[-1]))
+        return picked.back(picked.weighted(made)).view(x.shape)
+
+    def _by(self, group: Group, width: int, choice: int, rows: Tensor) -> Tensor:
+        """The stock norm of rows, a head's width each, with the weights behind a choice; the first
+        are its own.
+        """
+        heads, run = rows.view(len(rows), -1, width), self
+        if choice:
+            expert = self.get_submodule(group.expert(choice - 1))
+            run = Swapped(self, dict(expert.named_parameters()))  # type: ignore[assignment]
+        made: Tensor = self.stock.forward(run, heads)
+        return made.reshape(rows.shape)
 
 
 class NormWeights(GrownPart):
@@ -77,4 +94,12 @@ class NormsSite(GroupSite):
         return FfnLinears(("",), "", {"": (width, width)}, frozenset(biased))
 
     def experts(self, group: Group, linears: FfnLinears) -> nn.Module:
-        return NormExperts(group, linears)
+        made = NormExperts(group, linears)
+        if group.router_tensors:
+            raise wrong("a router at a norm, of whose weights a token has one set", "none", "one")
+        return made
+
+    def grow(self, module: nn.Module, block: FfnBlock, groups: Sequence[Group]) -> None:
+        super().grow(module, block, groups)
+        assert isinstance(module, GroupedNorm)
+        module.heads = block.heads

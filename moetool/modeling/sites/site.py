@@ -9,7 +9,7 @@ from torch import nn
 
 from moetool.errors import MoetoolError
 from moetool.modeling import experts, laws, routes
-from moetool.modeling.block import FfnLinears, Grouped, grown
+from moetool.modeling.block import Deep, FfnLinears, Grouped, grown
 from moetool.modeling.routes.scorer import Scorer
 from moetool.surgery import places
 from moetool.surgery.ffn import FfnBlock
@@ -33,7 +33,7 @@ class GroupSite:
         """Put groups of this site into a stock model. MoetoolError where the family has no such
         site, or a group names a layer that is not there.
         """
-        place, layers = places.named(self.name), stack(model, layout)
+        place, layers = places.named(self.name), self.layers(model, layout)
         together = dict[str, list[Scorer]]()
         for number in sorted(set().union(*(group.layers for group in groups))):
             if number >= len(layers):
@@ -56,6 +56,10 @@ class GroupSite:
         for first, *others in together.values():
             first.among(1 + len(others))
 
+    def layers(self, model: nn.Module, layout: Layout) -> nn.ModuleList:
+        """The modules that its blocks are in."""
+        return stack(model, layout)
+
     def kind_of(self, block: FfnBlock) -> type[Grouped]:
         """What a module becomes."""
         return self.kind
@@ -72,11 +76,13 @@ class GroupSite:
         assert isinstance(module, Grouped)
         module.linears = linears
         module.held = tuple((group, laws.named(group.route.law)(group.route)) for group in groups)
+        paths = {linear.name: linear.path for linear in block.linears}
+        if isinstance(module, Deep):
+            module.paths = paths
         for group in groups:
             self.check(module, group)
             module.add_module(group.router, routes.named(group.route.key)(group, linears.hidden))
             module.add_module(group.name, self.experts(group, linears))
-        paths = {linear.name: linear.path for linear in block.linears}
         for group in groups:
             for name in filter(group.has, linears.names) if group.base == "gone" else ():
                 head, _, last = paths[name].rpartition(".")
@@ -129,9 +135,8 @@ def has(model: nn.Module, layout: Layout) -> bool:
 
 def _find(model: nn.Module, layout: Layout) -> nn.ModuleList | None:
     """The stack of layers, under a head or without one."""
-    said, head = layout.stack or "", getattr(model, "base_model_prefix", "")
-    inner = said.partition(".")[2]
-    for name in (said, inner, f"{head}.{inner}"):
+    said = layout.stack or ""
+    for name in _paths(model, layout):
         try:
             found = model.get_submodule(name)
         except AttributeError:
@@ -141,6 +146,19 @@ def _find(model: nn.Module, layout: Layout) -> nn.ModuleList | None:
         if name and any(tower.stack == said and tower.single for tower in layout.towers):
             return nn.ModuleList([found])
     return None
+
+
+def _paths(model: nn.Module, layout: Layout) -> tuple[str, ...]:
+    """Where the stack of layers may be."""
+    said, head = layout.stack or "", getattr(model, "base_model_prefix", "")
+    inner = said.partition(".")[2]
+    return said, inner, f"{head}.{inner}"
+
+
+def parent(model: nn.Module, layout: Layout) -> nn.Module:
+    """The module that holds the stack of layers; MoetoolError where it is not there."""
+    layers = stack(model, layout)
+    return next(m for m in model.modules() if any(one is layers for one in m.children()))
 
 
 def stack(model: nn.Module, layout: Layout) -> nn.ModuleList:

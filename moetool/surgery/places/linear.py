@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery.ffn import FfnBlock, FfnLinear
+from moetool.surgery.ffn import FfnBlock
 from moetool.surgery.groups import LINEAR, Group, linear_of
 from moetool.surgery.layout import Layout
 from moetool.surgery.places import words
@@ -19,18 +20,28 @@ class LinearPlace(GroupPlace):
     name = noun = LINEAR
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
-        found = (*words.linears(layout, "attention", mixture=True), *_ffn(layout))
-        # what is added to a linear has no bias of its own
-        alone = (replace(one, bias=None, whole=True) for one in found)
-        return tuple(FfnBlock(one.slot.name.removesuffix(".weight"), (one,)) for one in alone)
+        attention = words.block(layout, "attention", mixture=True)
+        # where experts stand for the FFN already, of the attention alone
+        both = (attention,) if layout.kind == "moe" else (attention, FfnBlock.of(layout))
+        return tuple(chain.from_iterable(map(_each, both)))
 
     def of(self, layout: Layout, group: Group) -> tuple[FfnBlock, ...]:
         return chosen(self.blocks(layout), group.params.get("linears", ()))
 
 
-def _ffn(layout: Layout) -> tuple[FfnLinear, ...]:
-    """Those of the FFN; none where experts stand for it already."""
-    return () if layout.kind == "moe" else FfnBlock.of(layout).linears
+def _each(block: FfnBlock) -> Iterator[FfnBlock]:
+    """The linears of a block, each a block; what is added to one has no bias of its own."""
+    for one in block.linears:
+        if one.rows is not None:
+            raise MoetoolError(
+                "no experts stand at a linear that shares its tensor with another",
+                tensor=one.slot.name,
+                expected="a tensor for each linear",
+                found=f"{one.rows[1]} in one",
+                hint="choose another --site",
+            )
+        alone, name = replace(one, bias=None, whole=True), one.slot.name.removesuffix(".weight")
+        yield FfnBlock(name, (alone,), ".".join(filter(None, (block.within, one.path))))
 
 
 def chosen(blocks: tuple[FfnBlock, ...], names: Sequence[str]) -> tuple[FfnBlock, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moetool.surgery.ffn import FfnBlock
-from moetool.surgery.groups import block_of
 from moetool.surgery.layout import Layout
 from moetool.surgery.places import words
 from moetool.surgery.places.place import GroupPlace
@@ -15,5 +14,4 @@ class MixerPlace(GroupPlace):
     name = noun = "mixer"
 
     def blocks(self, layout: Layout) -> tuple[FfnBlock, ...]:
-        found = words.linears(layout, self.name)
-        return (FfnBlock(block_of(found[0].slot.name), found),)
+        return (words.block(layout, self.name),)

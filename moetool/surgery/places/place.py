@@ -17,6 +17,7 @@ class GroupPlace:
     name: ClassVar[str] = ""
     noun: ClassVar[str] = ""  # what stands there
     alone: ClassVar[bool] = True  # whether a module of it can have one group at most
+    outside: ClassVar[bool] = False  # whether it is beside the stack of layers; it is in layer 0
 
     @classmethod
     def about(cls) -> str:

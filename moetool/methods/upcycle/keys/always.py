@@ -18,7 +18,7 @@ class AlwaysKey(RouteKey):
     name = "always"
     draws = False
     apart = False
-    sites = ("ffn", "attention", LINEAR)
+    sites = ("ffn", "attention", "cross", LINEAR)
     laws = ("hard", "soft")
 
     def told(self, site: str, law: RouteLaw) -> None:

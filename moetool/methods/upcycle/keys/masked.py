@@ -57,7 +57,7 @@ class MaskedKey(RouteKey):
     """Whole copies stand beside the FFN as the first choice, and one expert is usual."""
 
     keeps = True
-    sites: ClassVar[tuple[str, ...]] = ("ffn", "attention", "mixer", "norms")
+    sites: ClassVar[tuple[str, ...]] = ("ffn", "attention", "mixer", "norms", "final_norm")
     top_k = 1
     Options: ClassVar[type] = Masked
     own: Masked

@@ -24,7 +24,7 @@ class TokenKey(RouteKey):
     """Each token by itself: a linear router over what the FFN sees."""
 
     name = ROUTED
-    sites = ("ffn", "attention", "heads", LINEAR)
+    sites = ("ffn", "attention", "cross", "heads", LINEAR)
     Options: ClassVar[type] = TokenRouter
     own: TokenRouter
 

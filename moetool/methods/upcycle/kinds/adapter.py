@@ -63,7 +63,7 @@ class AdapterKind(ExpertKind):
     name = "adapter"
     Options: ClassVar[type] = Bottleneck
     own: Bottleneck
-    sites = ("ffn", "attention")
+    sites = ("ffn", "attention", "cross")
 
     @property
     def stands(self) -> str:

@@ -19,7 +19,7 @@ class FilmKind(ExpertKind):
     """
 
     name = "film"
-    sites = ("ffn", "attention")
+    sites = ("ffn", "attention", "cross")
 
     @property
     def stands(self) -> str:

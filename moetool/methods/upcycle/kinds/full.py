@@ -17,6 +17,7 @@ from moetool.methods.upcycle.diversify import Diversify
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.kind import ExpertKind
 from moetool.methods.upcycle.options import Upcycling
+from moetool.surgery import places
 from moetool.surgery.groups import ACTIVATIONS, FIRST_SITE, MODEL_TYPE, Group
 from moetool.surgery.reform import FORMS, Into
 from moetool.surgery.route import ROUTED
@@ -52,7 +53,7 @@ class FullKind(ExpertKind):
     own: WholeCopies
     takes: ClassVar[tuple[str, ...]] = ("expert_map", "shared", "scale", "trunk", "diversify")
     several = True
-    sites = ("ffn", "attention", "mixer", "norms")
+    sites = ("ffn", "attention", "cross", "mixer", "norms", "final_norm")
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
@@ -145,7 +146,15 @@ class FullKind(ExpertKind):
         return said if own == FAMILY else said | {"activation": own}
 
     def group(self, ground: Ground) -> Group:
-        return replace(super().group(ground), scale=self.factor)
+        made = replace(super().group(ground), scale=self.factor)
+        if made.router_tensors and places.named(made.site).noun == "norm":
+            raise UsageError(
+                "a token has one set of a norm's weights, which no router chooses",
+                expected="one expert for each modality beside text",
+                found=f"--site {made.site} --experts {made.experts} --top-k {made.route.top_k}",
+                hint="for example --experts 1 --top-k 1, or --allowed 100/010/001",
+            )
+        return made
 
     def origin(self, sources: int) -> Sequence[int]:
         """Source of each expert."""
