@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_one_sentence_before_any_work(
         ({"params": {"dim": 8, "groups": 3}}, "a divisor"),
         ({"form": "gate", "base": "member", "params": {"heads": 5}}, "gates on values"),
         ({"form": "gate", "base": "member", "params": {"heads": 2}, "site": "ffn"}, "gate experts"),
-        ({"form": "part", "base": "under", "params": {}, "site": "ffn"}, "part experts"),
+        ({"form": "part", "base": "under", "params": {}, "site": "cross"}, "no place"),
     ],
 )
 def test_a_config_is_read_strictly(
