@@ -180,7 +180,8 @@ def _held(
     """Of layers those that have the blocks, where a family has them in some alone; all, where none
     has.
     """
-    some = [o.slot.name for b in blocks for o in b.linears if o.slot.layers == "some"]
+    every = chain.from_iterable(block.linears for block in blocks)
+    some = [one.slot.name for one in every if one.slot.layers == "some"]
     has = (n for n in layers if all(at.name(name, layer=n) in source.tensors for name in some))
     return tuple(has) or layers
 
