@@ -17,8 +17,8 @@ from moetool.modeling.spans import Span
 
 Tensor = torch.Tensor
 MODALITY, PROMPT, NOISE, TASK = "modality", "prompt", "noise", "task"
-# Those that no caller gives: which tokens are no padding, what goes into the first layer, the ids of
-# tokens and their embeddings, without those of images.
+# Those that no caller gives: which tokens are no padding, what goes into the first layer, the ids
+# of tokens and their embeddings, without those of images.
 KEPT, EMBEDDINGS, IDS, WORDS = "kept", "embeddings", "ids", "words"
 BEFORE = "pass before"
 OF_TEXT = (IDS, WORDS, PROMPT)  # that a route of another tower may look at

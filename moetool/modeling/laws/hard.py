@@ -15,8 +15,8 @@ class HardLaw(CombineLaw):
     """options: straight, how a gradient goes straight through the choice in training, as if the
     weights 0 and 1 were shares of the softmax: to the chosen alone (`chosen`); to all, which run
     for it (`all`: MoH, arXiv 2410.11842); or through what is counted in the balance loss
-    (`balance`: the code of LLaVA-MoLE). Without it the model's loss gives the router no gradient, and the
-    balance loss does. What is computed is the same.
+    (`balance`: the code of LLaVA-MoLE). Without it the model's loss gives the router no gradient,
+    and the balance loss does. What is computed is the same.
     """
 
     name: ClassVar[str] = "hard"

@@ -18,16 +18,16 @@ class SequenceRouter(TokenRouter):
 
     patch: int = option(
         0,
-        "so many tokens, one after the other, choose together, by all of them beside each other; 0: "
-        "the first token for all of the sequence",
+        "so many tokens, one after the other, choose together, by all of them beside each other; "
+        "0: the first token for all of the sequence",
         minimum=0,
     )
 
 
 class SequenceKey(RouteKey):
     """The first token of a sequence, as [CLS] is: what the FFN or the attention sees of it chooses
-    experts for all of the sequence; with --patch each run of so many tokens chooses for itself (UoE,
-    arXiv 2503.02495), whose first tokens see its last ones: not causal.
+    experts for all of the sequence; with --patch each run of so many tokens chooses for itself
+    (UoE, arXiv 2503.02495), whose first tokens see its last ones: not causal.
     """
 
     name = "sequence"
