@@ -28,6 +28,7 @@ BATTERIES: dict[str, tuple[str, ...]] = {
     "every/test_reductions.py::test_merge_methods": ("qwen3_moe", "deepseek_v3"),
     "every/test_reductions.py::test_prune": FAMILIES,
     "every/test_reductions.py::test_prune_methods": ("qwen3_moe", "gpt_oss"),
+    "modeling/test_calibration.py::test_extended_models": ("mixtral",),
     "modeling/test_interop.py::test_peft_trains_the_attention_and_saves": ("lora",),
     "modeling/test_qlora.py::test_groups_stand_over_a_base_in_four_bits": ("lora",),
     "modeling/test_towers.py::test_exact_at_birth_and_what_experts_in_full_would_compute": (

@@ -95,7 +95,8 @@ def _walked(
     from moetool.forward.whole import WholeModel
     from moetool.surgery.text_model import text_model
 
-    kind = WholeModel if text_model(checkpoint.config).groups else Walk
+    at = text_model(checkpoint.config)
+    kind = WholeModel if at.groups or at.calibration else Walk
     walk = kind(checkpoint, batches, budget, tell=tell, stop=stop, name=f"eval {name}")
     walk.run()
     return walk

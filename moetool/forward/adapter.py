@@ -54,9 +54,10 @@ class Shell:
         from torch import nn
 
         at = text_model(self.source.config)
-        if at.groups:
+        if at.groups or at.calibration:
+            what = "groups of experts" if at.groups else "routers whose weights are corrected"
             raise MoetoolError(
-                "text cannot be sent layer by layer through groups of experts yet",
+                f"text cannot be sent layer by layer through {what} yet",
                 file=self.source.folder,
                 expected="a model of a stock class",
                 hint="`moetool materialize` writes one; `import moetool` runs this one whole",

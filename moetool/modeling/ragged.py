@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moetool.modeling import balance
+from moetool.modeling import balance, calibration
 from moetool.modeling.sites.site import stack
-from moetool.surgery import groups
+from moetool.surgery import calibrated, groups
 from moetool.surgery.layout import Layout
 from moetool.surgery.text_model import text_model
 
@@ -27,7 +27,7 @@ def rebuild(model: Any) -> None:
     """
     if not groups.is_ragged({groups.MODEL_TYPE: model.config.moetool}):
         return
-    at = text_model(model.config.to_dict())
+    at = text_model(model.config.to_dict() | {groups.MODEL_TYPE: model.config.moetool})
     text, layers = model.config, stack(model, at.layout)
     for part in at.path:
         text = getattr(text, part)
@@ -39,6 +39,11 @@ def rebuild(model: Any) -> None:
         for module in made.modules():
             if getattr(module, "config", None) is own:
                 module.config = text  # what is set on the model later is set on all of it
+    if at.calibration:
+        name = calibrated.stem(at.layout).rpartition(".")[2]
+        field = at.layout.fields.get("renorm", "")
+        known = at.layout.overlay.law.renorm == "always" or bool(at.text.get(field))
+        calibration.attach(layers, at.calibration, name=name, renormalises=known)
 
 
 def scored(model: Any, run: Run, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moetool.errors import MoetoolError
+from moetool.surgery import calibrated
 from moetool.surgery.family import Slot
 from moetool.surgery.layout import words
 from moetool.surgery.spec import Piece, Stored, rows, whole
@@ -129,6 +130,7 @@ class Finder:
         if (
             found is None
             or found.layer is None
+            or found.slot.role == calibrated.ROLE  # nobody cuts one: reduce/decide.py
             or found.slot.role in ("shared.gate", "shared.up", "shared.down")
         ):
             return None

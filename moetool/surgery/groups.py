@@ -27,7 +27,7 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, did_you_mean
-from moetool.surgery import strict
+from moetool.surgery import calibrated, strict
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import KEYS, Route, RouterTensor, reached
 
@@ -135,9 +135,12 @@ def config_of(base: JsonObject, groups: tuple[Group, ...]) -> JsonObject:
     return _config(base, said, _TRAINED)
 
 
-def ragged_config(base: JsonObject) -> JsonObject:
-    """The config of a mixture of experts whose layers have numbers of their own."""
-    return _config(base, {"version": VERSION, "ragged": True}, {})
+def ragged_config(base: JsonObject, held: calibrated.Calibration | None = None) -> JsonObject:
+    """The config of a mixture of experts whose layers have numbers of their own, or routers whose
+    weights are corrected.
+    """
+    said: JsonObject = {"version": VERSION, "ragged": True}
+    return _config(base, said | ({calibrated.NAME: held.as_json()} if held else {}), {})
 
 
 def _config(base: JsonObject, said: JsonObject, added: JsonObject) -> JsonObject:
@@ -197,7 +200,9 @@ def read(config: JsonObject) -> tuple[Group, ...]:
         )
     if said.get("version") is True or said.get("version") != VERSION:
         raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
-    _known(said, ("version", "groups", "ragged"), "moetool")
+    _known(said, ("version", "groups", "ragged", calibrated.NAME), "moetool")
+    if calibrated.of(config) and not is_ragged(config):
+        raise _wrong("calibration of routers beside groups", "a native mixture", said)
     if config.get(RUNS, MODEL_TYPE) not in (MODEL_TYPE, None):
         raise _wrong(f"`{RUNS}` is not moetool's", MODEL_TYPE, config[RUNS])
     if type(said.get("ragged", False)) is not bool:

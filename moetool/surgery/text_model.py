@@ -12,7 +12,8 @@ from typing import Any
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
-from moetool.surgery import classes, groups, grown, ragged, towers
+from moetool.surgery import calibrated, classes, groups, grown, ragged, towers
+from moetool.surgery.calibrated import Calibration
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -30,6 +31,7 @@ class TextModel:
     path: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()  # of experts that no stock class holds
     towers: Mapping[str, TextModel] = field(default_factory=dict)  # others, with groups of theirs
+    calibration: Calibration | None = None  # of its routers' weights
 
     def of(self, group: Group) -> TextModel:
         """Where a group stands."""
@@ -73,6 +75,8 @@ class TextModel:
         """{layer: experts} of the layers that hold another number than the config says for all, in
         a ragged model. MoetoolError where the config says it wrongly.
         """
+        if self.calibration and ragged.KEY not in self.text:
+            return {}  # all hold as many
         own, aliases = self.layout.fields.get("experts", ""), self.layout.aliases
         names = [own, *(alias for alias, real in aliases.items() if real == own)]
         known = names if self.layout.kind == "moe" else []
@@ -122,8 +126,16 @@ def text_model(config: JsonObject) -> TextModel:
     held, base = groups.read(config), groups.base_of(config)
     at = _native(base)
     if groups.is_ragged(config):
+        at = _calibrated(at, calibrated.of(config))
         at.own_counts()  # refuses what it cannot hold
     return _with_groups(at, base, held) if held else at
+
+
+def _calibrated(at: TextModel, held: Calibration | None) -> TextModel:
+    if held is None:
+        return at
+    made = calibrated.grown(at.layout, held, at.layout.moe_layers(at.config))
+    return replace(at, layout=made, calibration=held)
 
 
 def _with_groups(at: TextModel, base: JsonObject, held: tuple[Group, ...]) -> TextModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Certificate
 from moetool.methods.extend.choose import Copies
@@ -9,9 +10,13 @@ from moetool.methods.reduce.cut import NEVER, Cutter
 from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Writing
+from moetool.surgery import calibrated, groups, shim
+from moetool.surgery.calibrated import INTO, NAME, OUT, Calibration
 from moetool.surgery.counted import Counted
 from moetool.surgery.experts import Mixture
-from moetool.surgery.spec import Piece
+from moetool.surgery.spec import FLOATS, Piece, whole
+
+STD = 0.02  # of the first weights of what corrects a router
 
 
 def decided(mixture: Mixture, copies: Copies) -> Decided:
@@ -26,9 +31,33 @@ class Extender(Cutter):
     `router`: copy or never (extend/options.py).
     """
 
-    def __init__(self, writing: Writing, router: str) -> None:
+    def __init__(self, writing: Writing, router: str, held: Calibration | None = None) -> None:
         super().__init__(writing, "ragged", "centroid", None)
-        self.never = router == "never"
+        self.never, self.held = router == "never", held
+
+    def _config(self) -> JsonObject:
+        made = super()._config()
+        if self.held is None:
+            return made
+        base = groups.base_of(made) if groups.is_ours(made) else made
+        return groups.ragged_config(base, self.held) | {"auto_map": dict(shim.AUTO_MAP)}
+
+    def _layer(self, number: int) -> None:
+        super()._layer(number)
+        router = self.mixture.side(number, "router")
+        if self.held is None or number not in self.held.layers or router is None:
+            return
+        stem = router.stored.name.removesuffix(".weight")
+        count, width = self.decided.layers[number].count, self.held.width
+        shapes = {INTO: (width, count), OUT: (count, width)}
+        for part, shape in shapes.items():
+            name = f"{stem}.{NAME}.{part}"
+            out = whole(self.build.target(name, router.stored.dtype, shape))
+            if part == OUT:  # zero at birth
+                self.build.task("zeros", (), (out,))
+            else:
+                how = {"law": "normal", "sigma": STD, "seed": self.writing.settings.seed}
+                self.build.task("draw", (), (out,), **how, repeat=1, name=name)
 
     def _entry(self, c: Counted, decision: Decision, group: int, out: Piece) -> None:
         """A copy's router row is its expert's; its bias, too, or one that nothing overcomes."""
@@ -51,6 +80,30 @@ def check_router(mixture: Mixture, copies: Copies, router: str) -> None:
             tensor=f"layer {bare[0]}",
             expected="a selection bias (DeepSeek-V3, GLM-4.5) or one in the logits (gpt-oss)",
             hint="--router copy, and measure: --text FILE",
+        )
+
+
+def calibration(mixture: Mixture, copies: Copies, width: int) -> Calibration | None:
+    """What corrects the routers of the layers that get copies; None for none."""
+    layers = tuple(sorted(set(copies.layers) & set(mixture.layers)))
+    return Calibration(layers, width) if width and layers else None
+
+
+def check_calibration(mixture: Mixture, width: int) -> None:
+    """Refuse it where no router can have one, from headers alone."""
+    if not width:
+        return
+    why = calibrated.why_not(mixture.layout)
+    routers = [mixture.side(n, "router") for n in mixture.layers]
+    plain = all(
+        r and r.stored.dtype in FLOATS and r.stored.name.endswith(".weight") for r in routers
+    )
+    if why or not plain:
+        raise UsageError(
+            f"--calibration corrects shares of a softmax, and {why or 'this router has none'}",
+            expected="Mixtral, Qwen-MoE, OLMoE and others that route by a softmax alone",
+            found=mixture.layout.model_type,
+            hint="leave out --calibration",
         )
 
 

@@ -36,6 +36,7 @@ class Extended:
     experts_before: int
     experts: int | list[int]
     copies: Mapping[int, tuple[int, ...]]
+    calibration: int
     scores: Mapping[int, float] = field(default_factory=dict)
     data: TextSeen | None = None
 
@@ -50,6 +51,7 @@ class Extended:
     def as_json(self) -> JsonObject:
         """The keys that stand in the report; what was not looked for is left out."""
         plain = ("target_type", "top_k", "expert_width", "layout", "counts", "router")
+        corrected = {"calibration": self.calibration} if self.calibration else {}
         said = {name: getattr(self, name) for name in (*plain, "experts_before", "experts")}
         seen = {
             "scores": {str(n): float(f"{s:.6g}") for n, s in sorted(self.scores.items())},
@@ -61,6 +63,7 @@ class Extended:
             **said,
             **{f.name: getattr(self.sizes, f.name) for f in fields(self.sizes)},
             "copies": {str(n): list(e) for n, e in sorted(self.copies.items())},
+            **corrected,
             **{k: v for k, v in seen.items() if v},
         }
 
@@ -80,6 +83,16 @@ class Extended:
         return [
             Line("extend", f"{self.counted} of {self.model_type}"),
             Line("copied", f"experts by layer {', '.join(each[:SHOWN])}{more}; with {rows}"),
+            *(
+                [
+                    Line(
+                        "calibration",
+                        f"{self.calibration} neurons a router correct its weights, zero at birth: train them with the copies",
+                    )
+                ]
+                if self.calibration
+                else []
+            ),
             Line("parameters", runs),
         ]
 
@@ -101,6 +114,7 @@ def of(writing: Writing, copies: Copies, cutter: Extender, plan: Plan, seen: Usa
         experts_before=mixture.experts,
         experts=counts[0] if len(counts) == 1 else counts,
         copies=copies.layers,
+        calibration=cutter.held.width if cutter.held else 0,
         scores=seen.scores,
         data=seen.evidence.data,
     )

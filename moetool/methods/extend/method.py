@@ -46,10 +46,11 @@ class Extend(Method):
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Which experts are copied, in which layers."""
-        from moetool.methods.extend import choose, look
+        from moetool.methods.extend import choose, cut, look
         from moetool.methods.reduce.decide import mixture_of
 
         mixture = mixture_of(sources[0])
+        cut.check_calibration(mixture, self.options.calibration)
         seen = look.look(mixture, self.options, settings)
         copies = choose.choose(mixture, self.options, seen)
         return look.Used(memory=seen.evidence.memory, chosen=copies.as_json(), seen=seen)
@@ -68,7 +69,8 @@ class Extend(Method):
         copies.check(mixture)
         cut.check_router(mixture, copies, router)
         writing = Writing(mixture, cut.decided(mixture, copies), {}, (), settings)
-        cutter = cut.Extender(writing, router)
+        held = cut.calibration(mixture, copies, self.options.calibration)
+        cutter = cut.Extender(writing, router, held)
         plan = cutter.plan(self.options.form)
         seen = decisions.seen if isinstance(decisions, Used) else Usage()
         return Made(

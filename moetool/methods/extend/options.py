@@ -48,6 +48,15 @@ class Copying:
         WHAT,
         choices=ROUTERS,
     )
+    calibration: int = option(
+        0,
+        "neurons of a small network beside the router of each layer that gets copies, which corrects "
+        "the weights of the chosen experts (MoExtend: 16); zero at birth, to be trained with the "
+        "copies; model type moetool (0: none)",
+        WHAT,
+        minimum=0,
+        unit="neurons",
+    )
     before: str = option(
         "",
         "a profile of before (the routing on the old text, or before the routers were trained): "

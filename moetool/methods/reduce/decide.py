@@ -328,6 +328,13 @@ def _leave(asked: Asked, made: Decided) -> bool:
 def mixture_of(source: Checkpoint) -> Mixture:
     """The experts of a model whose layers all hold as many; MoetoolError for another."""
     mixture = Mixture.of(source)
+    if mixture.text_model.calibration:
+        raise MoetoolError(
+            "the routers of this model have networks that correct their weights, of as many experts",
+            file=source.folder,
+            expected="a model whose routers are one matrix a layer",
+            hint="cut or extend the model it was made from",
+        )
     uneven = [n for n in mixture.layers if mixture.count_in(n) != mixture.experts]
     if uneven:
         raise MoetoolError(

@@ -49,11 +49,12 @@ class HeldGroup:
         at = text_model(own(source).config)
         if not at.groups:
             raise MoetoolError(
-                "the layers of this model hold different numbers of experts",
+                "no stock class has layers of different numbers of experts, or corrected routers",
                 file=source.folder,
-                expected="a class that has layers like that",
-                found="none: stock classes build every layer alike",
-                hint="cut the model it was made from with --uneven zeroed, which loads everywhere",
+                expected="groups of experts",
+                found="a mixture of experts of its own class but for that",
+                hint="make it again of the model it was made from: prune and merge with --uneven "
+                "zeroed, extend with --layers all and without --calibration",
             )
         left = tuple(filter(bare.adds_nothing, at.groups))
         group = _only(source, [one for one in at.groups if one not in left])

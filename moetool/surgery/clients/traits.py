@@ -70,7 +70,7 @@ def traits(
     except MoetoolError:
         return Traits(family, folder=folder)
     ours = groups.is_ours(config)
-    family = RAGGED if ours and not at.groups else family
+    family = RAGGED if ours and not (at.groups or at.calibration) else family
     own = _inside(config, at.path)
     lie = "own" if container else _lie(at, tuple(names))
     seen = Looked(at, at.text, own, lie, _turned(at, names))
