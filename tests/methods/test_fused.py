@@ -29,22 +29,21 @@ def trained(source: Path, folder: Path, **options: Any) -> Path:
     return folder / "moe"
 
 
-@pytest.mark.parametrize("level", [-0.8, 0.3])
 @pytest.mark.parametrize(
-    ("family", "options", "width"),
+    ("family", "options", "width", "level"),
     [
-        ("llama", {"top_k": 2}, 256),
-        ("llama", {"top_k": 3, "law": "softmax"}, 384),
-        ("gemma2", {"top_k": 1, "law": "hard"}, 128),
-        ("gpt_neox", {"law": "soft"}, 512),
-        ("starcoder2", {"top_k": 2}, 256),
+        ("llama", {"top_k": 2}, 256, -0.8),
+        ("llama", {"top_k": 3, "law": "softmax"}, 384, 0.3),
+        ("gemma2", {"top_k": 1, "law": "hard"}, 128, 1.0),
+        ("gpt_neox", {"law": "soft"}, 512, -0.8),
+        ("starcoder2", {"top_k": 2}, 256, 0.3),
     ],
 )
 def test_as_the_model_at_that_level(
-    level: float,
     family: str,
     options: dict[str, Any],
     width: int,
+    level: float,
     models: Models,
     tmp_path: Path,
 ) -> None:
