@@ -189,6 +189,62 @@ def test_a_folder_of_x_lora(models: Models, tmp_path: Path) -> None:
     assert (made / "0" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_of_x_lora_is_read(name: str, models: Models, tmp_path: Path) -> None:
+    """What it was written from, also with the classifier's first linear where PEFT 0.21 leaves it,
+    and its linears where dropout stands between them.
+    """
+    source, made = models("llama"), tmp_path / "made"
+    own, again = trained(source, tmp_path / "own", **CASES[name]), tmp_path / "again"
+    moetool.materialize(str(own), str(made), target="peft")
+    classifier = made / "adapter_model.safetensors"
+    stem = "base_model.internal_xlora_classifier.layers"
+    held = {n.split(".")[-2]: n for n in load_file(classifier) if n.endswith("weight")}
+    moved = {old: str(int(old) // 2 * 3) for old in held}  # linear, ReLU, dropout
+    old, new, first = load_file(classifier), {}, {}
+    for what, tensor in old.items():
+        _, number, kind = what.rsplit(".", 2)
+        (new if number != "0" else first)[f"{stem}.{moved[number]}.{kind}"] = tensor
+    save_file(new, classifier)
+    inside = made / "0" / "adapter_model.safetensors"
+    spare = {f"{stem}.{n.rpartition('.')[2]}": t for n, t in first.items()}
+    save_file(load_file(inside) | spare, inside)
+    config = json.loads((made / "adapter_config.json").read_text())
+    (made / "adapter_config.json").write_text(json.dumps(config | {"xlora_dropout_p": 0.2}))
+    layers = {"layers": CASES[name].get("layers", "all")}
+    asked = {"form": "lora", "site": "linear", "key": "twopass", "experts": 2, **layers}
+    moetool.upcycle(str(source), str(again), from_adapters=[str(made)], **asked)
+    assert apart(logits(loaded(again), IDS), logits(loaded(own), IDS)) < 1e-6
+    moetool.verify(str(again), against=[str(source)], load=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ({}, {"key": "token"}, "which looks at a pass before"),
+        ({}, {"classifier_depth": 2}, "says itself what its classifier is"),
+        ({"enable_softmax": False}, {}, "X-LoRA with enable_softmax"),
+        ({"top_k_lora": 1}, {}, "X-LoRA with top_k_lora"),
+        ({"adapters": {"a": "0", "b": "1"}}, {}, "other names than 0, 1"),
+        ({"xlora_depth": 2}, {}, "a linear of the classifier is missing"),
+        ({}, {"experts": 3}, "--experts 2"),
+        ({"layerwise_scalings": True}, {}, "a classifier of other linears"),
+    ],
+)
+def test_folders_of_x_lora_that_do_not_fit(
+    config: dict[str, Any], options: dict[str, Any], said: str, models: Models, tmp_path: Path
+) -> None:
+    source, made = models("llama"), tmp_path / "made"
+    moetool.upcycle(str(source), str(tmp_path / "own"), **LORA)
+    moetool.materialize(str(tmp_path / "own"), str(made), target="peft")
+    told = json.loads((made / "adapter_config.json").read_text())
+    (made / "adapter_config.json").write_text(json.dumps(told | config))
+    asked = {"form": "lora", "site": "linear", "key": "twopass", "experts": 2} | options
+    with pytest.raises((MoetoolError, UsageError)) as raised:
+        moetool.upcycle(str(source), str(tmp_path / "out"), from_adapters=[str(made)], **asked)
+    assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_peft_computes_the_same(name: str, models: Models, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_CLASSIFIER = "internal_xlora_classifier"
 _PART = re.compile(r"(.+)\.(lora_[AB])((?:\.default)?\.weight)")
 _EXPERT = re.compile(r"(.*?)(?:\.experts\.(\d+))?")
 # What an adapter may say that a low-rank expert cannot hold: key -> what is harmless.
@@ -91,6 +92,8 @@ def read(folder: str, number: int, ground: Ground, how: AdaptersRead) -> Adapter
     weights = _weights(path, number, how.work)
     found, router = _Found(folder, ground, weights, how.merge), ""
     for name in weights.tensors:
+        if _CLASSIFIER in name:  # PEFT saves X-LoRA's with each adapter too
+            continue
         if name.endswith(".moe_gate.weight"):
             router = re.sub(r"(?<=\.)\d+(?=\.)", "{layer}", name, count=1)
         else:

@@ -289,7 +289,7 @@ def _own(ground: Ground, group: Group) -> set[str]:
 
 def _router(build: Builder, kind: ExpertKind, spot: Spot) -> None:
     """The router of a layer, as --router says it starts."""
-    if spot.group.once and not spot.first:
+    if (spot.group.once and not spot.first) or kind.routed(build, spot):
         return
     given = kind.router(build, spot)
     if given is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moetool.data import JsonObject
 from moetool.methods.contract import Builder, Certificate, Decisions, Made
 from moetool.methods.upcycle import to_peft
+from moetool.methods.upcycle.xlora import HEAD, KIND, registered
 from moetool.surgery import groups, places
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.companions import ADAPTER
@@ -23,8 +24,7 @@ from moetool.surgery.text_model import TextModel, text_model
 if TYPE_CHECKING:
     from moetool.surgery.groups import Group
 
-KIND, ORDER = "XLORA", "order"
-HEAD = "base_model.internal_xlora_classifier.layers"
+ORDER = "order"
 STEP = 2  # from a linear of the classifier to the next one: between them lies its activation
 _WIDTH = 2048  # that PEFT says where there is none
 
@@ -41,10 +41,7 @@ def decide(source: Checkpoint) -> Decisions:
     (group, *_) = text_model(source.config).groups
     if not group.route.options.get("modules"):
         return Decisions()
-    from moetool.forward import stock
-
-    model = stock.empty_model(groups.base_of(source.config), source.folder)
-    return Decisions(chosen={ORDER: [name for name, _ in model.named_modules()]})
+    return Decisions(chosen={ORDER: registered(groups.base_of(source.config), source.folder)})
 
 
 def plan(source: Checkpoint, base: str, order: Sequence[str]) -> Made:

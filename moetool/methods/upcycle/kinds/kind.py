@@ -235,6 +235,10 @@ class ExpertKind(Word):
         """Plan a tensor of SRC that is not copied as it lies; whether it is one."""
         return False
 
+    def routed(self, build: Builder, spot: Spot) -> bool:
+        """Plan all of a router that is there already; whether it is."""
+        return False
+
     def router(self, build: Builder, spot: Spot) -> Piece | None:
         """Where the router of a layer lies that is there already."""
         return None

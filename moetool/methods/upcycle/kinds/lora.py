@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import ClassVar
 
@@ -12,14 +12,15 @@ from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.field import WHAT
 from moetool.methods.options import option
-from moetool.methods.upcycle import adapters
+from moetool.methods.upcycle import adapters, xlora
 from moetool.methods.upcycle.adapters import Adapter, LowRankExpert
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.kinds.changed import ChangeKind, OneLinear, changes, looked
+from moetool.methods.upcycle.xlora import XLoraFolder
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.groups import LINEAR, LINEARWISE, Group, linear_of
 from moetool.surgery.reform import Into
-from moetool.surgery.route import ROUTED
+from moetool.surgery.route import ROUTED, TWOPASS
 from moetool.surgery.spec import Piece, whole
 
 PARTS = ("lora_A", "lora_B")
@@ -36,8 +37,8 @@ class LowRank:
     )
     from_adapters: tuple[str, ...] = option(
         (),
-        "a folder of a PEFT adapter that becomes an expert, or of MixLoRA that becomes all; "
-        "repeat it",
+        "a folder of a PEFT adapter that becomes an expert, or of MixLoRA or X-LoRA that becomes "
+        "all; repeat it",
         WHAT,
         unit="files",
         metavar="DIR",
@@ -154,8 +155,30 @@ class LowRankKind(ChangeKind):
         if not given:
             return _changes(grounds, self.own, settings)
         how = adapters.AdaptersRead(settings.work, self.own.merge_attention)
-        read = [adapters.read(folder, n, grounds[0], how) for n, folder in enumerate(given)]
-        return self._adapted(read, grounds[0])
+        twice = XLoraFolder.read(given)
+        if twice is not None and self.key.name != TWOPASS:
+            raise UsageError(
+                "a folder of X-LoRA has a classifier, which looks at a pass before",
+                file=given[0],
+                expected=f"--site {LINEAR} --key {TWOPASS}",
+                found=f"--key {self.key.name}",
+                hint="its adapters alone are folders in it: give these with another key",
+            )
+        if twice is not None and (self.key.own, self.combine.own) != (
+            self.key.Options(),
+            self.combine.Options(),
+        ):
+            raise UsageError(
+                "a folder of X-LoRA says itself what its classifier is",
+                file=given[0],
+                expected=f"--key {TWOPASS} without options of its own, or of the law",
+                found="others",
+                hint="leave them out",
+            )
+        folders = [*twice.adapters.values()] if twice else given
+        read = [adapters.read(folder, n, grounds[0], how) for n, folder in enumerate(folders)]
+        made = self._adapted(read, grounds[0])
+        return twice.decided(made, grounds[0], read[0].targets) if twice else made
 
     def _adapted(self, read: Sequence[Adapter], ground: Ground) -> Decisions:
         """What the plan must know of adapters, which do not travel with the output."""
@@ -233,6 +256,15 @@ class LowRankKind(ChangeKind):
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(self.found.chosen.get("linears", super().linears))
+
+    def group(self, ground: Ground) -> Group:
+        made, said = super().group(ground), self.found.chosen.get("route")
+        return made if said is None else replace(made, route=replace(made.route, options=said))
+
+    def routed(self, build: Builder, spot: Spot) -> bool:
+        if "classifier" in self.found.chosen:
+            xlora.write(build, spot, self.found.chosen, self.found.extra)
+        return "classifier" in self.found.chosen
 
     def router(self, build: Builder, spot: Spot) -> Piece | None:
         template = self.found.chosen.get("router")
