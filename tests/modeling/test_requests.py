@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from methods.test_to_peft import IDS as PEFT_IDS
+from methods.test_to_peft import merged as merged_by_peft
 from modeling.grown import IDS, apart
 from modeling.test_other_experts import loaded, logits, shaken
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -113,6 +116,25 @@ def test_exact_at_birth_and_the_same_with_a_cache(awaker: Path, models: Models) 
         alone = model.generate(REQUEST[row : row + 1, kept], **mine)
         assert torch.equal(alone.sequences[0, -4:], cached.sequences[row, -4:])
         assert apart(torch.stack(alone.logits)[:, 0], torch.stack(cached.logits)[:, row]) < 1e-4
+
+
+def test_a_request_is_an_adapter(awaker: Path, models: Models, tmp_path: Path) -> None:
+    """With the weights that are said, at o and in the FFN; q, k and v have theirs always."""
+    wild(awaker).save_pretrained(tmp_path / "own")
+    gates = (0.5, 0.0, 0.0, 0.0, 0.25)
+    said = ",".join(map(str, gates))
+    how = {"target": "peft", "request_gates": said}
+    moetool.materialize(str(tmp_path / "own"), str(tmp_path / "adapter"), **how)
+    held, stock = load_file(tmp_path / "own" / "model.safetensors"), loaded(models("llama"))
+    for name in (n for n in held if n.endswith("lora_A")):
+        stem, _, tail = name.removesuffix(".lora_A").partition(".experts")
+        number, _, linear = tail.partition(".")[2].partition(".")
+        weight = 1.0 if stem.endswith(("q_proj", "k_proj", "v_proj")) else gates[int(number)]
+        change = held[name.replace("lora_A", "lora_B")] @ held[name] * 2
+        stock.get_submodule(f"{stem}.{linear}".rstrip(".")).weight.data += weight * change
+    assert (
+        apart(merged_by_peft(models("llama"), tmp_path / "adapter"), logits(stock, PEFT_IDS)) < 1e-5
+    )
 
 
 def test_spans() -> None:

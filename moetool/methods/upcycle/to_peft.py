@@ -77,10 +77,13 @@ class Adapted:
 def plan(source: Checkpoint, base: str, gates: Gates) -> Made:
     """The adapter. MoetoolError, with the reason, for groups that are no fixed change of linears.
     `base`: what it calls its base; `gates`: weights of the experts for one request, of all layers
-    or a row for each.
+    or a row for each, of every group that has several.
     """
     at = text_model(source.config)
-    adapted = [*chain.from_iterable(linears_of(source, at, g, gates) for g in at.groups)]
+    several = any(group.experts > 1 for group in at.groups)
+    own = [() if several and group.experts == 1 else gates for group in at.groups]
+    each = zip(at.groups, own, strict=True)
+    adapted = [*chain.from_iterable(linears_of(source, at, g, mine) for g, mine in each)]
     modules = [one.module for one in adapted]
     if len(set(modules)) != len(modules):
         raise refused(source, "two groups change the same linear, each by itself")

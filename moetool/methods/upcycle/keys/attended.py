@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from moetool.data import JsonObject
-from moetool.errors import UsageError
 from moetool.methods.upcycle.ground import Ground
 from moetool.methods.upcycle.keys.key import RouteKey
-from moetool.surgery.layout import words
+from moetool.methods.upcycle.keys.modality import image_token
 
 
 class AttendedKey(RouteKey):
@@ -19,17 +18,4 @@ class AttendedKey(RouteKey):
     apart = False
 
     def options(self, ground: Ground, choices: int, top_k: int) -> JsonObject:
-        return {"ids": self.ids(ground), "width": ground.given}
-
-    def ids(self, ground: Ground) -> list[int]:
-        """The tokens that stand for an image. UsageError where the config names none."""
-        found = words().images_of(ground.source.config)
-        if not found:
-            raise UsageError(
-                "the config names no token that stands for an image",
-                file=f"{ground.source.folder}/config.json",
-                expected=" or ".join(words().images),
-                found="none",
-                hint="leave out --key",
-            )
-        return [found[0]]
+        return {"ids": [image_token(ground, "leave out --key")], "width": ground.given}

@@ -110,15 +110,7 @@ class ModalityKey(MaskedKey):
                     found=self.own.modality_ids,
                     hint="`/` stands between modalities",
                 ) from None
-        found = words().images_of(ground.source.config)
-        if not found:
-            raise UsageError(
-                "the config names no token that stands for an image",
-                file=f"{ground.source.folder}/config.json",
-                expected=" or ".join(words().images),
-                hint="say the ids: --modality-ids 32000",
-            )
-        return [[found[0]]]
+        return [[image_token(ground, "say the ids: --modality-ids 32000")]]
 
     def options(self, ground: Ground, choices: int, top_k: int) -> JsonObject:
         ids = self.ids(ground)
@@ -140,3 +132,16 @@ def _ids(said: str) -> range:
     if not 0 < len(found) <= _MOST:
         raise ValueError(said)
     return found
+
+
+def image_token(ground: Ground, hint: str) -> int:
+    """The token that stands for an image. UsageError where the config names none."""
+    found = words().images_of(ground.source.config)
+    if found:
+        return int(found[0])
+    raise UsageError(
+        "the config names no token that stands for an image",
+        file=f"{ground.source.folder}/config.json",
+        expected=" or ".join(words().images),
+        hint=hint,
+    )
