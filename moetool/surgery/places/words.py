@@ -129,5 +129,5 @@ def homeless(layout: Layout, site: str, expected: str, found: str) -> MoetoolErr
         f"{layout.model_type} has no place for groups of experts at the site {site}",
         expected=expected,
         found=found,
-        hint=f"`moetool archs show {layout.model_type}` shows what is known of it",
+        hint=f"choose another --site; `moetool archs show {layout.family}` shows what is known of it",
     )
