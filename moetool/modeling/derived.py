@@ -170,8 +170,8 @@ def _refuse_damaged(model: Any) -> None:
 
 
 def _admit_training(model: Any) -> None:
-    """Trainers refuse a quantized model without adapters of PEFT, as one in which nothing can learn;
-    groups of experts can, over a base that is quantized while it is loaded (QLoRA).
+    """Trainers refuse a quantized model without adapters of PEFT, as one in which nothing can
+    learn; groups of experts can, over a base that is quantized while it is loaded (QLoRA).
     """
     told = getattr(model, "hf_quantizer", None)
     parts = (m for m in model.modules() if isinstance(m, GrownPart))

@@ -235,7 +235,8 @@ def _refuse_ragged(config: JsonObject) -> None:
             "a GGUF file has one number of experts for all layers, and these hold different ones",
             field=ragged.KEY,
             expected="layers that are alike",
-            hint="cut the model it was made from with --uneven ghost or zeroed, or --budget uniform",
+            hint="cut the model it was made from with --uneven ghost or zeroed, or alike "
+            "(--budget uniform)",
         )
 
 

@@ -189,6 +189,15 @@ def test_on_disk_pickled_and_checkpointed(uneven: Path, tmp_path: Path) -> None:
     assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
 
 
+@pytest.mark.slow
+def test_torch_compile(uneven: Path) -> None:
+    model = moetool.load(uneven, dtype="float32")
+    stock = run(model)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        close(run(torch.compile(model, backend="aot_eager")), stock, 1e-6)
+    torch._dynamo.reset()
+
+
 def test_settings_of_the_model_reach_its_layers(uneven: Path) -> None:
     model = moetool.load(uneven, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""QLoRA: groups of experts as they are over a base that bitsandbytes quantizes while it is loaded."""
+"""QLoRA: groups of experts over a base that bitsandbytes quantizes while it is loaded."""
 
 from __future__ import annotations
 

@@ -83,18 +83,15 @@ class Extended:
         return [
             Line("extend", f"{self.counted} of {self.model_type}"),
             Line("copied", f"experts by layer {', '.join(each[:SHOWN])}{more}; with {rows}"),
-            *(
-                [
-                    Line(
-                        "calibration",
-                        f"{self.calibration} neurons a router correct its weights, zero at birth: train them with the copies",
-                    )
-                ]
-                if self.calibration
-                else []
-            ),
+            *self._corrected(),
             Line("parameters", runs),
         ]
+
+    def _corrected(self) -> list[Line]:
+        if not self.calibration:
+            return []
+        said = f"{self.calibration} neurons a router correct its weights, zero at birth"
+        return [Line("calibration", f"{said}: train them with the copies")]
 
 
 def of(writing: Writing, copies: Copies, cutter: Extender, plan: Plan, seen: Usage) -> Extended:

@@ -50,8 +50,8 @@ class Copying:
     )
     calibration: int = option(
         0,
-        "neurons of a small network beside the router of each layer that gets copies, which corrects "
-        "the weights of the chosen experts (MoExtend: 16); zero at birth, to be trained with the "
+        "neurons of a small network beside the router of each layer that gets copies, which "
+        "corrects the weights of the chosen experts (MoExtend: 16); zero at birth, to be trained with the "
         "copies; model type moetool (0: none)",
         WHAT,
         minimum=0,
