@@ -377,7 +377,7 @@ def test_heads_and_experts_learn_through_a_choice(models: Models, tmp_path: Path
         ]
     ):
         found = []
-        for straight in ("off", "all"):
+        for straight in ("none", "all"):
             out = tmp_path / f"{n}{straight}"
             said = {"law": "hard", "straight": straight, **how}
             moetool.upcycle(str(models("llama")), str(out), **said)

@@ -13,7 +13,7 @@ from moetool.methods.upcycle.laws.law import INSIDE, RouteLaw, exact
 from moetool.surgery.groups import Group
 from moetool.surgery.route import STRAIGHT
 
-_OFF = "off"
+_OFF = "none"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Straight:
 
     straight: str = option(
         _OFF,
-        "in training, how a gradient goes straight through the choice to the router: off; chosen "
+        "in training, how a gradient goes straight through the choice to the router: none; chosen "
         "(to the scores of the chosen); all (every expert runs for it: MoH); balance (through what "
         "the balance loss counts: LLaVA-MoLE)",
         choices=(_OFF, *STRAIGHT),
