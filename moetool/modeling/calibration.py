@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moetool.errors import MoetoolError
 from moetool.modeling.piece import GrownPart
-from moetool.surgery.calibrated import NAME, Calibration
+from moetool.surgery.calibrated import NAME, Correction
 
 Tensor = torch.Tensor
 _STD = 0.02
@@ -54,7 +54,7 @@ class RouterCalibration(GrownPart):
         return weights / weights.sum(-1, keepdim=True) if self.renormalises else weights
 
 
-def attach(layers: nn.ModuleList, held: Calibration, *, name: str, renormalises: bool) -> None:
+def attach(layers: nn.ModuleList, held: Correction, *, name: str, renormalises: bool) -> None:
     """Give routers, called `name` in their layers, one each. MoetoolError where a layer has no such
     module.
     """

@@ -30,7 +30,7 @@ _KEYS = ("layers", "width")
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Correction:
     """The layers whose routers have one, and its neurons."""
 
     layers: tuple[int, ...]
@@ -40,7 +40,7 @@ class Calibration:
         return {"layers": list(self.layers), "width": self.width}
 
 
-def read(said: object) -> Calibration | None:
+def read(said: object) -> Correction | None:
     """What a config says of it; None where it says nothing. MoetoolError for anything else than
     layers, each once, and a width.
     """
@@ -58,10 +58,10 @@ def read(said: object) -> Calibration | None:
     numbers = type(layers) is list and all(type(n) is int and n >= 0 for n in layers)
     if not numbers or not layers or len(set(layers)) != len(layers):
         raise _wrong("`layers` of calibration", "at least one, each once", layers)
-    return Calibration(tuple(layers), width)
+    return Correction(tuple(layers), width)
 
 
-def of(config: JsonMapping) -> Calibration | None:
+def of(config: JsonMapping) -> Correction | None:
     """That of a whole config, if it has one."""
     said = config.get("moetool")
     return read(said.get(NAME)) if isinstance(said, dict) else None
@@ -91,7 +91,7 @@ def stem(layout: Layout) -> str:
     return router.name.removesuffix(".weight")
 
 
-def grown(layout: Layout, held: Calibration, moe: set[int]) -> Layout:
+def grown(layout: Layout, held: Correction, moe: set[int]) -> Layout:
     """The layout with slots for it. MoetoolError for a layer without experts, and for a family
     whose routers cannot have one.
     """

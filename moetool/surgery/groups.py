@@ -135,7 +135,7 @@ def config_of(base: JsonObject, groups: tuple[Group, ...]) -> JsonObject:
     return _config(base, said, _TRAINED)
 
 
-def ragged_config(base: JsonObject, held: calibrated.Calibration | None = None) -> JsonObject:
+def ragged_config(base: JsonObject, held: calibrated.Correction | None = None) -> JsonObject:
     """The config of a mixture of experts whose layers have numbers of their own, or routers whose
     weights are corrected.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError
 from moetool.surgery import calibrated, classes, groups, grown, ragged, towers
-from moetool.surgery.calibrated import Calibration
+from moetool.surgery.calibrated import Correction
 from moetool.surgery.family import Slot, filled
 from moetool.surgery.groups import Group
 from moetool.surgery.layout import Layout, Matched, kinds
@@ -31,7 +31,7 @@ class TextModel:
     path: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()  # of experts that no stock class holds
     towers: Mapping[str, TextModel] = field(default_factory=dict)  # others, with groups of theirs
-    calibration: Calibration | None = None  # of its routers' weights
+    calibration: Correction | None = None  # of its routers' weights
 
     def of(self, group: Group) -> TextModel:
         """Where a group stands."""
@@ -131,7 +131,7 @@ def text_model(config: JsonObject) -> TextModel:
     return _with_groups(at, base, held) if held else at
 
 
-def _calibrated(at: TextModel, held: Calibration | None) -> TextModel:
+def _calibrated(at: TextModel, held: Correction | None) -> TextModel:
     if held is None:
         return at
     made = calibrated.grown(at.layout, held, at.layout.moe_layers(at.config))

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import moetool
 from moetool.modeling import carrier
 from moetool.surgery import calibrated, groups
-from moetool.surgery.calibrated import Calibration
+from moetool.surgery.calibrated import Correction
 from moetool.surgery.layout import Layout, families
 from moetool.surgery.text_model import text_model
 
@@ -56,7 +56,7 @@ def test_the_routers_of_every_family_that_can(family: str) -> None:
     """At birth the stock router; else the paper's formula."""
     config, layout = usual(family), Layout.load(family)
     layer = text_model(config).moe_layers()[-1]
-    said = groups.ragged_config(config, Calibration((layer,), 4))
+    said = groups.ragged_config(config, Correction((layer,), 4))
     with torch.device("meta"):
         made = carrier.MoetoolConfig.from_dict(copy.deepcopy(said))
         model = carrier.over(getattr(transformers, layout.cls), family)(made)

@@ -11,7 +11,7 @@ from moetool.methods.reduce.decided import Decided
 from moetool.methods.reduce.decision import Decision
 from moetool.methods.reduce.writing import Writing
 from moetool.surgery import calibrated, groups, shim
-from moetool.surgery.calibrated import INTO, NAME, OUT, Calibration
+from moetool.surgery.calibrated import INTO, NAME, OUT, Correction
 from moetool.surgery.counted import Counted
 from moetool.surgery.experts import Mixture
 from moetool.surgery.spec import FLOATS, Piece, whole
@@ -31,7 +31,7 @@ class Extender(Cutter):
     `router`: copy or never (extend/options.py).
     """
 
-    def __init__(self, writing: Writing, router: str, held: Calibration | None = None) -> None:
+    def __init__(self, writing: Writing, router: str, held: Correction | None = None) -> None:
         super().__init__(writing, "ragged", "centroid", None)
         self.never, self.held = router == "never", held
 
@@ -83,10 +83,10 @@ def check_router(mixture: Mixture, copies: Copies, router: str) -> None:
         )
 
 
-def calibration(mixture: Mixture, copies: Copies, width: int) -> Calibration | None:
+def calibration(mixture: Mixture, copies: Copies, width: int) -> Correction | None:
     """What corrects the routers of the layers that get copies; None for none."""
     layers = tuple(sorted(set(copies.layers) & set(mixture.layers)))
-    return Calibration(layers, width) if width and layers else None
+    return Correction(layers, width) if width and layers else None
 
 
 def check_calibration(mixture: Mixture, width: int) -> None:
