@@ -34,6 +34,7 @@ from moetool.archs.templates import (
     fields_of,
     mark_layers,
     role_of,
+    square_of,
     terms_of,
 )
 from moetool.data import JsonMapping, JsonObject
@@ -174,7 +175,7 @@ class Probe:
         terms: dict[tuple[int, int | None], str] = {
             (v, found[f]): f for f, v in reversed(first.items()) if f in found
         }
-        return Formulas(terms, shapes)
+        return Formulas(terms, shapes, square_of(self.family.text(self.config)))
 
     def _second(self) -> Any:
         text, second = self.family.text(self.config), WORDS["second"]
@@ -213,7 +214,7 @@ def derive(model_type: str, class_name: str, kind: str) -> JsonObject:
         "stack": stack,
         "fields": fields_of(text),
         "aliases": _aliases(probe),
-        "defaults": _defaults(family.config_class()),
+        "defaults": _defaults(family.config_class()) | _unwritten(family.config_class()),
         "tied": built.tied(model),
     }
     if (bare := _bare(model)) is not None:
@@ -252,7 +253,17 @@ def _towers(family: Family, model: Any, stack: str | None) -> list[JsonObject]:
     only = WORDS["only"].get(family.model_type)
     if only is not None:
         return [one | {"when": only} for one in found]
-    return [one for one in found if one["stack"] != stack or towers.lies_otherwise(one)]
+    return [
+        one
+        for one in found
+        if one["stack"] != stack or towers.lies_otherwise(one) or not _has_roles(one)
+    ]
+
+
+def _has_roles(tower: JsonMapping) -> bool:
+    """Whether names on disk tell what each linear of an FFN is."""
+    names = (f"{tower['stem']}{{layer}}.{lies}.weight" for _, lies, *_ in tower["linears"].values())
+    return all(role_of(name, "dense") for name in names)
 
 
 def _stack(model: Any, family: Family) -> str | None:
@@ -274,15 +285,17 @@ def _layered(model: Any, family: Family) -> frozenset[str]:
 
 def _tensors(probe: Probe, model: Any, kind: str) -> list[JsonObject]:
     """An entry for each template, those that depend on a flag of the config included."""
-    formulas, disk = probe.formulas(), built.disk(model)
-    plain = Tensors(disk, _layered(model, probe.family), kind)
-    flipped = _flipped(probe.family) if probe.distinct else {}
+    formulas, disk, family = probe.formulas(), built.disk(model), probe.family
+    unbound = WORDS["unbound"].get(family.model_type, "$^")
+    said = (built.unsaved(model), unbound, not family.prefix)
+    plain = Tensors(disk, _layered(model, family), kind, *said)
+    flipped = _flipped(family) if probe.distinct else {}
     without: dict[str, str] = {}
     extra: list[JsonObject] = []
     for flag, other in flipped.items():
         theirs = built.disk(other)
         more = {n: s for n, s in theirs.items() if n not in disk}
-        tensors = Tensors(more, _layered(other, probe.family), kind)
+        tensors = Tensors(more, _layered(other, family), kind, *said)
         extra += [t | {"when": flag.flipped} for t in tensors.entries(formulas.of_first())]
         without |= {plain.template(n).name: flag.plain for n in sorted(set(disk) - set(theirs))}
     found = plain.entries(formulas)
@@ -343,6 +356,12 @@ def _defaults(config: Any) -> Values:
         else:
             out[name] = value
     return out
+
+
+def _unwritten(config: Any) -> Values:
+    """What a class says of ties and does not write into a config."""
+    tied = getattr(config, WORDS["tied"], None) is True and WORDS["tied"] not in config.to_dict()
+    return {WORDS["tied"]: True} if tied else {}
 
 
 def _experts(model: Any, stack: str | None) -> JsonObject:

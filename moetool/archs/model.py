@@ -161,7 +161,13 @@ def tied(model: Any) -> dict[str, str]:
             found |= {f"{head}.{k}".strip("."): f"{head}.{v}".strip(".") for k, v in said.items()}
     here = model.state_dict().keys()
     names = {k: v for k, v in found.items() if {k, v} <= here}  # others are patterns of names
-    return {_lies(model, k): _lies(model, v) for k, v in names.items()}
+    return {lies(model, k): lies(model, v) for k, v in names.items()}
+
+
+def unsaved(model: Any) -> str:
+    """A pattern of the names that the class does not save: what it computes itself."""
+    said = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return "|".join(f"^({name})$" for name in said) or "$^"
 
 
 def bare(model: Any) -> JsonObject | None:
@@ -180,7 +186,7 @@ def bare(model: Any) -> JsonObject | None:
     return {"cls": type(base).__name__, "prefix": prefix, "more": more}
 
 
-def _lies(model: Any, parameter: str) -> str:
+def lies(model: Any, parameter: str) -> str:
     """The name that a parameter is saved under; its own where it is saved with others only."""
     try:
         (name,) = disk(model, [parameter])

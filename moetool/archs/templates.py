@@ -6,7 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moetool.archs.model import Shapes
@@ -70,6 +70,7 @@ class Formulas:
 
     terms: dict[tuple[int, int | None], str]
     second: Shapes = field(default_factory=dict)  # shapes of the second build, by template
+    square: tuple[str, str] | None = None  # the hidden size and all heads, where these are as wide
 
     @classmethod
     def of_one(cls, terms: dict[str, int]) -> Formulas:
@@ -78,7 +79,10 @@ class Formulas:
 
     def of_first(self) -> Formulas:
         """The same formulas, for shapes that only one build has."""
-        return Formulas({(a, None): f for (a, _), f in reversed(self.terms.items())}, self.second)
+        terms: dict[tuple[int, int | None], str] = {
+            (a, None): f for (a, _), f in reversed(self.terms.items())
+        }
+        return replace(self, terms=terms)
 
     def shape(self, template: str, shape: tuple[int, ...]) -> list[str | None]:
         """A shape as formulas, None for a dimension without one; the width of a head alone is one
@@ -89,6 +93,9 @@ class Formulas:
             other = (None,) * len(shape)
         found = [self._one(a, b) for a, b in zip(shape, other, strict=True)]
         layered = "{layer}" in template
+        for side, pattern in enumerate(WORDS["heads"]):
+            if self.square and re.search(pattern, template) and found[side] == self.square[0]:
+                found[side] = self.square[1]  # where heads are as wide as they may be elsewhere
         return [one if layered or one != HEAD else None for one in found]
 
     def _one(self, first: int, second: int | None) -> str | None:
@@ -96,6 +103,16 @@ class Formulas:
         if found or second is not None:
             return found
         return next((f for (value, _), f in self.terms.items() if value == first), None)
+
+
+def square_of(text: JsonMapping) -> tuple[str, str] | None:
+    """The field of the hidden size and the formula of all heads' width, where the two are equal."""
+    names = fields_of(text)
+    if not {"heads", "hidden"} <= names.keys():
+        return None
+    terms, all_heads = terms_of(text), f"{names['heads']}*{HEAD}"
+    same = terms.get(names["hidden"]) == terms.get(all_heads)
+    return (names["hidden"], all_heads) if same else None
 
 
 def terms_of(text: JsonMapping) -> dict[str, int]:
@@ -137,6 +154,9 @@ class Tensors:
     disk: Shapes
     layered: frozenset[str]
     kind: str
+    unsaved: str = "$^"  # a pattern of names that a class does not save
+    unbound: str = "$^"  # of templates whose shapes fields do not tell
+    whole: bool = True  # whether the text config is the whole
 
     def template(self, name: str) -> Template:
         return Template.of(name, layered=name in self.layered)
@@ -156,11 +176,14 @@ class Tensors:
             role = None if outside else role_of(name, self.kind)
             sure = bool(formulas.second) or role is not None  # one build may match by accident
             known = len(shapes[name]) == 1 and formulas.terms and sure
+            beside = not self.whole and "{i" in name and "{layer}" not in name  # another's layers
             formula = formulas.shape(name, next(iter(shapes[name]))) if known else None
+            if formula is not None and (beside or re.search(self.unbound, name)):
+                formula = [None] * len(formula)
             entry: JsonObject = {"name": name, "shape": formula, "role": role}
             if layers[name]:
                 entry["layers"] = layers[name]
-            elif re.search(WORDS["may"], name):
+            elif re.search(WORDS["may"], name) or re.search(self.unsaved, name):
                 entry["layers"] = "may"
             out.append(entry)
         return out

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moetool.archs.model import at, owner
+from moetool.archs.model import at, lies, owner
 from moetool.archs.templates import WORDS
 from moetool.data import JsonMapping, JsonObject
 
@@ -120,6 +120,7 @@ class BuiltStack:
         if self.model.config.is_encoder_decoder:
             return next((p for p in ("encoder", "decoder") if p in parts), "text")
         said = self.config.rpartition(".")[2].removesuffix("_config")
+        said = WORDS["tower_names"].get(said, said)
         return said or WORDS["inputs"].get(_main_input(self.model), "text")
 
     def _fields(self) -> dict[str, str]:
@@ -180,9 +181,11 @@ def stacks(model: Any) -> Iterator[BuiltStack]:
 
 
 def entries(model: Any) -> list[JsonObject]:
-    """What the family's data says of all towers; of several with one name the first."""
+    """What the family's data says of all towers with a known name; of several the first."""
     found = [entry for stack in stacks(model) if (entry := stack.entry()) is not None]
-    found += projectors(model)
+    if model.config.model_type not in WORDS["other_projectors"]:
+        found += projectors(model)
+    found = [entry for entry in found if entry["name"] in WORDS["towers"]]
     names = [entry["name"] for entry in found]
     return [entry for n, entry in enumerate(found) if entry["name"] not in names[:n]]
 
@@ -212,7 +215,9 @@ def projectors(model: Any) -> Iterator[JsonObject]:
                 "stack": path,
                 "config": "vision_config",
                 "fields": {"layers": "1", "hidden": "hidden_size"},
-                "stem": name,
+                "stem": lies(model, f"{path}.{linears[0]}.weight").removesuffix(
+                    f".{linears[0]}.weight"
+                ),
                 "inside": "",
                 "block": "",
                 "linears": {role: [n, n] for n, role in roles.items()},

@@ -221,7 +221,7 @@ def _made(stock: type[Any], config: type[Any]) -> type[Any]:
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
     }
-    if hasattr(stock, "generate"):
+    if hasattr(stock, "generate") and hasattr(stock, _PREPARE):
         said |= {"generate": told(stock.generate)}
         if encode := getattr(stock, _ENCODE, None):
             said |= {_ENCODE: encoding(encode)}

@@ -330,7 +330,16 @@ def _near(model_type: str) -> str:
     """What to do when there is no layout of this name."""
     if not model_type:
         return "the config names no model_type"
+    if why := next((why for why, names in _absent().items() if model_type in names), ""):
+        return f"transformers has {model_type}, and {why}"
     return did_you_mean(str(model_type), list(kinds()))
+
+
+@lru_cache(maxsize=1)
+def _absent() -> dict[str, list[str]]:
+    """Why there is no data -> the model types of transformers that this holds for."""
+    found: dict[str, list[str]] = json.loads((DATA / "absent.json").read_text())
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,15 @@ from moetool.surgery.groups import TEXT
 from moetool.surgery.layout import Layout
 
 AUTO = "auto"
-KNOWN = (TEXT, "vision", "audio", "encoder", "decoder", "projector")  # in the order of a help
+KNOWN = (
+    TEXT,
+    "vision",
+    "audio",
+    "encoder",
+    "decoder",
+    "qformer",
+    "projector",
+)  # in the order of a help
 
 
 def names(layout: Layout) -> list[str]:

@@ -16,12 +16,13 @@ from moetool.surgery.pair import map_config, pairs
 ALL = [(kind, name) for kind, names in families().items() for name in names]
 
 
+# whose linears are transposed
+TURNED = {"gpt2", "decision_transformer", "imagegpt", "openai-gpt"}
+
+
 def test_counts() -> None:
-    """layouts.md counts 118 dense types; two of them (doge, gemma4_text) are in its list of 82 MoE
-    types as well.
-    """
-    assert len(families()["moe"]) == 82 and len(families()["dense"]) == 116
-    assert len(list((DATA / "families").glob("*.json"))) == 198
+    assert len(families()["moe"]) == 82 and len(families()["dense"]) == 321
+    assert len(list((DATA / "families").glob("*.json"))) == 403
     overlay = json.loads((DATA / "overlay.json").read_text())
     adjusting = {name for name, said in overlay.items() if "adjusts_width" in said}
     turned = {name for name, said in overlay.items() if "linears" in said}
@@ -34,7 +35,7 @@ def test_counts() -> None:
         "gemma3n_text",
     }  # what its readers ask for
     assert set(overlay) == set(families()["moe"]) | adjusting | turned | adding | missing
-    assert adjusting == {"lfm2"} and turned == {"gpt2"} and adding == {"bloom", "mpt"}
+    assert adjusting == {"lfm2", "lfm2_vl"} and turned == TURNED and adding == {"bloom", "mpt"}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_counts() -> None:
     ids=["few", "all"],
 )
 def test_generated_files_are_current(names: list[str]) -> None:
-    """Derive families (none named: all 198) again from the installed transformers and compare byte
+    """Derive families (none named: all) again from the installed transformers and compare byte
     for byte.
     """
     import transformers
@@ -96,6 +97,18 @@ def test_unknown_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_unknown_family(name: str) -> None:
     with pytest.raises(MoetoolError, match="no layout"):
         Layout.load(name)
+
+
+def test_of_every_type_of_transformers_there_is_data_or_a_reason() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    why = json.loads((DATA / "absent.json").read_text())
+    absent = [name for names in why.values() for name in names]
+    known = [n for names in families().values() for n in names]
+    assert sorted([*absent, *known]) == sorted(CONFIG_MAPPING_NAMES)
+    with pytest.raises(MoetoolError, match="no layout") as raised:
+        Layout.load("gemma3n")
+    assert raised.value.hint.startswith("transformers has gemma3n, and its class cannot be built")
 
 
 def test_near_misses_speak_of_families_that_exist() -> None:

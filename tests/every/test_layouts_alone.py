@@ -1,4 +1,4 @@
-"""Checkpoints made from a layout file alone, for all 198 families: every name is recognised, and
+"""Checkpoints made from a layout file alone, for all families: every name is recognised, and
 sources convert.
 """
 
@@ -28,7 +28,12 @@ SIZES = {
     "top_k": 2,
     "vocab": 50,
 }
-ALL = [n for kind in ("moe", "dense") for n in families()[kind]]
+ALL: list[Any] = [*families()["moe"]]
+# of dense families, of which there are many alike, every fourth by default
+ALL += [
+    pytest.param(n, marks=[pytest.mark.slow] if i % 4 else [])
+    for i, n in enumerate(families()["dense"])
+]
 # Families whose experts are no list of matrices, whose config has no plain count (dbrx keeps it in
 # ffn_config), or whose MoE
 # layers stand in a pattern string (nemotron_h).

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -378,8 +378,9 @@ def test_a_tower_in_a_config_is_read_strictly(tmp_path: Path) -> None:
 
 def test_towers_are_data_of_many_families() -> None:
     found = {n: towers.names(Layout.load(n)) for n in families()["dense"]}
-    assert sum(bool(names) for names in found.values()) == 114
-    assert sum("vision" in names for names in found.values()) == 29
+    assert sum(bool(names) for names in found.values()) == 319
+    assert sum("vision" in names for names in found.values()) == 117
+    assert {*chain.from_iterable(found.values())} == {*towers.KNOWN}
     assert found["t5"] == ["encoder", "decoder"] and found["llava"] == [
         "text",
         "vision",
