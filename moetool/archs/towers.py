@@ -120,8 +120,8 @@ class BuiltStack:
         if self.model.config.is_encoder_decoder:
             return next((p for p in ("encoder", "decoder") if p in parts), "text")
         said = self.config.rpartition(".")[2].removesuffix("_config")
-        said = WORDS["tower_names"].get(said, said)
-        return said or WORDS["inputs"].get(_main_input(self.model), "text")
+        names: dict[str, str] = WORDS["tower_names"]
+        return names.get(said, said) or WORDS["inputs"].get(_main_input(self.model), "text")
 
     def _fields(self) -> dict[str, str]:
         """The fields of its config that count its layers and say how wide a token is."""

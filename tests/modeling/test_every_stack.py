@@ -24,6 +24,7 @@ from moetool.surgery.layout import DATA, Layout
 CLASSES: dict[str, str] = json.loads((DATA / "index.json").read_text())["dense"]
 # configs that a tiny model cannot be made of by the names of fields
 NOT_SMALL = {"gemma3n_text", "qwen3_5_text", "falcon_h1"}
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 FEW = ("nomic_bert", "marian", "mpnet", "sam")
 
 
@@ -51,7 +52,7 @@ def test_exact_at_birth_in_every_tower(family: str, tmp_path: Path) -> None:
     given = shrunk.inputs(stock)
     try:
         wanted = shrunk.outputs(stock, given)
-    except Exception:  # its inputs are not what names tell: blocks alone are compared
+    except UNFIT:  # its inputs are not what names tell: blocks alone are compared
         wanted = None
     for tower in SERVED[family]:
         out, again = tmp_path / tower, tmp_path / f"{tower}-again"
