@@ -62,24 +62,54 @@ def assign_evenly(cost: np.ndarray) -> np.ndarray:
     return labels
 
 
+def loose_centres(points: np.ndarray, clusters: int, slack: float, seed: int) -> np.ndarray:
+    """Centres [clusters, d] of clusters whose sizes are within n / clusters * (1 - slack .. 1 +
+    slack): k-means (scikit-learn), then rounds of assignment within these sizes and new centres.
+    """
+    from sklearn.cluster import KMeans
+
+    data, each = np.asarray(points, np.float32), len(points) / clusters
+    least, most = int(each * (1 - slack)), max(1, -int(-each * (1 + slack) // 1))
+    fit = KMeans(clusters, n_init=1, max_iter=100, random_state=seed, algorithm="lloyd").fit(data)
+    centres, labels = fit.cluster_centers_, np.full(len(data), -1)
+    for _ in range(20):
+        new = within(_distances(data, centres), least, most)
+        if (new == labels).all():
+            break
+        labels = new
+        held = [data[labels == c] for c in range(clusters)]
+        centres = np.stack([m.mean(0) if len(m) else centres[c] for c, m in enumerate(held)])
+    return np.asarray(centres, np.float32)
+
+
 def evenly(cost: np.ndarray) -> np.ndarray:
-    """Labels [n] with equal counts and the least total cost [n, k].
+    """Labels [n] with equal counts and the least total cost [n, k]."""
+    each = len(cost) // cost.shape[1]
+    return within(cost, each, each)
+
+
+def within(cost: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Labels [n] with counts of least to most and the least total cost [n, k].
 
     Every point begins where it costs least; then, point by point, clusters with too many give to
-    those with too few along the cheapest chain of moves (successive shortest paths, which stay
-    optimal), over k clusters and not over n places: n * k numbers and k searches, where an
-    assignment of points to places holds n * n.
+    those with room along the cheapest chain of moves, and those with too few take (successive
+    shortest paths, which stay optimal), over k clusters and not over n places: n * k numbers and k
+    searches, where an assignment of points to places holds n * n.
     """
-    (n, k), cost = cost.shape, cost.astype(np.float64)
+    k, cost = cost.shape[1], cost.astype(np.float64)
     labels: np.ndarray = cost.argmin(1)
-    spare = np.bincount(labels, minlength=k) - n // k
+    counts = np.bincount(labels, minlength=k)
     moves = [_cheapest(cost, labels, c) for c in range(k)]
-    while (spare > 0).any():
-        path = _chain(np.stack([move.cost for move in moves]), spare)
+    while (counts > most).any() or (counts < least).any():
+        full = (counts > most).any()
+        giving = counts > (most if full else least)
+        path = _chain(
+            np.stack([move.cost for move in moves]), giving, counts < (most if full else least)
+        )
         for home, other in pairwise(path):
             labels[moves[home].point[other]] = other
-        spare[path[0]] -= 1
-        spare[path[-1]] += 1
+        counts[path[0]] -= 1
+        counts[path[-1]] += 1
         for c in path:
             moves[c] = _cheapest(cost, labels, c)
     return labels
@@ -103,9 +133,9 @@ def _cheapest(cost: np.ndarray, labels: np.ndarray, cluster: int) -> _Moves:
     return _Moves(found, members[first])
 
 
-def _chain(moves: np.ndarray, spare: np.ndarray) -> list[int]:
-    """The cheapest way, by clusters, from one with too many to one with too few; moves [k, k]."""
-    far = np.where(spare > 0, 0.0, np.inf)
+def _chain(moves: np.ndarray, giving: np.ndarray, taking: np.ndarray) -> list[int]:
+    """The cheapest way, by clusters, from one that gives to one that takes; moves [k, k]."""
+    far = np.where(giving, 0.0, np.inf)
     before = np.full(len(far), -1)
     for _ in range(len(far)):
         through = far[:, None] + moves
@@ -114,7 +144,7 @@ def _chain(moves: np.ndarray, spare: np.ndarray) -> list[int]:
         if not nearer.any():
             break
         far, before = np.where(nearer, through.min(0), far), np.where(nearer, best, before)
-    at = int(np.where(spare < 0, far, np.inf).argmin())
+    at = int(np.where(taking, far, np.inf).argmin())
     path = [at]
     while before[at] >= 0:
         at = int(before[at])

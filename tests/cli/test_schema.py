@@ -42,7 +42,7 @@ def test_it_is_a_schema_of_every_option(verb: str, moetool: Callable[..., Any]) 
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 76
+    assert len(RECIPES) == 77
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)

@@ -106,6 +106,7 @@ NAMES = {
     "robust-qa-switch",
     "sparse-upcycling-vit",
     "cmoe",
+    "llama-moe-v2-residual",
 }
 REDUCED = ("prune", "merge")
 SMALLER = {r for r in RECIPES if r.parent.name in ("prune", "merge", "quantize", "extend")}
@@ -113,6 +114,7 @@ CALIBRATED = {r for r in SMALLER if "calibrate=TEXT" in r.read_text()}
 # What else a recipe is told, so that it fits the embedded model.
 SMALL = {
     "cmoe": [f"calibrate={TEXT}", "tokens=4096", "seq-len=256"],
+    "llama-moe-v2-residual": [f"calibrate={TEXT}", "tokens=2048", "seq-len=256"],
     "instructvla": ["rank=8"],
     "awaker": ["rank=8", "prompt-from=7", "prompt-until=9"],
     "parrot": ["adapter-dim=16"],
@@ -244,7 +246,7 @@ def rendered(recipe: Path, out: Path) -> str:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 76 and len(CALIBRATED) == 19
+    assert {r.stem for r in RECIPES} == NAMES and len(RECIPES) == 77 and len(CALIBRATED) == 19
     assert {g.stem for g in GOLDEN.glob("*.txt")} == NAMES
 
 

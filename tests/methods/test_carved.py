@@ -167,7 +167,7 @@ def test_workers_and_dry_runs_change_no_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"calibrate": []}, "looks at what fires on text"),
+        ({"calibrate": []}, "looks at text"),
         ({"carve_shared": 8}, "--carve-shared below --split 8"),
         ({"top_k": 7}, "--top-k of 1 to 6"),
         ({"experts": 4}, "--experts 6"),

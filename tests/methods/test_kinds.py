@@ -52,6 +52,7 @@ def test_all_kinds_are_found() -> None:
         "full",
         "gate",
         "heads",
+        "important",
         "kbit",
         "lora",
         "null",

@@ -13,9 +13,11 @@ from moetool.errors import MoetoolError, UsageError
 CLUSTER_RESERVE = 260_000_000  # numpy, scipy and scikit-learn imported, measured
 _LEADS = ".leads"
 ACTIVATION = "activation"  # kinds/carved.py
+IMPORTANCE = "importance"  # kinds/important.py
+BY_TEXT = (ACTIVATION, IMPORTANCE)
 FORMS = (
-    "contiguous, random, kmeans:gate or kmeans:up, or activation (what fires together on "
-    "--calibrate; those that fire most always run)"
+    "contiguous, random, kmeans:gate or kmeans:up, or on --calibrate activation (what fires together) "
+    "or importance (what matters to the same tokens), where those that do most always run"
 )
 
 
@@ -35,11 +37,16 @@ def leads_of(tables: Iterable[str]) -> dict[int, str]:
     return {int(name.removeprefix("layer").removesuffix(_LEADS)): name for name in found}
 
 
+def centres_name(layer: int) -> str:
+    """The tensor of a layer's centres, where they are kept until they are written."""
+    return f"layers.{layer}.centres"
+
+
 def parse(spec: str, split: int) -> tuple[str, str]:
-    """(kind, matrix): kind is contiguous, random, activation or kmeans; UsageError for anything
-    else.
+    """(kind, matrix): kind is contiguous, random, activation, importance or kmeans; UsageError
+    for anything else.
     """
-    found = re.fullmatch(r"(contiguous|random|activation)|kmeans(?::(gate|up))?", spec)
+    found = re.fullmatch(r"(contiguous|random|activation|importance)|kmeans(?::(gate|up))?", spec)
     if not found:
         raise UsageError(
             f"--carve {spec!r} is not understood",

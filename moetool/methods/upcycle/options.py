@@ -128,7 +128,7 @@ class Upcycling(Storing, Served):
     )
 
     def __post_init__(self) -> None:
-        if self.carve != carve.ACTIVATION:  # there parts are shared that are no experts
+        if self.carve not in carve.BY_TEXT:  # there parts are shared that are no experts
             self._check_counts()
         carve.parse(self.carve, self.split)
         Diversify.parse(self.diversify)

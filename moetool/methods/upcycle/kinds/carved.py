@@ -27,8 +27,8 @@ _GATED = ({"gate", "up", "down"}, {"gate_up", "down"})
 
 
 @dataclass(frozen=True)
-class Firing:
-    """The options of such experts."""
+class TextShown:
+    """The options of all such experts."""
 
     calibrate: tuple[str, ...] = same(Text, "calibrate")
     tokens: int = same(Text, "tokens")
@@ -38,10 +38,7 @@ class Firing:
     batch_tokens: int = same(Text, "batch_tokens")
     trust_remote_code: bool = same(Text, "trust_remote_code", needs=("calibrate",))
     carve_shared: int = option(
-        2, "of the parts of --split, those that always run: the neurons that fire most", WHAT
-    )
-    carve_marks: int = option(
-        10, "neurons that count as firing on a token: so many of the strongest", TEXT, minimum=1
+        2, "of the parts of --split, those that always run: neurons that matter most", WHAT
     )
 
     @property
@@ -58,6 +55,15 @@ class Firing:
         )
 
 
+@dataclass(frozen=True)
+class Firing(TextShown):
+    """The options of parts by what fires."""
+
+    carve_marks: int = option(
+        10, "neurons that count as firing on a token: so many of the strongest", TEXT, minimum=1
+    )
+
+
 class CarvedKind(ExpertKind):
     """Parts of the FFN with --carve activation: neurons that fire together on --calibrate become an
     expert, those that fire most always run; the FFN's own bytes in another order, and nothing is
@@ -66,15 +72,16 @@ class CarvedKind(ExpertKind):
 
     name = "carved"
     asked = f"--carve {carve.ACTIVATION}"
+    carving = carve.ACTIVATION  # what --carve says
     law = "hard"
     looks = "neurons"
     Options: ClassVar[type] = Firing
-    own: Firing
+    own: TextShown
     takes: ClassVar[tuple[str, ...]] = ("carve", "split")
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
-        return said.form == cls.name or (said.form in FORMS and said.carve == carve.ACTIVATION)
+        return said.form == cls.name or (said.form in FORMS and said.carve == cls.carving)
 
     @classmethod
     def needs_text(cls) -> bool:
@@ -98,26 +105,41 @@ class CarvedKind(ExpertKind):
 
     def told(self) -> None:
         said, shared = self.verb, self.own.carve_shared
-        if said.carve != carve.ACTIVATION:
-            raise _wrong(f"--carve {carve.ACTIVATION}", f"--form {self.name} --carve {said.carve}")
+        if said.carve != self.carving:
+            raise self.wrong(self.asked, f"--form {self.name} --carve {said.carve}")
         if not 0 <= shared < said.split:
-            raise _wrong(f"--carve-shared below --split {said.split}", f"--carve-shared {shared}")
+            raise self.wrong(
+                f"--carve-shared below --split {said.split}", f"--carve-shared {shared}"
+            )
         if said.experts not in (Upcycling.experts, self.choices):
-            raise _wrong(f"--experts {self.choices}, or none", f"--experts {said.experts}")
+            raise self.wrong(f"--experts {self.choices}, or none", f"--experts {said.experts}")
         if not 1 <= said.top_k <= self.choices:
-            raise _wrong(f"--top-k of 1 to {self.choices}", f"--top-k {said.top_k}")
+            raise self.wrong(f"--top-k of 1 to {self.choices}", f"--top-k {said.top_k}")
         super().told()
-        if not isinstance(self.key, NeuronsKey) or self.key.own != NeuronsKey.Options():
-            raise _wrong("--key neurons, whose neurons are read off", f"--key {self.key.name}")
-        if self.combine.name != self.law:
-            raise _wrong("--law hard: each part counts once", f"--law {self.combine.name}")
+        self.told_route()
         if not self.own.calibrate:
             raise UsageError(
-                f"{self.spelled} looks at what fires on text",
+                f"{self.spelled} looks at text",
                 expected="--calibrate FILE",
                 found=f"{self.spelled} alone",
                 hint="--carve kmeans:gate looks at weights alone",
             )
+
+    def told_route(self) -> None:
+        """Refuse a route that is not the parts' own."""
+        if not isinstance(self.key, NeuronsKey) or self.key.own != NeuronsKey.Options():
+            raise self.wrong("--key neurons, whose neurons are read off", f"--key {self.key.name}")
+        if self.combine.name != self.law:
+            raise self.wrong("--law hard: each part counts once", f"--law {self.combine.name}")
+
+    def wrong(self, expected: str, found: str) -> UsageError:
+        """What to say of options that do not go together."""
+        return UsageError(
+            f"{self.asked} does not go with that",
+            expected=expected,
+            found=found,
+            hint="for example --split 16 --carve-shared 2 --top-k 2",
+        )
 
     def check(self, ground: Ground) -> None:
         roles = {linear.role for linear in ground.block.linears}
@@ -132,8 +154,9 @@ class CarvedKind(ExpertKind):
                 hint="--carve kmeans:gate, or another --form",
             )
         carve.check_width(ground.width, self.verb.split)
-        if self.own.carve_marks > ground.width:
-            raise _wrong(f"--carve-marks up to {ground.width}", f"{self.own.carve_marks}")
+        marks = getattr(self.own, "carve_marks", 1)
+        if marks > ground.width:
+            raise self.wrong(f"--carve-marks up to {ground.width}", f"{marks}")
 
     def decide(self, sources: Sequence[Checkpoint], settings: Settings) -> Decisions:
         """Send the text through, and cut each layer's FFN on the way."""
@@ -142,10 +165,10 @@ class CarvedKind(ExpertKind):
         ground = self.ground(sources[0])
         self.check(ground)
         said = self.key.options(ground, self.choices, self.verb.top_k)
-        cut = firing.Cutting(
-            self.verb.split, self.own.carve_shared, self.own.carve_marks, said.get("act", "silu")
-        )
-        return firing.decide(ground, cut, self.own.text, settings)
+        own = cast("Firing", self.own)
+        act = said.get("act", "silu")
+        cut = firing.Cutting(self.verb.split, own.carve_shared, own.carve_marks, act)
+        return firing.decide(ground, cut, own.text, settings)
 
     def told_by(self, found: Decisions) -> tuple[str, ...]:
         super().told_by(found)
@@ -177,7 +200,8 @@ class CarvedKind(ExpertKind):
         return {}
 
     def certificate(self, group: Group, sources: int) -> Certificate:
-        if group.route.top_k == group.experts:
+        once = group.route.law == "hard" and group.scale == 1.0
+        if once and group.route.top_k == group.experts:
             return Certificate("exact", "all parts of the FFN run, each with the weight 1")
         return Certificate("none", "a token does without some neurons of its FFNs", None)
 
@@ -192,12 +216,3 @@ def _reorder(build: Builder, linear: FfnLinear, stored: Stored, table: str) -> N
         places = [(rows(stored, *cut), rows(target, *cut)) for cut in cuts]
     for piece, out in places:
         build.task("neurons", [piece], [out], axis=int(linear.role == "down"), order=table)
-
-
-def _wrong(expected: str, found: str) -> UsageError:
-    return UsageError(
-        f"--carve {carve.ACTIVATION} does not go with that",
-        expected=expected,
-        found=found,
-        hint="for example --split 16 --carve-shared 2 --top-k 2",
-    )

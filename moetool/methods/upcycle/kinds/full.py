@@ -10,7 +10,7 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate
 from moetool.methods.options import option
-from moetool.methods.upcycle import assemble, copies
+from moetool.methods.upcycle import assemble, carve, copies
 from moetool.methods.upcycle.attending import Attending
 from moetool.methods.upcycle.copies import VariedCopies
 from moetool.methods.upcycle.diversify import Diversify
@@ -57,7 +57,7 @@ class FullKind(ExpertKind):
 
     @classmethod
     def meant(cls, said: Upcycling) -> bool:
-        if said.form not in FORMS or said.site not in cls.sites:
+        if said.form not in FORMS or said.site not in cls.sites or said.carve in carve.BY_TEXT:
             return False
         return said.target == MODEL_TYPE or said.key != ROUTED or said.site != FIRST_SITE
 
