@@ -77,4 +77,6 @@ def attach(layers: nn.ModuleList, held: Correction, *, name: str, renormalises: 
 def _correct(router: Any, args: Any, made: Any) -> Any:
     """What a router of transformers 5 gives: logits, weights, numbers of experts."""
     logits, weights, chosen = made
-    return logits, router.calibration.corrected(logits, chosen).to(weights.dtype), chosen
+    right = router.calibration.corrected(logits, chosen).to(weights.dtype)
+    given = (logits, right, chosen)
+    return given

@@ -174,8 +174,9 @@ def _admit_training(model: Any) -> None:
     learn; groups of experts can, over a base that is quantized while it is loaded (QLoRA).
     """
     told = getattr(model, "hf_quantizer", None)
-    parts = (m for m in model.modules() if isinstance(m, GrownPart))
-    if told is not None and any(p.is_floating_point() for m in parts for p in m.parameters()):
+    parts = [m for m in model.modules() if isinstance(m, GrownPart)]
+    own = chain.from_iterable(part.parameters() for part in parts)
+    if told is not None and any(held.is_floating_point() for held in own):
         kind = type(told)
         told.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": kind.is_trainable})
 
