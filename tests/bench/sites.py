@@ -1,4 +1,5 @@
-"""What each site costs and keeps on a real model: `python tests/bench/sites.py MODEL [--folder DIR]`.
+"""What each site costs and keeps on a real model: `python tests/bench/sites.py MODEL [--folder DIR] [--dtype
+float32]`.
 
 Writes groups of experts at every site into MODEL, as it is and in float32, by the command; says how
 far its logits are from MODEL's at birth (half of the tokens are of the second modality), what the
@@ -74,17 +75,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--dtype", choices=("bf16", "float32"), help="of one of the two alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     full, out = args.folder / "float32", args.folder / "out"
     AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").save_pretrained(full)
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(10, 40000, (2, 128), generator=draw)
+    ids = torch.randint(10, 40000, (1, 48), generator=draw)
     marked = ids.clone()
     marked[:, ::2] = IMAGE
     print("| site | dtype | logits | text alone | wall s | GB written | memory of promise, MB |")
     print("|---|---|---|---|---|---|---|")
-    for dtype, source in (("bf16", args.model), ("float32", full)):
+    sources = {"bf16": args.model, "float32": full}
+    for dtype in (args.dtype,) if args.dtype else sources:
+        source = sources[dtype]
         stock = [logits(source, one) for one in (marked, ids)]
         for name, way in WAYS.items():
             report = written(source, out, way)
