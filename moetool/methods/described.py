@@ -190,7 +190,8 @@ def _property(field: Field) -> JsonObject:
 
 def _type(field: Field) -> JsonObject:
     """What YAML may hold for a field."""
-    least = {} if field.minimum is None else {"minimum": field.minimum}
+    ends = {"minimum": field.minimum, "maximum": field.maximum}
+    least = {word: end for word, end in ends.items() if end is not None}
     if field.type is tuple and field.choices:
         each = {"enum": list(field.choices)}
         return {"anyOf": [{"type": "array", "items": each}, {"type": "string"}]}

@@ -32,6 +32,7 @@ class Field:
     unit: str = ""
     metavar: str = ""
     minimum: float | None = None
+    maximum: float | None = None
     of: tuple[str, ...] = ()
     was: str = ""  # an older name, still taken
     old: tuple[tuple[str, str], ...] = ()  # words of before that are still taken, and today's
@@ -111,6 +112,13 @@ class Field:
             raise UsageError(
                 f"--{self.spelled} is too small",
                 expected=f"at least {self.minimum:g}",
+                found=value,
+                hint="leave it out",
+            )
+        if self.maximum is not None and not made <= self.maximum:
+            raise UsageError(
+                f"--{self.spelled} is too large",
+                expected=f"at most {self.maximum:,.0f}",
                 found=value,
                 hint="leave it out",
             )

@@ -41,7 +41,8 @@ def option(
     **more: Any,
 ) -> Any:
     """A field with its help; `text` and `choices` may be functions, so that a registry is asked
-    when somebody looks. `more`: unit, metavar, minimum, was, old, needs of `Field`.
+    when somebody looks. `more`: unit, metavar, minimum, maximum, was, old, needs of
+    `Field`.
     """
     return field(
         default=default, metadata={"help": text, "panel": panel, "choices": choices, **more}

@@ -82,8 +82,13 @@ class Several(Method):
             if key in _names([acting[axis]]):
                 own[axis][key] = value
             elif known[key].read(value) != known[key].default:
-                owner = _asked(axis, cls.axes()[axis], known[key].of)
-                raise _stranger(known[key], owner, f"--{axis} {getattr(options, axis)}", value)
+                owner, chosen = (
+                    _asked(axis, cls.axes()[axis], known[key].of),
+                    getattr(options, axis),
+                )
+                if chosen in known[key].of:
+                    owner += f" {getattr(cls.axes()[axis][chosen], 'further', '')}"
+                raise _stranger(known[key], owner, f"--{axis} {chosen}", value)
         made = {a: (word, build(word.Options, own[a], cls.verb)) for a, word in acting.items()}
         way, told = made.pop(cls.chooser)
         return Split(options, way, told, made)

@@ -242,6 +242,7 @@ KEYS: Mapping[str, RouteWord] = {
         ),
         {},
         {"width": int, "middle": int, "modules": int, "before": float},
+        hears=True,
         once=True,
     ),
 }

@@ -275,6 +275,7 @@ def test_peft_finds_adapters_of_some_models_alone(models: Models, tmp_path: Path
         ({"law": "renormalised"}, "--law soft"),
         ({"linears": "down_proj"}, "sees hidden states"),
         ({"key": "token", "classifier_depth": 2}, "belong together"),
+        ({"classifier_width": 10**11}, "at most 1,048,576"),
     ],
 )
 def test_what_does_not_go_together(
@@ -286,6 +287,13 @@ def test_what_does_not_go_together(
     with pytest.raises((MoetoolError, UsageError)) as raised:
         moetool.upcycle(str(models("llama")), str(tmp_path / "out"), **asked)
     assert said in f"{raised.value} {raised.value.where} {raised.value.hint}"
+
+
+def test_a_tower_whose_states_are_not_the_models_is_refused(models: Models, tmp_path: Path) -> None:
+    """The pass before ends in the text model's hidden states: those of patches are others."""
+    asked = {k: v for k, v in LORA.items() if k != "linears"} | {"tower": "vision"}
+    with pytest.raises(UsageError, match="twopass looks at what a call of the text model says"):
+        moetool.upcycle(str(models("llava")), str(tmp_path / "out"), **asked)
 
 
 @pytest.mark.parametrize(

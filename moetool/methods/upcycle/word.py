@@ -14,11 +14,13 @@ Kind = TypeVar("Kind", bound="Word")
 
 class Word:
     """What all have: the first sentence of the docstring describes it, `Options` are its own.
-    `asked`: the option that asks for it, where that is not its axis and name.
+    `asked`: the option that asks for it, where that is not its axis and name; `further`: what must
+    be said beside its name, where that alone means something else.
     """
 
     name: ClassVar[str] = ""
     asked: ClassVar[str] = ""
+    further: ClassVar[str] = ""
     Options: ClassVar[type] = Nothing
 
     @classmethod

@@ -20,6 +20,8 @@ from moetool.surgery.groups import FIRST_SITE, TEXT, Group
 from moetool.surgery.route import KEYS, RouterTensor
 from moetool.surgery.spec import Target, whole
 
+WIDEST = 1 << 20  # of a router's inner layers
+
 
 class RouteKey(Word):
     """Subclass it in a file of this folder; the first sentence of its docstring describes it.

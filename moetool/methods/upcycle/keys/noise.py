@@ -8,7 +8,7 @@ from typing import ClassVar
 from moetool.data import JsonObject
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground
-from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.keys.key import WIDEST, RouteKey
 
 _WIDER = 4  # the MLP than the embedding, in MoDE
 
@@ -17,7 +17,7 @@ _WIDER = 4  # the MLP than the embedding, in MoDE
 class NoiseLevel:
     """The options of the key."""
 
-    noise_dim: int = option(64, "width of the noise level's embedding", minimum=1)
+    noise_dim: int = option(64, "width of the noise level's embedding", minimum=1, maximum=WIDEST)
 
 
 class NoiseKey(RouteKey):

@@ -9,7 +9,7 @@ from moetool.data import JsonObject
 from moetool.errors import UsageError
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground
-from moetool.methods.upcycle.keys.key import RouteKey
+from moetool.methods.upcycle.keys.key import WIDEST, RouteKey
 from moetool.surgery.groups import LINEAR
 from moetool.surgery.route import TWOPASS
 
@@ -19,9 +19,9 @@ class Classifier:
     """The options of the key, as PEFT's XLoraConfig has them."""
 
     classifier_depth: int = option(
-        1, "linears of the classifier, with ReLU between them", minimum=1
+        1, "linears of the classifier, with ReLU between them", minimum=1, maximum=WIDEST
     )
-    classifier_width: int = option(2048, "width between them", minimum=1)
+    classifier_width: int = option(2048, "width between them", minimum=1, maximum=WIDEST)
     layerwise: bool = option(False, "scores of its own for each linear, else one for all")
     pass_weight: float = option(
         0.0, "weight of each expert in the pass before; 0: none works there", minimum=0

@@ -48,6 +48,7 @@ class FullKind(ExpertKind):
     """
 
     name = "full"
+    further = f"--target {MODEL_TYPE}"
     base = "gone"
     Options: ClassVar[type] = WholeCopies
     own: WholeCopies

@@ -180,12 +180,15 @@ class ExpertKind(Word):
         asked = (("law", AUTO), ("tower", AUTO), ("name", ""))
         said = {n: getattr(self.verb, n) for n, usual in asked if getattr(self.verb, n) != usual}
         said |= {"router-bias": True} if self.key.bias else {}
+        known = self.known().get(self.verb.form)
+        more = known.further if known is not None else ""
+        form = f"--form {self.verb.form} " if known is not None else ""
         for name, value in said.items():
             raise UsageError(
                 f"--{name} is no matter where a stock class holds the experts",
-                expected=f"--form {', '.join(self.known())}",
-                found=f"--{name} {value} alone",
-                hint=f"leave out --{name}",
+                expected=more or f"--form {', '.join(self.known())}",
+                found=f"{form}--{name} {value} alone",
+                hint=f"leave out --{name}{f', or add {more}' if more else ''}",
             )
 
     @property
