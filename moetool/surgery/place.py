@@ -17,7 +17,7 @@ from moetool.surgery import companions
 
 SHOWN = 4
 # What the steps, and files that were given, leave in a work folder.
-WORK = ("stats", "walk", "solved", "gate", "steps", "fit", "adapters", "domains")
+WORK = ("stats", "walk", "solved", "gate", "steps", "fit", "adapters", "domains", "tokens")
 
 
 def resolved(out: str | Path) -> Path:

@@ -163,3 +163,22 @@ def test_quantized_tables_are_refused(models: Callable[..., Path], tmp_path: Pat
     )
     with pytest.raises(MoetoolError, match="cannot get more rows"):
         moetool.add_tokens(str(tmp_path / "small"), str(tmp_path / "out"), tokens=3)
+
+
+def test_what_an_unfinished_run_left_is_its_own(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused for lack of space, and run again: the folder that it works in is known."""
+    from moetool.methods.tokens.method import AddTokens
+
+    def full(*_: object) -> None:
+        raise MoetoolError("not enough space on the disk", hint="free some space")
+
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(AddTokens, "plan", full)
+        with pytest.raises(MoetoolError, match="not enough space"):
+            moetool.add_tokens(str(models("llama")), out, tokens=2)
+    assert [*tmp_path.iterdir()]
+    moetool.add_tokens(str(models("llama")), out, tokens=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
