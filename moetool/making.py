@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from moetool.errors import MoetoolError, Stopped
-from moetool.methods.contract import Prepared
+from moetool.methods.prepared import Prepared
 from moetool.progress import Progress, Stage
 from moetool.surgery import engine, scan
 from moetool.surgery.plan import Shard

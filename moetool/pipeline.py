@@ -24,8 +24,9 @@ from moetool.evaluate import current, measured
 from moetool.evaluate.measured import Measured
 from moetool.lock import Lock
 from moetool.making import Shards
-from moetool.methods.contract import Method, Options, Prepared, Report, Settings, Summary
+from moetool.methods.contract import Method, Report, Settings, Summary
 from moetool.methods.options import Common
+from moetool.methods.prepared import Options, Prepared
 from moetool.progress import Clock, Progress, silent, unheard
 from moetool.report import card, provenance
 from moetool.surgery import companions, complete, ops, promise, scan, source

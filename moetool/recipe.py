@@ -12,8 +12,8 @@ from typing import Any
 from moetool import reading, strict_yaml
 from moetool.data import JsonObject
 from moetool.errors import UsageError, did_you_mean
-from moetool.methods.contract import Options, Step
 from moetool.methods.options import Common, build
+from moetool.methods.prepared import Options, Step
 
 KEYS = {
     "paper": "where it is described",

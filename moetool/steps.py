@@ -14,8 +14,9 @@ from moetool import methods
 from moetool.errors import MoetoolError, UsageError
 from moetool.methods import works
 from moetool.methods.certificates import weakest
-from moetool.methods.contract import Method, Options, Prepared, Settings, Step
+from moetool.methods.contract import Method, Settings
 from moetool.methods.convert import lie
+from moetool.methods.prepared import Options, Prepared, Step
 from moetool.progress import Progress, Stage
 from moetool.surgery import groups, view
 from moetool.surgery.checkpoint import Checkpoint

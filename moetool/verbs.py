@@ -18,7 +18,7 @@ from moetool.methods.field import Field
 from moetool.methods.options import Checking, Common, build, fields
 
 if TYPE_CHECKING:
-    from moetool.methods.contract import Options
+    from moetool.methods.prepared import Options
     from moetool.surgery.plan import Plan
 
 Report = JsonObject
@@ -207,7 +207,7 @@ def _documented(known: Sequence[Field]) -> str:
 
 def _options(verb: str, sources: tuple[str, ...], out: str, options: JsonMapping) -> Options:
     """Sorted into what the verb and what every command understands."""
-    from moetool.methods.contract import Options
+    from moetool.methods.prepared import Options
 
     shared = {f.name for f in dataclass_fields(Common)} | {f.was for f in _COMMON if f.was}
     common = build(Common, {k: v for k, v in options.items() if k in shared}, verb)

@@ -19,13 +19,12 @@ from moetool.methods.contract import (
     Line,
     Method,
     ModelFacts,
-    Options,
-    Prepared,
     Report,
     Summary,
     left_out,
 )
 from moetool.methods.options import Common, Gate, Text
+from moetool.methods.prepared import Options, Prepared
 from moetool.pipeline import Caller
 from moetool.progress import Stage
 from moetool.surgery import promise

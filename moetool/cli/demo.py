@@ -86,7 +86,8 @@ def _figure(value: float | None) -> str:
 def _one(name: str, options: JsonObject, source: Path, out: Path) -> JsonObject:
     from moetool import pipeline
     from moetool.evaluate.verify import verify
-    from moetool.methods.contract import ModelFacts, Options
+    from moetool.methods.contract import ModelFacts
+    from moetool.methods.prepared import Options
 
     session.sink.say(f"{name} ...")
     session.working = True

@@ -14,7 +14,8 @@ from moetool.methods.options import Common, build, fields
 from moetool.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
-    from moetool.methods.contract import Line, Method, Options, Prepared, Report, Summary
+    from moetool.methods.contract import Line, Method, Report, Summary
+    from moetool.methods.prepared import Options, Prepared
 
 PANEL = "Make a model"
 ARGUMENTS = (
@@ -67,7 +68,7 @@ def options_of(
     common: Mapping[str, Value],
 ) -> Options:
     """One command, as the pipeline takes it."""
-    from moetool.methods.contract import Options
+    from moetool.methods.prepared import Options
 
     made = build(Common, common, name)
     return Options(out, sources, name, dict(own), made, session.command)

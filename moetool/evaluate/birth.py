@@ -21,7 +21,7 @@ from moetool.units import show_bytes
 
 if TYPE_CHECKING:
     from moetool.forward.profile import Calibration
-    from moetool.methods.contract import Prepared
+    from moetool.methods.prepared import Prepared
     from moetool.surgery.checkpoint import Checkpoint
 
 TOKENS, LENGTH = 2048, 256

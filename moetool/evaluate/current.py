@@ -20,7 +20,7 @@ from moetool.surgery import containers, identity
 from moetool.surgery.checkpoint import Checkpoint, read_json
 
 if TYPE_CHECKING:
-    from moetool.methods.contract import Prepared
+    from moetool.methods.prepared import Prepared
 
 
 @dataclass(frozen=True)

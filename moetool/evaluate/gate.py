@@ -15,8 +15,9 @@ from moetool.forward.answers import LOGIT_BYTES
 from moetool.forward.batches import Cut
 from moetool.forward.needs import needs
 from moetool.forward.profile import Calibration
-from moetool.methods.contract import Method, Prepared
+from moetool.methods.contract import Method
 from moetool.methods.options import Common, Gate
+from moetool.methods.prepared import Prepared
 from moetool.progress import Progress
 from moetool.surgery.checkpoint import Checkpoint
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moetool.data import JsonObject
 from moetool.errors import MoetoolError, VerificationFailed
-from moetool.methods.contract import Prepared
+from moetool.methods.prepared import Prepared
 from moetool.methods.proof import Loaded, Proof
 from moetool.surgery.checkpoint import Checkpoint
 

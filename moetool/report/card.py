@@ -11,7 +11,8 @@ from moetool.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from moetool.data import JsonObject
-    from moetool.methods.contract import Prepared, Report
+    from moetool.methods.contract import Report
+    from moetool.methods.prepared import Prepared
     from moetool.surgery.checkpoint import Checkpoint
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")

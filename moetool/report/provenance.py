@@ -14,7 +14,8 @@ from moetool.surgery import identity, view
 from moetool.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from moetool.methods.contract import Prepared, Report, Summary
+    from moetool.methods.contract import Report, Summary
+    from moetool.methods.prepared import Prepared
 
 SCHEMA = 1
 # Facts of one run, not of the result: they would make two equal outputs differ.

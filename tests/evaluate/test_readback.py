@@ -13,8 +13,8 @@ import pytest
 
 from moetool import pipeline, quantize
 from moetool.errors import MoetoolError, VerificationFailed
-from moetool.methods.contract import Options, Prepared
 from moetool.methods.options import Common
+from moetool.methods.prepared import Options, Prepared
 from moetool.pipeline import Caller
 from moetool.surgery import forms
 from moetool.surgery.checkpoint import Checkpoint

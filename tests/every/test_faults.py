@@ -233,7 +233,7 @@ def test_rerun_of_a_finished_output_says_so(llama: Path, tmp_path: Path) -> None
 
 def test_two_at_once(llama: Path, tmp_path: Path) -> None:
     from moetool import pipeline
-    from moetool.methods.contract import Options
+    from moetool.methods.prepared import Options
     from moetool.surgery.writer import Writer
 
     prepared = pipeline.prepare(

@@ -18,7 +18,7 @@ limit = int(sys.argv[1])
 if limit: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 import moetool
 from moetool import pipeline
-from moetool.methods.contract import Options
+from moetool.methods.prepared import Options
 from moetool.methods.options import Common
 prepared = pipeline.prepare(Options(out=sys.argv[3], sources=(sys.argv[2],), method=sys.argv[5], values=json.loads(sys.argv[4]), common=Common(jobs=1)))
 pipeline.write(prepared)

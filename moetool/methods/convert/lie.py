@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moetool.methods.contract import Method, Step
+from moetool.methods.contract import Method
 from moetool.methods.options import Served
+from moetool.methods.prepared import Step
 from moetool.surgery import clients, spellings
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.clients import Traits

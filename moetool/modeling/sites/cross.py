@@ -1,5 +1,5 @@
-"""The attention of a decoder's layer to what the encoder gives: queries and the output are projected
-by the experts of the decoder's tokens, keys and values by those of the encoder's.
+"""The attention of a decoder's layer to what the encoder gives: queries and the output are
+projected by the experts of the decoder's tokens, keys and values by those of the encoder's.
 """
 
 from __future__ import annotations
