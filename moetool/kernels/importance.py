@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,7 +51,8 @@ def order(scores: np.ndarray, parts: int, shared: int) -> np.ndarray:
     free[always] = False
     places: list[list[int]] = [[] for _ in range(experts)]
     rank = np.arange(experts)[::-1]
-    every = [(float(scores[e, n]), int(e), int(n)) for e in rank for n in ranked[e]]
+    pairs = chain.from_iterable(((int(e), int(n)) for n in ranked[e]) for e in rank)
+    every = [(float(scores[e, n]), e, n) for e, n in pairs]
     for _, expert, neuron in sorted(every, key=lambda one: (-one[0], -one[1])):
         if free[neuron] and len(places[expert]) < wide:
             free[neuron] = False

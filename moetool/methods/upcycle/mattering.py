@@ -1,6 +1,6 @@
 """Cutting FFNs by which neurons matter to which tokens, with a router of the tokens' clusters: a
-walk up clusters what goes into each FFN, a walk down weighs its neurons by the gradient (LLaMA-MoE v2,
-arXiv 2411.15708).
+walk up clusters what goes into each FFN, a walk down weighs its neurons by the gradient (LLaMA-MoE
+v2, arXiv 2411.15708).
 """
 
 from __future__ import annotations
