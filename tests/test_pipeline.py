@@ -282,7 +282,10 @@ def test_the_screen_says_the_plan_and_the_run() -> None:
     assert "/s" not in text.splitlines()[-1]
 
 
-LEAST = {"extend": {"copy_expert": "0"}}  # what a verb cannot do without: there is no text here
+LEAST = {  # what a verb cannot do without: there is no text here
+    "extend": {"copy_expert": "0"},
+    "add-tokens": {"tokens": 8},
+}
 
 
 @pytest.mark.parametrize("verb", methods.METHODS)
