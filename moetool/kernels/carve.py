@@ -19,7 +19,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Which neurons an expert holds: part (first + e) % parts of them, taken in `order`. `axis`
+    """Which neurons an expert holds: part (first + e) % parts of them, taken in `order`, which may
+    have an order for each of several copies, one after another: then as many parts of each. `axis`
     says where neurons lie: 0 in [neurons, hidden], 1 in [hidden, neurons].
     """
 
@@ -27,6 +28,10 @@ class Share:
     parts: int = 1
     order: Sequence[int] | None = None
     first: int = 0
+
+    def differing(self, neurons: int) -> int:
+        """How many experts hold different neurons, of an FFN of so many."""
+        return self.parts * (1 if self.order is None else len(self.order) // neurons)
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,15 @@ def experts(
     float32 (float64 for float64 sources), one cast at the end.
     """
     held: dict[int, Tensor] = {}
+    differing = share.differing(matrix.shape[share.axis])
     for number in range(count):
         expert = share.first + number
-        part = expert % share.parts
+        part = expert % differing
         if not change.any and part in held:
             yield held[part]
             continue
         piece = _changed(_part(matrix, share, part), share.axis, change, scale, expert)
-        if not change.any and share.parts > 1:
+        if not change.any and share.parts > 1 and number + differing < count:
             held[part] = piece
         yield piece
 

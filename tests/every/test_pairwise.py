@@ -91,7 +91,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("none", "every:2"),
     "target": ("mixtral", "qwen3_moe", "same"),
     "upcycle.router": ("zero", "normal:0.02", "kaiming", "uniform:0.02", "group:0.02"),
-    "carve": ("random", "kmeans:gate", "activation", "importance"),
+    "carve": ("random", "shuffled", "kmeans:gate", "activation", "importance"),
     "carve_shared": ("1",),
     "carve_marks": ("4",),
     "diversify": ("permute", "noise:0.01", "drop:0.5+permute"),

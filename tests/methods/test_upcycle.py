@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import moetool
 from moetool.errors import MoetoolError, UsageError
@@ -221,6 +224,9 @@ def test_certificates() -> None:
     assert solve(changed=True).level == "none" and solve(assembled=True).coverage is None
     assert solve(asked="3").level == "none" and solve(asked="3").coverage == 3.0
     assert solve(shared=True, changed=True).level == "exact"  # routed experts are silent anyway
+    assert solve(shared=True, asked="1").level == "none"
+    assert solve(shared=True, asked="1").coverage == 2.0
+    assert solve(experts=6, split=4, top_k=2).level == "none"  # the last copy is cut short
     with pytest.raises(UsageError):
         solve(asked="big")
 
@@ -342,6 +348,41 @@ def test_carve_deals_every_neuron_once(kind: str, llama: Path, tmp_path: Path) -
         sorted(n for rows in dealt[:4] for n in rows) == list(range(128)) and dealt[:4] == dealt[4:]
     )
     assert (dealt[0] == list(range(32))) == (kind == "contiguous")
+
+
+def test_every_copy_is_shuffled_anew_and_the_rest_of_the_last_one_discarded(
+    llama: Path, tmp_path: Path
+) -> None:
+    options = {"split": 4, "top_k": 2, "carve": "shuffled", "router": "normal:0.02"}
+    before, after = made(llama, tmp_path / "out", experts=6, **options)
+    old, dealt = dense(before, 1), []
+    for number in range(6):
+        gate, up, down = expert(after, 1, number)
+        rows = [(old[0] == row).all(1).nonzero().item() for row in gate]
+        assert (up == old[1][rows]).all() and (down == 4 * old[2][:, rows]).all()
+        dealt.append(rows)
+    first, second = (set(chain.from_iterable(some)) for some in (dealt[:4], dealt[4:]))
+    assert first == set(range(128)) and len(second) == 64
+    assert not {frozenset(rows) for rows in dealt[:4]} & {frozenset(rows) for rows in dealt[4:]}
+    with pytest.raises(UsageError, match="whole groups"):
+        made(llama, tmp_path / "no", experts=6, **options | {"top_k": 4, "router": "group:0.02"})
+
+
+@pytest.mark.parametrize("target", ["glm4_moe", "qwen2_moe"])  # a factor in the config; a gate
+def test_a_shared_expert_beside_experts_at_full_output(
+    target: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All parts at the weight 1 and the FFN: as if down_proj were doubled."""
+    source, out = models("qwen2", num_hidden_layers=2), tmp_path / "out"
+    options = {"experts": 4, "split": 4, "top_k": 4, "scale": "4", "router": "zero"}
+    done = moetool.upcycle(str(source), str(out), target=target, shared=True, **options)
+    assert done["certificate"]["level"] == "none" and done["certificate"]["coverage"] == 2.0
+    dense, mixture = (AutoModelForCausalLM.from_pretrained(f).float() for f in (source, out))
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.mlp.down_proj.weight *= 2
+        assert (dense(ids).logits - mixture(ids).logits).abs().max() < 1e-5
 
 
 def test_router_rows_repeat_in_groups(llama: Path, tmp_path: Path) -> None:

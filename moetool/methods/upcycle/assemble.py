@@ -41,10 +41,10 @@ def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, 
     """Source number of each expert. Default: the --from models in turn, with SRC first when one
     more is needed.
 
-    With split G, each group of G consecutive experts comes from one source. UsageError when the
-    numbers do not fit.
+    With split G, each group of G consecutive experts comes from one source; the last group may be
+    cut short. UsageError when the numbers do not fit.
     """
-    groups = experts // split
+    groups = -(-experts // split)
     if spec:
         chosen = [int(n) for n in spec.split(",")] if re.fullmatch(r"\d+(,\d+)*", spec) else []
         if len(chosen) not in (groups, experts) or any(c >= sources for c in chosen):
@@ -53,7 +53,7 @@ def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, 
                 expected=f"{groups} numbers below {sources} (0 is SRC)",
                 hint="for example --expert-map 0,1,1,2",
             )
-        return tuple(chosen) if len(chosen) == experts else _each(chosen, split)
+        return tuple(chosen) if len(chosen) == experts else _each(chosen, split)[:experts]
     if sources == 1:
         return (0,) * experts
     given = sources - 1
@@ -64,7 +64,7 @@ def expert_map(spec: str, experts: int, split: int, sources: int) -> tuple[int, 
             expected=f"a multiple of {given}, or of {given + 1} with SRC as one of them",
             hint="change --experts, or say --expert-map",
         )
-    return _each([pool[g * len(pool) // groups] for g in range(groups)], split)
+    return _each([pool[g * len(pool) // groups] for g in range(groups)], split)[:experts]
 
 
 def _each(values: Sequence[int], times: int) -> tuple[int, ...]:

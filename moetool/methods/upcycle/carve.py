@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from moetool.errors import MoetoolError, UsageError
@@ -15,8 +16,10 @@ _LEADS = ".leads"
 ACTIVATION = "activation"  # kinds/carved.py
 IMPORTANCE = "importance"  # kinds/important.py
 BY_TEXT = (ACTIVATION, IMPORTANCE)
+SHUFFLED = "shuffled"
 FORMS = (
-    "contiguous, random, kmeans:gate or kmeans:up, or on --calibrate activation (what fires together) "
+    "contiguous, random, shuffled (each copy anew; what --experts leave of the last one is discarded), "
+    "kmeans:gate or kmeans:up, or on --calibrate activation (what fires together) "
     "or importance (what matters to the same tokens), where those that do most always run"
 )
 
@@ -43,10 +46,11 @@ def centres_name(layer: int) -> str:
 
 
 def parse(spec: str, split: int) -> tuple[str, str]:
-    """(kind, matrix): kind is contiguous, random, activation, importance or kmeans; UsageError
-    for anything else.
+    """(kind, matrix): kind is contiguous, random, shuffled, activation, importance or kmeans;
+    UsageError for anything else.
     """
-    found = re.fullmatch(r"(contiguous|random|activation|importance)|kmeans(?::(gate|up))?", spec)
+    kinds = r"(contiguous|random|shuffled|activation|importance)|kmeans(?::(gate|up))?"
+    found = re.fullmatch(kinds, spec)
     if not found:
         raise UsageError(
             f"--carve {spec!r} is not understood",
@@ -79,6 +83,16 @@ def order(
 
     labels = cluster.balanced_kmeans(read(), split, seed)
     return [int(i) for i in labels.argsort(kind="stable")]
+
+
+def shuffled(width: int, copies: int, seed: int, name: str) -> list[int]:
+    """Neuron numbers of so many copies of an FFN, each in an order of its own (Qwen2, arXiv
+    2407.10671), one after another: [copies x width] integers.
+    """
+    from moetool.kernels import draw
+
+    orders = (draw.permutation(width, seed, f"{name}/carve/{copy}") for copy in range(copies))
+    return [int(number) for number in chain.from_iterable(orders)]
 
 
 def check_width(width: int, split: int) -> None:

@@ -116,6 +116,7 @@ class Layer:
     shared: bool
     fused: bool
     seed: int
+    silent: bool = False  # routed experts start at zero output
 
 
 def write_moe(
@@ -266,7 +267,7 @@ def _turned(
 
 def _turn(build: Builder, ffn: Ffn, role: str, outs: list[Piece], first: int, layer: Layer) -> None:
     """A run of experts in stacks [experts, in, out]."""
-    if role == "down" and layer.shared:
+    if role == "down" and layer.silent:
         for out in outs:
             build.task("zeros", [], [out])
         return
@@ -304,7 +305,7 @@ def _experts(
     """One matrix of a run of experts: byte copies where nothing is computed, one `neurons` task
     otherwise.
     """
-    if matrix == "down" and layer.shared:
+    if matrix == "down" and layer.silent:
         for out in outs:
             build.task("zeros", [], [out])
         return

@@ -142,9 +142,12 @@ class Upcycle(Several):
         kind, matrix = carve.parse(self.options.carve, self.options.split)
         if kind == "contiguous":
             return {}
-        tables = {}
+        tables, copies = {}, -(-self.options.experts // self.options.split)
         for layer in site.parse(self.options.layers, chosen.source.field("layers", chosen.config)):
             ffn, name = Ffn.read(base, chosen, layer), f"layer{layer}"
+            if kind == carve.SHUFFLED:
+                tables[name] = carve.shuffled(ffn.width, copies, seed, name)
+                continue
             order = carve.order(
                 kind,
                 ffn.width,
@@ -199,7 +202,7 @@ class Upcycle(Several):
             origin=assemble.expert_map(said.expert_map, said.experts, said.split, len(sources)),
             weights=assemble.trunk_weights(said.trunk, len(sources)),
             diversify=Diversify.parse(said.diversify),
-            router=Router.parse(said.router, said.split, said.top_k),
+            router=Router.parse(said.router, said.split, said.top_k, said.experts),
             ffn=Ffn.read(sources[0], chosen, layers[0]),
             fused=spelled.fused,
         )
@@ -246,6 +249,7 @@ class Upcycle(Several):
             shared=self.options.shared,
             fused=reading.fused,
             seed=seed,
+            silent=self.options.silent,
         )
 
     def _plan_dense(
@@ -314,7 +318,7 @@ class Upcycle(Several):
             return ()
         forms = chosen.target.fused() if spelled.fused else chosen.target.per_expert()
         names = [chosen.prefix + filled(t, layer=shape.layers[0], expert=0) for t in forms.values()]
-        folder, idle = sources[0].folder, self.options.shared
+        folder, idle = sources[0].folder, self.options.silent
         return clients.judged(clients.traits(config, names, folder=folder, idle=idle))
 
     def _facts(

@@ -108,7 +108,8 @@ class Upcycling(Storing, Served):
     )
     shared: bool = option(
         False,
-        "keep the whole FFN as an always-on shared expert; routed experts start at zero output",
+        "keep the whole FFN as an always-on shared expert; routed experts start at zero output, or "
+        "as they are times --scale",
         WHAT,
     )
     scale: str = option(
@@ -139,7 +140,7 @@ class Upcycling(Storing, Served):
                 found=self.name,
                 hint="for example --name images",
             )
-        Router.parse(self.router, self.split, self.top_k)
+        Router.parse(self.router, self.split, self.top_k, self.experts)
 
     def _check_counts(self) -> None:
         if self.experts < 1 or self.split < 1:
@@ -162,10 +163,22 @@ class Upcycling(Storing, Served):
                 found=self.top_k,
                 hint="raise --experts or lower --top-k",
             )
-        if self.experts % self.split:
+        if self.experts % self.split and not self._discards:
             raise UsageError(
                 "--experts must be a multiple of --split",
                 expected=f"a multiple of {self.split}",
                 found=self.experts,
                 hint=f"for example --experts {self.split * max(1, round(self.experts / self.split))}",
             )
+
+    @property
+    def _discards(self) -> bool:
+        """Whether what is left of the last copy may be discarded."""
+        return self.carve == carve.SHUFFLED and self.experts >= self.split
+
+    @property
+    def silent(self) -> bool:
+        """Whether experts start at zero output: beside a shared one, unless --scale says what is
+        theirs.
+        """
+        return self.shared and self.scale == AUTO

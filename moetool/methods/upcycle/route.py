@@ -24,11 +24,11 @@ class Router:
     repeat: int = 1
 
     @classmethod
-    def parse(cls, spec: str, split: int, top_k: int) -> Router:
+    def parse(cls, spec: str, split: int, top_k: int, experts: int = 0) -> Router:
         """The router of a spec; `auto` is group-equal rows where whole groups are selected,
         normal:0.02 elsewhere.
         """
-        whole_groups = split > 1 and top_k % split == 0
+        whole_groups = split > 1 and top_k % split == experts % split == 0
         if spec == "auto":
             spec = f"{'group' if whole_groups else 'normal'}:{DEFAULT_SIGMA}"
         found = re.fullmatch(
@@ -47,7 +47,7 @@ class Router:
         if law == "group" and not whole_groups:
             raise UsageError(
                 "--router group needs whole groups to be selected",
-                expected=f"--split above 1 and --top-k a multiple of it (here --split {split} --top-k {top_k})",
+                expected=f"--split above 1, --experts and --top-k multiples of it (here --split {split} --top-k {top_k})",
                 hint="use --router normal:0.02",
             )
         repeat = split if whole_groups else 1

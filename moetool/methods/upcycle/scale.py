@@ -33,6 +33,16 @@ class Combination:
     assembled: bool
     asked: str
 
+    @property
+    def silent(self) -> bool:
+        """Whether routed experts start at zero output."""
+        return self.shared and self.asked == "auto"
+
+    @property
+    def discards(self) -> bool:
+        """Whether the last copy of the FFN is cut short."""
+        return self.experts % self.split > 0
+
     def factor(self, total: float) -> float:
         """The factor on every routed expert's output, where a token's weights sum to `total`."""
         if self.asked == "auto":
@@ -62,23 +72,26 @@ def solve(recipe: Combination, target: Layout) -> Certificate:
     law = target.overlay.law
     factor = recipe.factor(law.total)
     place = "config" if target.fields.get("routed_scale") and law.renorm != "never" else "down_proj"
-    if recipe.shared or factor == 1.0:
+    if recipe.silent or factor == 1.0:
         place = "none"
     sure = _sure(recipe, factor * law.total / recipe.split)
-    return Certificate(sure.level, sure.why, sure.coverage, 1.0 if recipe.shared else factor, place)
+    return Certificate(sure.level, sure.why, sure.coverage, 1.0 if recipe.silent else factor, place)
 
 
 def _sure(recipe: Combination, share: float) -> Sure:
     """The certificate's level; `share` is what the factor leaves of the coverage."""
     level, why = _level(recipe)
-    coverage = 1.0 if recipe.shared else share
+    coverage = 1.0 if recipe.silent else share + recipe.shared
     if recipe.assembled:
         why = "experts or trunk come from different models: there is no single function to keep"
         return Sure("none", why, None)
-    if recipe.changed and not recipe.shared:
+    if recipe.changed and not recipe.silent:
         return Sure(
             "none", "copies were changed on purpose (noise, re-drawn neurons or a mask)", None
         )
+    if recipe.discards and not recipe.silent:
+        why = "a part of the last copy is discarded: some neurons stand in more experts than others"
+        return Sure("none", why, None)
     if abs(coverage - 1.0) > 1e-9:
         return Sure("none", f"--scale {recipe.asked} gives a coverage of {coverage:g}", coverage)
     return Sure(level, why, coverage)
