@@ -16,7 +16,8 @@ DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 # Under yarn their classes ask for more, or for another type.
-NO_YARN = {"phi3", "phi4_multimodal", "phimoe", "pixtral", "recurrent_gemma"}
+NO_YARN = {"mlcd", "mlcd_vision_model", "sam3_tracker_video", "sam3_vit_model"}  # no length
+NO_YARN |= {"phi3", "phi4_multimodal", "phimoe", "pixtral", "recurrent_gemma"}
 # Their defaults do not pass their own checks when they are read back.
 ODD = {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h"}
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from moetool.errors import UsageError
 from moetool.methods.field import WHAT
-from moetool.methods.options import option
+from moetool.methods.options import Served, option
 
 AUTO, MEAN, NORMAL, GW = "auto", "mean", "normal", "gw"
 
 
 @dataclass(frozen=True)
-class AddingTokens:
+class AddingTokens(Served):
     """The options of add-tokens."""
 
     tokens: int = option(
