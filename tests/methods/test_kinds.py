@@ -56,6 +56,7 @@ def test_all_kinds_are_found() -> None:
         "kbit",
         "lora",
         "null",
+        "parts",
         "sparse",
         "ternary",
     }

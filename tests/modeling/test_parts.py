@@ -125,14 +125,3 @@ def test_what_a_config_says_wrongly_is_refused(
     with pytest.raises((MoetoolError, ValueError)) as raised:
         transformers.AutoModelForCausalLM.from_pretrained(out)
     assert said in str(raised.value)
-
-
-def test_biases_are_refused(models: Any, tmp_path: Path) -> None:
-    """A config that says parts of an FFN with biases: their bias would count for each part."""
-    source, out = models("gpt_neox"), tmp_path / "out"
-    moetool.upcycle(str(source), str(out), form="null", experts=3, top_k=1, layers="0")
-    config = json.loads((out / "config.json").read_text())
-    config["moetool"]["groups"][0] |= {"form": "part", "base": "under"}
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MoetoolError, match="cannot be cut so"):
-        transformers.AutoModelForCausalLM.from_pretrained(out)

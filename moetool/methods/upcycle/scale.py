@@ -45,16 +45,21 @@ class Combination:
 
     def factor(self, total: float) -> float:
         """The factor on every routed expert's output, where a token's weights sum to `total`."""
-        if self.asked == "auto":
-            return self.split / total
-        try:
-            return parse_number(self.asked, largest=STRENGTH)
-        except ValueError:
-            raise UsageError(
-                f"--scale {self.asked!r} is not understood",
-                expected=f"auto or a number of at most {STRENGTH:g}",
-                hint="leave it out to have it solved",
-            ) from None
+        return said(self.asked, self.split / total)
+
+
+def said(asked: str, solved: float) -> float:
+    """What --scale says, `solved` where it is to be. UsageError"""
+    if asked == "auto":
+        return solved
+    try:
+        return parse_number(asked, largest=STRENGTH)
+    except ValueError:
+        raise UsageError(
+            f"--scale {asked!r} is not understood",
+            expected=f"auto or a number of at most {STRENGTH:g}",
+            hint="leave it out to have it solved",
+        ) from None
 
 
 class Sure(NamedTuple):

@@ -17,7 +17,7 @@ from moetool.surgery.strict import Kinds
 
 class PartExperts(ExpertGroup):
     """params: shared, how many of the parts always work; they come first. In an FFN a part is
-    neurons that lie one after the other.
+    neurons that lie one after the other; a bias of what comes out counts once, for no part.
     """
 
     name: ClassVar[str] = PART
@@ -41,26 +41,41 @@ class PartExperts(ExpertGroup):
                 block, x, torch.cat((x.new_ones(len(x), self.shared), routed), -1)
             )
         made = super().mixed(block, x, picked, scale)
-        return made + self._neurons(block, x, 0, self.shared) if self.shared else made
+        if self.shared or block.linears.out in block.linears.biased:
+            made = made + self._neurons(block, x, 0, self.shared, once=True)
+        return made
 
     def of(self, block: GroupedBlock, choice: int, rows: Tensor) -> Tensor:
         return self._neurons(block, rows, self.shared + choice, self.shared + choice + 1)
 
-    def _neurons(self, block: GroupedBlock, x: Tensor, first: int, last: int) -> Tensor:
-        """What the parts from `first` up to `last` give."""
+    def _neurons(
+        self, block: GroupedBlock, x: Tensor, first: int, last: int, once: bool = False
+    ) -> Tensor:
+        """What the parts from `first` up to `last` give, with the bias of the output where that is
+        to count.
+        """
         lie = block.linears
         width = lie.shapes[lie.out][1]
         each = width // (self.shared + len(self))
         start, stop = first * each, last * each
 
-        def into(name: str) -> Linear:
-            weight = getattr(block, name).weight
-            cut = [half[start:stop] for half in weight.split(width)]  # gate and up, in one or not
-            return partial(_linear, cut[0] if len(cut) == 1 else torch.cat(cut))
+        def rows(held: Tensor) -> Tensor:
+            cut = [
+                half[start:stop] for half in torch.split(held, width)
+            ]  # gate and up, in one or not
+            return cut[0] if len(cut) == 1 else torch.cat(cut)
 
-        swapped = {name: into(name) for name in lie.into}
-        last_one = partial(_linear, getattr(block, lie.out).weight[:, start:stop])
-        return block.own_ffn(x, swapped | {lie.out: last_one})
+        swapped: dict[str, Linear] = {}
+        for name in lie.names:
+            linear = getattr(block, name)
+            weight = linear.weight.T if lie.transposed else linear.weight
+            bias = linear.bias if name in lie.biased else None
+            if name == lie.out:
+                held = (weight[:, start:stop], bias if once else None)
+            else:
+                held = (rows(weight), None if bias is None else rows(bias))
+            swapped[name] = partial(_linear, *held)
+        return block.own_ffn(x, swapped)
 
     def _weighted(self, block: GroupedBlock, x: Tensor, weights: Tensor) -> Tensor:
         """The whole FFN, its neurons weighted by those of their parts [tokens, parts]."""
@@ -75,13 +90,14 @@ class PartExperts(ExpertGroup):
 
 
 def _plain(block: GroupedBlock) -> bool:
-    """Whether its linears are their weights and no more: not where these are packed, have an
+    """Whether its linears are weights and biases and no more: not where these are packed, have an
     adapter or lie elsewhere until they run.
     """
-    lie = block.linears
-    every = [getattr(block, name) for name in (*lie.into, lie.out)]
-    return all(type(one) is nn.Linear and not one.weight.is_meta for one in every)
+    from transformers.pytorch_utils import Conv1D
+
+    every = [getattr(block, name) for name in block.linears.names]
+    return all(type(one) in (nn.Linear, Conv1D) and not one.weight.is_meta for one in every)
 
 
-def _linear(weight: Tensor, x: Tensor) -> Tensor:
-    return functional.linear(x, weight)
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return functional.linear(x, weight, bias)

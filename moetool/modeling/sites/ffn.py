@@ -44,12 +44,12 @@ class FfnSite(GroupSite):
 
 
 def _check_parts(linears: FfnLinears, group: Group) -> None:
-    """Refuse parts that do not cut the FFN, or would lose its biases."""
+    """Refuse parts that do not cut the FFN."""
     width = linears.shapes[linears.out][1]
     parts = int(group.params.get("shared", 0)) + group.experts
-    if width % parts or linears.biased or linears.transposed:
+    if width % parts:
         raise wrong(
             "parts of an FFN that cannot be cut so",
-            "a divisor of its width, weights as [out, in] and no biases",
-            f"{parts} parts of {width} neurons{', biases' if linears.biased else ''}",
+            "a divisor of its width",
+            f"{parts} parts of {width} neurons",
         )

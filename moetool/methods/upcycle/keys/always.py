@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from moetool.errors import UsageError
 from moetool.methods.upcycle.keys.key import RouteKey
-from moetool.methods.upcycle.laws.law import RouteLaw
+from moetool.methods.upcycle.laws.law import INSIDE, RouteLaw
 from moetool.surgery.groups import LINEAR
 
 
 class AlwaysKey(RouteKey):
     """No router: every expert runs for every token.
 
-    Beside the FFN each is added whole (--law hard); in its place or under it they are averaged
-    (--law soft), so that copies are the FFN.
+    Beside the FFN, or as parts of it, each is added whole (--law hard); in its place or under it
+    they are averaged (--law soft), so that copies are the FFN.
     """
 
     name = "always"
@@ -33,7 +33,7 @@ class AlwaysKey(RouteKey):
 
     @classmethod
     def law(cls, usual: str, base: str) -> str:
-        return "hard" if base == "beside" else "soft"
+        return "hard" if base in ("beside", INSIDE) else "soft"
 
     @classmethod
     def most(cls, top_k: int, experts: int) -> int:

@@ -10,7 +10,7 @@ from moetool.errors import UsageError
 from moetool.methods.contract import Builder, Certificate, Decisions, Settings
 from moetool.methods.field import TEXT, WHAT
 from moetool.methods.options import Text, option, same
-from moetool.methods.upcycle import carve
+from moetool.methods.upcycle import carve, reordering
 from moetool.methods.upcycle.ground import Ground, Spot
 from moetool.methods.upcycle.keys.neurons import NeuronsKey
 from moetool.methods.upcycle.kinds.kind import ExpertKind
@@ -18,10 +18,8 @@ from moetool.methods.upcycle.laws.law import INSIDE
 from moetool.methods.upcycle.options import Upcycling
 from moetool.surgery import groups
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.ffn import FfnLinear
 from moetool.surgery.groups import PART, Group
 from moetool.surgery.reform import FORMS, Into
-from moetool.surgery.spec import Stored, rows, whole
 
 _GATED = ({"gate", "up", "down"}, {"gate_up", "down"})
 
@@ -154,6 +152,7 @@ class CarvedKind(ExpertKind):
                 hint="--carve kmeans:gate, or another --form",
             )
         carve.check_width(ground.width, self.verb.split)
+        reordering.check(ground)
         marks = getattr(self.own, "carve_marks", 1)
         if marks > ground.width:
             raise self.wrong(f"--carve-marks up to {ground.width}", f"{marks}")
@@ -186,15 +185,7 @@ class CarvedKind(ExpertKind):
         )
 
     def copied(self, build: Builder, ground: Ground, name: str) -> bool:
-        layer = ground.at.layer_of(name)
-        if layer not in ground.layers:
-            return False
-        for linear in ground.block.linears:
-            stored = ground.stored(linear, layer)
-            if stored.name == name:
-                _reorder(build, linear, stored, carve.order_name(layer))
-                return True
-        return False
+        return reordering.copied(build, ground, name)
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         return {}
@@ -204,15 +195,3 @@ class CarvedKind(ExpertKind):
         if once and group.route.top_k == group.experts:
             return Certificate("exact", "all parts of the FFN run, each with the weight 1")
         return Certificate("none", "a token does without some neurons of its FFNs", None)
-
-
-def _reorder(build: Builder, linear: FfnLinear, stored: Stored, table: str) -> None:
-    """The same neurons in another order."""
-    target = build.target(stored.name, stored.dtype, stored.shape)
-    places = [(whole(stored), whole(target))]
-    if linear.role == "gate_up":
-        half = stored.shape[0] // 2
-        cuts = ((0, half), (half, 2 * half))
-        places = [(rows(stored, *cut), rows(target, *cut)) for cut in cuts]
-    for piece, out in places:
-        build.task("neurons", [piece], [out], axis=int(linear.role == "down"), order=table)

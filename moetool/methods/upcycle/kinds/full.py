@@ -60,7 +60,10 @@ class FullKind(ExpertKind):
     def meant(cls, said: Upcycling) -> bool:
         if said.form not in FORMS or said.site not in cls.sites or said.carve in carve.BY_TEXT:
             return False
-        return said.target == MODEL_TYPE or said.key != ROUTED or said.site != FIRST_SITE
+        if said.site != FIRST_SITE:
+            return True
+        whole = said.split == 1 or said.form == cls.name  # else kinds/parts.py
+        return whole and (said.target == MODEL_TYPE or said.key != ROUTED)
 
     @property
     def spelled(self) -> str:
