@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moetool.data import JsonMapping
-from moetool.errors import MoetoolError, did_you_mean
+from moetool.errors import did_you_mean
 from moetool.surgery.family import GroupSlot
+from moetool.surgery.strict import edited
 
 if TYPE_CHECKING:
     from moetool.surgery.layout import Layout
@@ -47,17 +48,17 @@ def read(said: object) -> Correction | None:
     if said is None:
         return None
     if not isinstance(said, dict):
-        raise _wrong("`calibration` is no object", "layers and width", said)
+        raise edited("`calibration` is no object", "layers and width", said)
     for name in said:
         if name not in _KEYS:
             hint = did_you_mean(str(name), _KEYS)
-            raise _wrong(f"calibration has the unknown key {name!r}", "layers, width", name, hint)
+            raise edited(f"calibration has the unknown key {name!r}", "layers, width", name, hint)
     layers, width = said.get("layers"), said.get("width")
     if type(width) is not int or not 1 <= width <= MOST:
-        raise _wrong("`width` of calibration", f"a number from 1 to {MOST:,}", width)
+        raise edited("`width` of calibration", f"a number from 1 to {MOST:,}", width)
     numbers = type(layers) is list and all(type(n) is int and n >= 0 for n in layers)
     if not numbers or not layers or len(set(layers)) != len(layers):
-        raise _wrong("`layers` of calibration", "at least one, each once", layers)
+        raise edited("`layers` of calibration", "at least one, each once", layers)
     return Correction(tuple(layers), width)
 
 
@@ -96,9 +97,9 @@ def grown(layout: Layout, held: Correction, moe: set[int]) -> Layout:
     whose routers cannot have one.
     """
     if why := why_not(layout):
-        raise _wrong(why, "a family with softmax routers", layout.model_type)
+        raise edited(why, "a family with softmax routers", layout.model_type)
     if not set(held.layers) <= moe:
-        raise _wrong("`layers` of calibration", f"some of {sorted(moe)}", list(held.layers))
+        raise edited("`layers` of calibration", f"some of {sorted(moe)}", list(held.layers))
     there, experts = dict.fromkeys(held.layers, 1), layout.fields["experts"]
     shapes = {INTO: [str(held.width), experts], OUT: [experts, str(held.width)]}
     more = [
@@ -106,13 +107,3 @@ def grown(layout: Layout, held: Correction, moe: set[int]) -> Layout:
         for part, shape in shapes.items()
     ]
     return replace(layout, tensors=(*layout.tensors, *more))
-
-
-def _wrong(what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
-    return MoetoolError(
-        what,
-        file="config.json",
-        expected=expected,
-        found=str(found)[:200],
-        hint=hint or "the config was written by another moetool, or edited",
-    )

@@ -26,10 +26,11 @@ from itertools import chain
 from typing import Any
 
 from moetool.data import JsonObject
-from moetool.errors import MoetoolError, did_you_mean
+from moetool.errors import did_you_mean
 from moetool.surgery import calibrated, strict
 from moetool.surgery.inside import HELD
 from moetool.surgery.route import KEYS, Route, RouterTensor, reached
+from moetool.surgery.strict import edited
 
 MODEL_TYPE = "moetool"
 VERSION = 1
@@ -195,35 +196,35 @@ def read(config: JsonObject) -> tuple[Group, ...]:
     """
     said = config.get(MODEL_TYPE)
     if not isinstance(said, dict) or not isinstance(config.get("base_model_type"), str):
-        raise _wrong(
+        raise edited(
             "no groups of experts", "`base_model_type` and `moetool`", config.get("moetool")
         )
     if said.get("version") is True or said.get("version") != VERSION:
-        raise _wrong("groups of another version", f"version {VERSION}", said.get("version"))
+        raise edited("groups of another version", f"version {VERSION}", said.get("version"))
     _known(said, ("version", "groups", "ragged", calibrated.NAME), "moetool")
     if calibrated.of(config) and not is_ragged(config):
-        raise _wrong("calibration of routers beside groups", "a native mixture", said)
+        raise edited("calibration of routers beside groups", "a native mixture", said)
     if config.get(RUNS, MODEL_TYPE) not in (MODEL_TYPE, None):
-        raise _wrong(f"`{RUNS}` is not moetool's", MODEL_TYPE, config[RUNS])
+        raise edited(f"`{RUNS}` is not moetool's", MODEL_TYPE, config[RUNS])
     if type(said.get("ragged", False)) is not bool:
-        raise _wrong("`ragged` of moetool", "true or false", said["ragged"])
+        raise edited("`ragged` of moetool", "true or false", said["ragged"])
     found = said.get("groups", [] if is_ragged(config) else None)
     if not isinstance(found, list) or not (found or is_ragged(config)):
-        raise _wrong("a list of no groups", "at least one group", found)
+        raise edited("a list of no groups", "at least one group", found)
     groups = tuple(map(_group, found))
     for layer in set(chain.from_iterable(g.layers for g in groups)):
         here = [g for g in groups if layer in g.layers]
         for tower, site in {(g.tower, g.site) for g in here}:
             both = [g for g in here if (g.tower, g.site) == (tower, site)]
             if not add_up(both):
-                raise _wrong(
+                raise edited(
                     f"two groups that both stand for the {site} of layer {layer}",
                     "all but one of them beside it",
                     [g.base for g in both],
                 )
         names = [(g.tower, g.site, g.name) for g in here]
         if len(set(names)) != len(names):
-            raise _wrong(f"two groups of one name in layer {layer}", "a name each", names)
+            raise edited(f"two groups of one name in layer {layer}", "a name each", names)
     return groups
 
 
@@ -241,11 +242,11 @@ def _group(data: object) -> Group:
     _known(route, [f.name for f in fields(Route)], "route")
     for name in ("form", "experts", "layers"):
         if name not in said:
-            raise _wrong(f"a group without `{name}`", name, sorted(said))
+            raise edited(f"a group without `{name}`", name, sorted(said))
     try:
         made = Group(**(said | {"layers": tuple(said["layers"]), "route": Route(**route)}))
     except TypeError as problem:
-        raise _wrong(f"a group is not well formed: {problem}", "lists and numbers", said) from None
+        raise edited(f"a group is not well formed: {problem}", "lists and numbers", said) from None
     _check(made)
     return made
 
@@ -255,18 +256,18 @@ def _check(group: Group) -> None:
     key = group.route.key
     if key in KEYS and not KEYS[key].in_tower(group.tower):
         towers = " or ".join(KEYS[key].alone or (TEXT, *KEYS[key].beside))
-        raise _wrong(f"experts by {key} in another tower", f"tower {towers}", group.tower)
+        raise edited(f"experts by {key} in another tower", f"tower {towers}", group.tower)
     counts = (group.experts, group.route.top_k, *group.layers)
     if not all(type(n) is int and n >= 0 for n in counts):
-        raise _wrong("a count is no whole number", "experts, top_k, layers", counts)
+        raise edited("a count is no whole number", "experts, top_k, layers", counts)
     if group.experts > MOST:
-        raise _wrong("more experts than a group can have", f"at most {MOST:,}", group.experts)
+        raise edited("more experts than a group can have", f"at most {MOST:,}", group.experts)
     if not group.layers or len(set(group.layers)) != len(group.layers):
-        raise _wrong("layers of a group", "at least one, each once", list(group.layers))
+        raise edited("layers of a group", "at least one, each once", list(group.layers))
     if group.base not in BASES:
-        raise _wrong(f"base {group.base!r} of a group", ", ".join(BASES), group.base)
+        raise edited(f"base {group.base!r} of a group", ", ".join(BASES), group.base)
     if not group.name.isidentifier():
-        raise _wrong("a group's name", "letters, digits and _", group.name)
+        raise edited("a group's name", "letters, digits and _", group.name)
     # what is added to a linear may be nothing: its own output is whole
     group.route.check(group.choices, idle=group.site == LINEAR and group.base == "beside")
 
@@ -277,11 +278,11 @@ def _check_kinds(group: Group) -> None:
         for name, kind in kinds.items():
             value = getattr(thing, name)
             if not strict.fits(value, kind):
-                raise _wrong(f"`{name}` of a group", kind.__name__, repr(value))
+                raise edited(f"`{name}` of a group", kind.__name__, repr(value))
     for name in filter(group.params.__contains__, _LINEARS):
         said = group.params[name]
         if type(said) is not list or not said or not all(type(one) is str for one in said):
-            raise _wrong(f"`{name}` of a group", "a list of names of linears", repr(said))
+            raise edited(f"`{name}` of a group", "a list of names of linears", repr(said))
 
 
 def _unusual(value: Group | Route) -> JsonObject:
@@ -292,26 +293,16 @@ def _unusual(value: Group | Route) -> JsonObject:
 
 def _object(data: object, what: str) -> JsonObject:
     if not isinstance(data, dict):
-        raise _wrong(f"{what} is no object", "an object", data)
+        raise edited(f"{what} is no object", "an object", data)
     return data
 
 
 def _known(said: JsonObject, known: Sequence[str], what: str) -> None:
     for name in said:
         if name not in known:
-            raise _wrong(
+            raise edited(
                 f"{what} has the unknown key {name!r}",
                 ", ".join(known),
                 name,
                 did_you_mean(name, known),
             )
-
-
-def _wrong(what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
-    return MoetoolError(
-        what,
-        file="config.json",
-        expected=expected,
-        found=str(found)[:200],
-        hint=hint or "the config was written by another moetool, or edited",
-    )

@@ -53,10 +53,15 @@ def word(said: str, known: Sequence[str], what: str) -> None:
 
 
 def _wrong(what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
+    return edited(what, expected, repr(found) if found else "none", hint or _HINT)
+
+
+def edited(what: str, expected: str, found: object, hint: str = "") -> MoetoolError:
+    """What config.json says for moetool alone, and no moetool of this version has written."""
     return MoetoolError(
         what,
         file="config.json",
         expected=expected,
-        found=(repr(found) if found else "none")[:200],
-        hint=hint or _HINT,
+        found=str(found)[:200],
+        hint=hint or "the config was written by another moetool, or edited",
     )

@@ -11,7 +11,7 @@ from moetool.methods.contract import Builder, Certificate
 from moetool.methods.field import WHAT
 from moetool.methods.options import option
 from moetool.methods.upcycle.ground import Ground, Spot
-from moetool.methods.upcycle.kinds.kind import ExpertKind
+from moetool.methods.upcycle.kinds.kind import OutsideKind
 from moetool.surgery.groups import FIRST_SITE, Group
 from moetool.surgery.inside import ADAPTER_ACTS
 from moetool.surgery.reform import Into
@@ -51,7 +51,7 @@ class Bottleneck:
     )
 
 
-class AdapterKind(ExpertKind):
+class AdapterKind(OutsideKind):
     """Bottleneck adapters on the FFN or the attention, one an expert: h + up(gelu(down h)) of its
     output, or of its input; up is zero at birth, so that the model is exactly its source until it
     is trained.
@@ -63,15 +63,6 @@ class AdapterKind(ExpertKind):
     name = "adapter"
     Options: ClassVar[type] = Bottleneck
     own: Bottleneck
-    sites = ("ffn", "attention", "cross")
-
-    @property
-    def stands(self) -> str:
-        return self.base if self.verb.site == FIRST_SITE else "beside"
-
-    @property
-    def starts(self) -> str:  # type: ignore[override]
-        return "ffn" if self.verb.site == FIRST_SITE else "zero"
 
     def check(self, ground: Ground) -> None:
         own, parts = self.own, self.own.adapter_groups

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from moetool.methods.contract import Builder
 from moetool.methods.upcycle.ground import Spot
-from moetool.methods.upcycle.kinds.kind import ExpertKind
-from moetool.surgery.groups import FIRST_SITE
+from moetool.methods.upcycle.kinds.kind import OutsideKind
 from moetool.surgery.reform import Into
 
 
-class FilmKind(ExpertKind):
+class FilmKind(OutsideKind):
     """Feature-wise modulation of the output of the FFN or the attention, one pair of linear maps an
     expert: (1 + scale(h)) h + shift(h); both maps are zero at birth, so that the model is exactly
     its source until it is trained.
@@ -19,15 +18,6 @@ class FilmKind(ExpertKind):
     """
 
     name = "film"
-    sites = ("ffn", "attention", "cross")
-
-    @property
-    def stands(self) -> str:
-        return self.base if self.verb.site == FIRST_SITE else "beside"
-
-    @property
-    def starts(self) -> str:  # type: ignore[override]
-        return "ffn" if self.verb.site == FIRST_SITE else "zero"
 
     def write(self, build: Builder, spot: Spot) -> dict[str, Into]:
         spot.write_inside(build)

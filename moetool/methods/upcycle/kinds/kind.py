@@ -24,7 +24,7 @@ from moetool.methods.upcycle.route import Router
 from moetool.methods.upcycle.word import Word, words
 from moetool.surgery import places
 from moetool.surgery.checkpoint import Checkpoint
-from moetool.surgery.groups import FIRST, LINEAR, MODEL_TYPE, Group
+from moetool.surgery.groups import FIRST, FIRST_SITE, LINEAR, MODEL_TYPE, Group
 from moetool.surgery.reform import Into
 from moetool.surgery.route import Route
 from moetool.surgery.spec import Piece
@@ -261,3 +261,19 @@ class ExpertKind(Word):
             why = f"the experts add to the {noun}, whose own output stays whole"
             return Certificate("none", why, None)
         return self.key.certificate(self.combine.certificate(group), group)
+
+
+class OutsideKind(ExpertKind):
+    """Experts that change what goes into or comes out of a whole module: those of the FFN are its
+    block's, at other sites they stand beside the module and add to it.
+    """
+
+    sites = ("ffn", "attention", "cross")
+
+    @property
+    def stands(self) -> str:
+        return self.base if self.verb.site == FIRST_SITE else "beside"
+
+    @property
+    def starts(self) -> str:  # type: ignore[override]
+        return "ffn" if self.verb.site == FIRST_SITE else "zero"
