@@ -19,7 +19,7 @@ from moetool.archs.templates import Template, role_of
 from moetool.data import JsonObject
 from moetool.surgery.checkpoint import Checkpoint
 from moetool.surgery.experts import Mixture
-from moetool.surgery.family import Slot
+from moetool.surgery.family import MAY, Slot
 from moetool.surgery.layout import words
 from moetool.surgery.plain_experts import PlainExperts
 from moetool.surgery.spec import FLOATS, Piece, Stored, whole
@@ -124,7 +124,7 @@ def _is_tied(at: TextModel, config: JsonObject) -> bool:
 
 def _is_no_linear(slot: Slot, stored: Stored) -> bool:
     """Convolutions, tables, vectors written as rows, parameters that are no module's weight."""
-    outside = slot.layers is None or not slot.name.endswith(".weight")
+    outside = slot.layers in (None, MAY) or not slot.name.endswith(".weight")
     return outside or len(stored.shape) != 2 or min(stored.shape) < 2 or words().is_table(slot.name)
 
 
