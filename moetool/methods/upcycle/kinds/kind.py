@@ -32,6 +32,14 @@ from moetool.surgery.spec import Piece
 # Options of upcycle that mean the same to experts of any kind.
 _ROUTED = ("experts", "top_k", "layers", "router", "key", "law")
 _COMMON = (*_ROUTED, "target", "form", "for_", "site", "tower", "name", "linears")
+# Where experts stand, of each `base`, for a sentence.
+_STAND = {
+    "under": "the FFN stays whole, and experts change it",
+    "beside": "the FFN stays whole, and experts stand beside it",
+    "member": "the FFN stays whole, as the first of the experts",
+    "gone": "each expert is a whole copy of the FFN",
+    "inside": "each expert is a part of the FFN",
+}
 
 
 class ExpertKind(Word):
@@ -99,8 +107,7 @@ class ExpertKind(Word):
                 f"--{field.spelled} does nothing with {self.spelled}",
                 expected=f"{self.spelled} without --{field.spelled}",
                 found=f"--{field.spelled} {getattr(self.verb, field.name)}",
-                hint=f"leave out --{field.spelled}: the FFN stays whole, and experts stand "
-                f"{self.stands} it",
+                hint=f"leave out --{field.spelled}: {_STAND[self.stands]}",
             )
         self._at_site()
         if self.verb.target not in ("auto", MODEL_TYPE):
